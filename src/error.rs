@@ -1,0 +1,153 @@
+//! The one error type of the crate.
+
+use crate::DType;
+
+/// Everything that can be wrong with a call, an argument or a file.
+///
+/// Every variant names what was refused and carries both the value received and what would have
+/// been accepted. A call that returns an error has written nothing: state and outputs keep their
+/// bits.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor has the wrong rank or extents.
+    #[error("{argument}: shape {got:?} given, {expected} expected")]
+    Shape {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Shape received.
+        got: Vec<usize>,
+        /// Shape accepted, in words.
+        expected: String,
+    },
+    /// A tensor's element type is not the problem's.
+    #[error("{argument}: dtype {got} given, {expected} expected")]
+    DType {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Element type received.
+        got: DType,
+        /// Element type accepted.
+        expected: DType,
+    },
+    /// A tensor's strides cannot be served.
+    #[error("{argument}: strides {got:?} (in elements) given, {requirement}")]
+    Stride {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Strides received, in elements.
+        got: Vec<i64>,
+        /// What the strides must satisfy.
+        requirement: &'static str,
+    },
+    /// A buffer or list has the wrong number of elements.
+    #[error("{argument}: {got} elements given, {expected} expected")]
+    Length {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Number of elements received.
+        got: usize,
+        /// Number accepted, in words.
+        expected: String,
+    },
+    /// A value or one entry of a list is outside what is accepted.
+    #[error("{argument}: {got} given, {expected} expected")]
+    Value {
+        /// Name of the argument, with the index of the entry where there is one.
+        argument: String,
+        /// Value received.
+        got: String,
+        /// What is accepted.
+        expected: String,
+    },
+    /// The state (or file, or map) was made for another problem.
+    #[error("state: made for {field} = {got}, the call has {field} = {expected}")]
+    Problem {
+        /// The first field that differs.
+        field: &'static str,
+        /// The state's value.
+        got: String,
+        /// The call's value.
+        expected: String,
+    },
+    /// Rotation was switched on or off inside an open segment.
+    #[error(
+        "rope: slot {slot} holds an open segment of {open_len} tokens brought {}, this call comes {}; flush first",
+        if *.rotated { "with rotation" } else { "without rotation" },
+        if *.rotated { "without" } else { "with it" }
+    )]
+    RotationChanged {
+        /// The slot of the state.
+        slot: usize,
+        /// Tokens in its open segment.
+        open_len: usize,
+        /// Whether those tokens were rotated.
+        rotated: bool,
+    },
+    /// The operation needs a state without an open segment.
+    #[error(
+        "{argument}: slot {slot} has {open_len} tokens in its open segment, 0 expected; flush first"
+    )]
+    OpenSegment {
+        /// Name of the argument.
+        argument: &'static str,
+        /// The slot of the state.
+        slot: usize,
+        /// Tokens in its open segment.
+        open_len: usize,
+    },
+    /// Two finished delta-rule memories were to be merged; that has no closed form.
+    #[error(
+        "states: {first} and {second} both hold a finished delta-rule memory (slot {slot}: {first_tokens} and \
+         {second_tokens} tokens); only linear memories add, use key_sums, segment_map and compose instead"
+    )]
+    DeltaMerge {
+        /// Index of the first of the two states.
+        first: usize,
+        /// Index of the second.
+        second: usize,
+        /// The slot in which both are filled.
+        slot: usize,
+        /// Tokens committed in the first.
+        first_tokens: u64,
+        /// Tokens committed in the second.
+        second_tokens: u64,
+    },
+    /// A state file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
+    /// A state file (or byte string) is not one of ours, is truncated or is corrupt.
+    #[error("{path}: not a usable state: {reason}")]
+    Format {
+        /// The file, or `<bytes>`.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// The crate's result type.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn value(
+        argument: impl Into<String>,
+        got: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Value { argument: argument.into(), got: got.to_string(), expected: expected.into() }
+    }
+
+    pub(crate) fn shape(
+        argument: &'static str,
+        got: &[usize],
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Shape { argument, got: got.to_vec(), expected: expected.into() }
+    }
+}

@@ -1,0 +1,19 @@
+//! Infini-attention (arXiv 2404.07143): compressive-memory attention over unbounded context in
+//! constant memory.
+#![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+
+mod call;
+pub mod cpu;
+mod dtype;
+mod error;
+mod memory;
+mod problem;
+pub mod reference;
+mod tensor;
+
+pub use call::{Inputs, Outputs, Rope};
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use memory::State;
+pub use problem::{Denominator, EmptyMemory, Problem, ProblemBuilder, Update};
+pub use tensor::{MAX_RANK, TensorView, TensorViewMut};

@@ -1,0 +1,55 @@
+//! How the CPU holds the keys of one segment: transposed, in blocks.
+
+use crate::Problem;
+
+/// Layout of one segment's keys for one KV head: blocks of `width` keys, each block [Dk, width], so
+/// that a product with a tile of queries reads whole vectors of keys. Key j, channel d stands at
+/// `(j / width) · Dk · width + d · width + j % width`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeyBlocks {
+    /// Channels of a key, Dk.
+    pub dim: usize,
+    /// Keys per block.
+    pub width: usize,
+    blocks: usize,
+}
+
+/// Widest block: 128 keys × 128 channels of f32 are 64 KiB, resident in L2 next to a query tile.
+const MAX_WIDTH: usize = 128;
+
+impl KeyBlocks {
+    pub fn new(problem: &Problem) -> Self {
+        let width = problem.segment_len().min(MAX_WIDTH);
+        Self { dim: problem.key_dim(), width, blocks: problem.segment_len().div_ceil(width) }
+    }
+
+    /// Elements of a full segment's buffer.
+    pub fn len(&self) -> usize {
+        self.blocks * self.block_len()
+    }
+
+    fn block_len(&self) -> usize {
+        self.dim * self.width
+    }
+
+    /// Block `b` of a buffer, [Dk, width].
+    pub fn block<'a>(&self, buffer: &'a [f32], b: usize) -> &'a [f32] {
+        &buffer[b * self.block_len()..][..self.block_len()]
+    }
+
+    /// Stores key `j`.
+    pub fn put(&self, buffer: &mut [f32], j: usize, key: &[f32]) {
+        let block = &mut buffer[(j / self.width) * self.block_len()..][..self.block_len()];
+        for (column, &x) in block.chunks_exact_mut(self.width).zip(key) {
+            column[j % self.width] = x;
+        }
+    }
+
+    /// Reads key `j`.
+    pub fn get(&self, buffer: &[f32], j: usize, key: &mut [f32]) {
+        let block = self.block(buffer, j / self.width);
+        for (column, x) in block.chunks_exact(self.width).zip(key) {
+            *x = column[j % self.width];
+        }
+    }
+}

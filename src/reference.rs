@@ -1,0 +1,238 @@
+//! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
+//! the oracle of every other implementation.
+
+use crate::call::{self, Inputs};
+use crate::memory::Counters;
+use crate::{Denominator, EmptyMemory, Problem, Result, Update};
+
+/// State of the reference: float64 throughout, one entry per slot.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// Memory M, [slots, Hkv, Dk, Dv].
+    pub m: Vec<f64>,
+    /// Normaliser z, [slots, Hkv, Dk].
+    pub z: Vec<f64>,
+    counters: Vec<Counters>,
+    /// Open segment of each slot: one entry per token.
+    open: Vec<Vec<Token>>,
+}
+
+/// A token of the open segment, all KV heads.
+#[derive(Clone, Debug)]
+struct Token {
+    /// Keys as given, [Hkv, Dk].
+    k: Vec<f64>,
+    /// Keys as the local branch sees them, [Hkv, Dk].
+    k_local: Vec<f64>,
+    /// Values, [Hkv, Dv].
+    v: Vec<f64>,
+}
+
+/// Everything the operator can return, row-major in the inputs' order of dimensions. Padded rows
+/// are 0 (log-sum-exp −∞).
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Gated output, [B, T, Hq, Dv] or packed [total, Hq, Dv].
+    pub o: Vec<f64>,
+    /// Local branch, shaped like `o`.
+    pub a_dot: Vec<f64>,
+    /// Memory branch, shaped like `o`.
+    pub a_mem: Vec<f64>,
+    /// Log-sum-exp of the local branch, [B, Hq, T] or packed [Hq, total].
+    pub lse: Vec<f64>,
+}
+
+impl State {
+    /// Empty streams in slots 0 to `sequences` − 1.
+    pub fn new(problem: &Problem, sequences: usize) -> Self {
+        let chunks = sequences * problem.kv_heads();
+        Self {
+            m: vec![0.0; chunks * problem.key_dim() * problem.value_dim()],
+            z: vec![0.0; chunks * problem.key_dim()],
+            counters: vec![Counters::default(); sequences],
+            open: vec![Vec::new(); sequences],
+        }
+    }
+
+    /// Tokens the slot has seen.
+    pub fn tokens(&self, slot: usize) -> u64 {
+        self.counters[slot].tokens
+    }
+
+    /// Tokens the slot has written into (M, z).
+    pub fn committed(&self, slot: usize) -> u64 {
+        self.counters[slot].committed
+    }
+
+    /// Tokens in the slot's open segment.
+    pub fn open_len(&self, slot: usize) -> usize {
+        self.counters[slot].open_len
+    }
+
+    /// Writes the open segment of every named slot into its memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Value`] for a slot out of range or named twice.
+    pub fn flush(&mut self, problem: &Problem, slots: &[usize]) -> Result<()> {
+        call::check_slots(slots, self.counters.len())?;
+        slots.iter().for_each(|&slot| self.commit(problem, slot));
+        Ok(())
+    }
+
+    fn commit(&mut self, p: &Problem, slot: usize) {
+        let segment = std::mem::take(&mut self.open[slot]);
+        let (dk, dv) = (p.key_dim(), p.value_dim());
+        for h in 0..p.kv_heads() {
+            let chunk = slot * p.kv_heads() + h;
+            let m = &mut self.m[chunk * dk * dv..][..dk * dv];
+            let z = &mut self.z[chunk * dk..][..dk];
+            let empty = self.counters[slot].committed == 0;
+            let (m_before, z_before) = (m.to_vec(), z.to_vec());
+            for token in &segment {
+                let k = &token.k[h * dk..][..dk];
+                let mut u = token.v[h * dv..][..dv].to_vec();
+                if p.update() == Update::Delta && !empty {
+                    let r = retrieve(p, k, &m_before, &z_before);
+                    u.iter_mut().zip(r).for_each(|(u, r)| *u -= r);
+                }
+                for (d, s) in k.iter().map(|&x| sigma(x)).enumerate() {
+                    z[d] += s;
+                    m[d * dv..][..dv].iter_mut().zip(&u).for_each(|(m, u)| *m += s * u);
+                }
+            }
+        }
+        let c = &mut self.counters[slot];
+        c.committed += segment.len() as u64;
+        c.open_len = 0;
+    }
+}
+
+/// σ(x) = ELU(x) + 1. Below f32's smallest normal number it counts as 0, as on every backend.
+pub(crate) fn sigma(x: f64) -> f64 {
+    let s = if x > 0.0 { x + 1.0 } else { x.exp() };
+    if s < f64::from(f32::MIN_POSITIVE) { 0.0 } else { s }
+}
+
+/// Eq. (7) for one row: σ(x) M / σ(x) z.
+fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Vec<f64> {
+    // Exact is invariant to the row's scale: σ(x) = exp(x − max) when no channel is positive.
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let shift = if p.denominator() == Denominator::Exact && max <= 0.0 { max } else { 0.0 };
+    let s: Vec<f64> = x.iter().map(|&x| sigma(x - shift)).collect();
+    let dot: f64 = s.iter().zip(z).map(|(s, z)| s * z).sum();
+    let den = match p.denominator() {
+        Denominator::Exact => dot,
+        Denominator::Clamp(eps) => dot.max(eps.into()),
+        Denominator::Add(eps) => dot + f64::from(eps),
+    };
+    let mut r = vec![0.0; p.value_dim()];
+    if den != 0.0 {
+        for (s, m) in s.iter().zip(m.chunks_exact(p.value_dim())) {
+            r.iter_mut().zip(m).for_each(|(r, m)| *r += s * m / den);
+        }
+    }
+    r
+}
+
+/// Eq. (6) for one row: softmax over the open segment, and its log-sum-exp.
+fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> (Vec<f64>, f64) {
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    let logits: Vec<f64> = (segment.iter())
+        .map(|t| {
+            p.scale() * q.iter().zip(&t.k_local[h * dk..][..dk]).map(|(q, k)| q * k).sum::<f64>()
+        })
+        .collect();
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|s| (s - max).exp()).sum();
+    let mut out = vec![0.0; dv];
+    for (s, t) in logits.iter().zip(segment) {
+        let w = (s - max).exp() / sum;
+        out.iter_mut().zip(&t.v[h * dv..][..dv]).for_each(|(o, v)| *o += w * v);
+    }
+    (out, max + sum.ln())
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// The operator on any number of tokens; the same meaning as [`crate::prefill`], for inputs of any
+/// type that converts to f64.
+///
+/// # Errors
+/// Those of [`crate::prefill`] that concern inputs, gate and slots.
+pub fn prefill<T: Copy + Into<f64>>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
+) -> Result<Output> {
+    let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
+    let p = problem;
+    let shape = inputs.q.shape();
+    let rows: usize = shape[..shape.len() - 1].iter().product();
+    let mut out = Output {
+        o: vec![0.0; rows * p.value_dim()],
+        a_dot: vec![0.0; rows * p.value_dim()],
+        a_mem: vec![0.0; rows * p.value_dim()],
+        lse: vec![f64::NEG_INFINITY; rows],
+    };
+    let rows = inputs.rows();
+    let widen = |row: &[T]| -> Vec<f64> { row.iter().map(|&x| x.into()).collect() };
+    for seq in &sequences {
+        for t in 0..seq.len {
+            let (b, token) = (seq.batch, seq.first + t);
+            let local = |row: &[f64]| {
+                let mut row = row.to_vec();
+                if let Some(rope) = &batch.rope {
+                    rope.rotate(&mut row, batch.position(seq, t));
+                }
+                row
+            };
+            let mut new = Token { k: vec![], k_local: vec![], v: vec![] };
+            for h in 0..p.kv_heads() {
+                // SAFETY: `resolve` checked every index.
+                let (k, v) =
+                    unsafe { (widen(rows.k.row(b, token, h)), widen(rows.v.row(b, token, h))) };
+                new.k_local.extend(local(&k));
+                new.k.extend(k);
+                new.v.extend(v);
+            }
+            state.open[seq.slot].push(new);
+            for h in 0..p.heads() {
+                // SAFETY: as above.
+                let q = widen(unsafe { rows.q.row(b, token, h) });
+                let kv = h / p.group();
+                let chunk = seq.slot * p.kv_heads() + kv;
+                let (a_dot, lse) = attend(p, &local(&q), &state.open[seq.slot], kv);
+                let empty = state.counters[seq.slot].committed == 0;
+                let a_mem = if empty {
+                    vec![0.0; p.value_dim()]
+                } else {
+                    let (m, z) = (p.key_dim() * p.value_dim(), p.key_dim());
+                    retrieve(p, &q, &state.m[chunk * m..][..m], &state.z[chunk * z..][..z])
+                };
+                let bypass = empty && p.empty_memory() == EmptyMemory::Bypass;
+                let g = if bypass { 0.0 } else { sigmoid(gate[h].into()) };
+                let at = ((b * batch.tokens + token) * p.heads() + h) * p.value_dim();
+                for c in 0..p.value_dim() {
+                    // A branch of weight 0 is absent, whatever it holds.
+                    let dot = if g == 1.0 { 0.0 } else { (1.0 - g) * a_dot[c] };
+                    let mem = if g == 0.0 { 0.0 } else { g * a_mem[c] };
+                    out.o[at + c] = mem + dot;
+                }
+                out.a_dot[at..][..p.value_dim()].copy_from_slice(&a_dot);
+                out.a_mem[at..][..p.value_dim()].copy_from_slice(&a_mem);
+                out.lse[(b * p.heads() + h) * batch.tokens + token] = lse;
+            }
+            let c = &mut state.counters[seq.slot];
+            c.tokens += 1;
+            c.open_len += 1;
+            c.rotated = batch.rope.is_some();
+            if c.open_len == p.segment_len() {
+                state.commit(p, seq.slot);
+            }
+        }
+    }
+    Ok(out)
+}
