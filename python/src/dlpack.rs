@@ -84,13 +84,9 @@ scalars! { f32: 2, 32; f64: 2, 64; f16: 2, 16; bf16: 4, 16; i64: 0, 64; }
 impl DataType {
     /// As one of the types the operator takes.
     pub fn dtype(self) -> Option<DType> {
-        [
-            (f32::DATA_TYPE, DType::F32),
-            (f16::DATA_TYPE, DType::F16),
-            (bf16::DATA_TYPE, DType::BF16),
-        ]
-        .into_iter()
-        .find_map(|(data_type, dtype)| (data_type == self).then_some(dtype))
+        [(f32::DATA_TYPE, DType::F32), (f16::DATA_TYPE, DType::F16), (bf16::DATA_TYPE, DType::BF16)]
+            .into_iter()
+            .find_map(|(data_type, dtype)| (data_type == self).then_some(dtype))
     }
 }
 
@@ -138,8 +134,7 @@ impl<'py> Memory<'py> {
                 capsule.pointer_checked(Some(c"dltensor_versioned"))?.cast();
             // SAFETY: the name promises a DLManagedTensorVersioned, whose first two fields stand in
             // every version.
-            let (major, minor) =
-                unsafe { ((*managed.as_ptr()).major, (*managed.as_ptr()).minor) };
+            let (major, minor) = unsafe { ((*managed.as_ptr()).major, (*managed.as_ptr()).minor) };
             if major != 1 {
                 let message =
                     format!("{argument}: DLPack version {major}.{minor} given, 1.x expected");
@@ -232,7 +227,11 @@ impl<'py> Memory<'py> {
             ok
         });
         if self.read_only || !contiguous && !self.shape.contains(&0) {
-            return Err(error::value(&self.argument, "other memory", "writable, contiguous memory"));
+            return Err(error::value(
+                &self.argument,
+                "other memory",
+                "writable, contiguous memory",
+            ));
         }
         let len = self.shape.iter().product();
         // SAFETY: as in `view_mut`; contiguous, so the elements are the product of the extents.

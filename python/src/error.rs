@@ -16,7 +16,9 @@ pub fn python(error: Error) -> PyErr {
         None => message,
     };
     match error {
-        Error::DType { .. } | Error::Problem { field: "dtype", .. } => PyTypeError::new_err(message),
+        Error::DType { .. } | Error::Problem { field: "dtype", .. } => {
+            PyTypeError::new_err(message)
+        }
         Error::Io { path, source } => match source.raw_os_error() {
             // With an error number Python itself picks FileNotFoundError, PermissionError, …
             Some(code) => PyOSError::new_err((code, source.to_string(), path)),

@@ -64,10 +64,7 @@ fn is_torch(object: &Bound<'_, PyAny>) -> PyResult<bool> {
 }
 
 /// Refuses what must not be read, and returns the kind and the object whose memory to borrow.
-fn admit<'py>(
-    argument: &str,
-    object: &Bound<'py, PyAny>,
-) -> PyResult<(Kind, Bound<'py, PyAny>)> {
+fn admit<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Bound<'py, PyAny>)> {
     if is_numpy(object)? {
         return Ok((Kind::NumPy, object.clone()));
     }
@@ -78,11 +75,19 @@ fn admit<'py>(
     let py = object.py();
     let device = object.getattr(intern!(py, "device"))?;
     if device.getattr(intern!(py, "type"))?.extract::<String>()? != "cpu" {
-        return Err(error::value(argument, format!("device {device}"), "cpu (the only one built in)"));
+        return Err(error::value(
+            argument,
+            format!("device {device}"),
+            "cpu (the only one built in)",
+        ));
     }
     // A lazily negated tensor (the imaginary part of a conjugate) does not hold its values.
     if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-        return Err(error::value(argument, "a tensor with the negative bit", "tensor.resolve_neg()"));
+        return Err(error::value(
+            argument,
+            "a tensor with the negative bit",
+            "tensor.resolve_neg()",
+        ));
     }
     if !object.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
         return Ok((Kind::Torch, object.clone()));
@@ -101,17 +106,18 @@ fn admit<'py>(
 }
 
 /// The memory of an argument, and its kind.
-pub fn borrow<'py>(
-    argument: &str,
-    object: &Bound<'py, PyAny>,
-) -> PyResult<(Kind, Memory<'py>)> {
+pub fn borrow<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Memory<'py>)> {
     let (kind, object) = admit(argument, object)?;
     match Memory::borrow(argument, &object) {
         Ok(memory) => Ok((kind, memory)),
         // What DLPack cannot describe: the element type, the byte order or the layout.
         Err(e) if e.is_instance_of::<PyBufferError>(object.py()) => {
             let reason = e.value(object.py());
-            Err(error::wrong_type(argument, format!("{kind} that cannot be shared ({reason})"), "f32, f16 or bf16"))
+            Err(error::wrong_type(
+                argument,
+                format!("{kind} that cannot be shared ({reason})"),
+                "f32, f16 or bf16",
+            ))
         }
         Err(e) => Err(e),
     }
@@ -221,9 +227,9 @@ fn to_numpy<'py>(
             object = object.call_method0("float")?;
         }
     }
-    let array = numpy(py)?.call_method1("asarray", (&object,)).map_err(|e| {
-        error::wrong_type(argument, e.value(py), expected)
-    })?;
+    let array = numpy(py)?
+        .call_method1("asarray", (&object,))
+        .map_err(|e| error::wrong_type(argument, e.value(py), expected))?;
     let kind: String = array.getattr("dtype")?.getattr("kind")?.extract()?;
     // An empty list has no type of its own.
     if !kinds.contains(&kind) && array.getattr("size")?.extract::<usize>()? > 0 {
