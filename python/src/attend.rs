@@ -29,7 +29,7 @@ pub type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 4];
 /// The optional arguments that say which tokens there are, as given.
 pub struct Tokens<'a, 'py> {
     pub seq_lens: Option<&'a Bound<'py, PyAny>>,
-    pub rope: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+    pub rope: Option<&'a Bound<'py, PyAny>>,
     pub positions: Option<&'a Bound<'py, PyAny>>,
     pub interleaved: bool,
 }
@@ -53,7 +53,9 @@ impl<'py> Arguments<'py> {
         if tokens.rope.is_none() && tokens.positions.is_some() {
             return Err(error::value("positions", "without rope", "rope=(cos, sin) with them"));
         }
-        let rope = tokens.rope.map(|(cos, sin)| -> PyResult<_> {
+        let rope = tokens.rope.map(|tables| -> PyResult<_> {
+            let (cos, sin): (Bound<'py, PyAny>, Bound<'py, PyAny>) =
+                error::typed("rope", tables, "a tuple (cos, sin)")?;
             Ok((tensor::borrow("rope.cos", &cos)?.1, tensor::borrow("rope.sin", &sin)?.1))
         });
         Ok(Self {
@@ -222,14 +224,14 @@ pub fn infini_attention<'py>(
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
     beta: &Bound<'py, PyAny>,
-    segment_len: Option<i64>,
-    update: Option<&str>,
-    scale: Option<f64>,
-    empty_memory: Option<&str>,
+    segment_len: Option<&Bound<'py, PyAny>>,
+    update: Option<&Bound<'py, PyAny>>,
+    scale: Option<&Bound<'py, PyAny>>,
+    empty_memory: Option<&Bound<'py, PyAny>>,
     denominator: Option<&Bound<'py, PyAny>>,
-    state: Option<&Bound<'py, State>>,
+    state: Option<&Bound<'py, PyAny>>,
     seq_lens: Option<&Bound<'py, PyAny>>,
-    rope: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+    rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
     rope_interleaved: bool,
     inplace: bool,
@@ -240,6 +242,9 @@ pub fn infini_attention<'py>(
     let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+    let state: Option<Bound<'py, State>> =
+        state.map(|s| error::typed("state", s, "an infini_attn.State")).transpose()?;
+    let state = state.as_ref();
     let base = state.map(|s| s.get().read().map(|s| *s.problem())).transpose()?;
     let dtype = dtype_of("q", &arguments.q)?;
     let problem = arguments.problem(base, &policies, dtype)?;

@@ -4,7 +4,7 @@
 use std::fmt::Display;
 
 use infini_attn::Error;
-use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 /// The core's error as an exception.
@@ -41,4 +41,22 @@ pub fn wrong_type(argument: &str, got: impl Display, expected: impl Display) -> 
 /// TypeError about an element type.
 pub fn dtype(argument: &str, got: impl Display, expected: impl Display) -> PyErr {
     wrong_type(argument, format_args!("dtype {got}"), expected)
+}
+
+/// A scalar argument as a Rust value, or an error that names it.
+pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
+    argument: &str,
+    object: &'a Bound<'py, PyAny>,
+    expected: &str,
+) -> PyResult<T> {
+    object.extract().map_err(|e: T::Error| {
+        let e: PyErr = e.into();
+        match (e.is_instance_of::<PyOverflowError>(object.py()), object.repr()) {
+            (true, Ok(repr)) => value(argument, repr, format_args!("{expected} of 64 bits")),
+            _ => match object.get_type().fully_qualified_name() {
+                Ok(class) => wrong_type(argument, class, expected),
+                Err(e) => e,
+            },
+        }
+    })
 }

@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use crate::state::{_state_from_bytes, State};
     #[pymodule_export]
-    use crate::threads::{get_num_threads, set_num_threads};
+    use crate::threads::{get_num_threads, set_num_threads, simd_level};
 
     /// The package's version.
     #[pymodule_export]

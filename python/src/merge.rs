@@ -102,9 +102,10 @@ pub struct KeySums(infini_attn::KeySums);
 impl KeySums {
     /// The sums over no tokens, for `batch` sequences.
     #[staticmethod]
-    #[pyo3(signature = (problem, batch = 1))]
-    fn zero(problem: &Problem, batch: i64) -> PyResult<Self> {
-        Ok(Self(infini_attn::KeySums::zero(&problem.0, extent("batch", batch)?)))
+    #[pyo3(signature = (problem, batch = None))]
+    fn zero(problem: &Problem, batch: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let batch = batch.map_or(Ok(1), |n| extent("batch", n))?;
+        Ok(Self(infini_attn::KeySums::zero(&problem.0, batch)))
     }
 
     /// What a run that continues `state` finds: its z and its committed tokens.

@@ -1,14 +1,14 @@
 //! The problem: heads, dimensions, segment length and policies.
 
-use infini_attn::{Denominator, ProblemBuilder};
+use std::str::FromStr;
+
+use infini_attn::{DType, Denominator, ProblemBuilder};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use crate::error;
 
 /// What is to be computed: heads, dimensions, segment length and policies, validated once.
-///
-/// Problem(*, heads, key_dim, kv_heads=None, value_dim=None, segment_len=2048, update="delta", scale=None, empty_memory="gate", denominator="exact", dtype="f32")
 ///
 /// Parameters
 /// ----------
@@ -36,10 +36,10 @@ pub struct Problem(pub infini_attn::Problem);
 /// The policies of a call as given: None where the state's value or the default holds.
 #[derive(Default)]
 pub struct Policies<'a, 'py> {
-    pub segment_len: Option<i64>,
-    pub update: Option<&'a str>,
-    pub scale: Option<f64>,
-    pub empty_memory: Option<&'a str>,
+    pub segment_len: Option<&'a Bound<'py, PyAny>>,
+    pub update: Option<&'a Bound<'py, PyAny>>,
+    pub scale: Option<&'a Bound<'py, PyAny>>,
+    pub empty_memory: Option<&'a Bound<'py, PyAny>>,
     pub denominator: Option<&'a Bound<'py, PyAny>>,
 }
 
@@ -49,13 +49,13 @@ impl Policies<'_, '_> {
             builder = builder.segment_len(extent("segment_len", n)?);
         }
         if let Some(name) = self.update {
-            builder = builder.update(name.parse().map_err(error::python)?);
+            builder = builder.update(parse("update", name)?);
         }
         if let Some(scale) = self.scale {
-            builder = builder.scale(scale);
+            builder = builder.scale(error::typed("scale", scale, "a number")?);
         }
         if let Some(name) = self.empty_memory {
-            builder = builder.empty_memory(name.parse().map_err(error::python)?);
+            builder = builder.empty_memory(parse("empty_memory", name)?);
         }
         if let Some(policy) = self.denominator {
             builder = builder.denominator(denominator(policy)?);
@@ -65,8 +65,18 @@ impl Policies<'_, '_> {
 }
 
 /// An extent; what is too large the builder refuses.
-pub fn extent(argument: &str, n: i64) -> PyResult<usize> {
+pub fn extent(argument: &str, n: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let n: i64 = error::typed(argument, n, "an integer")?;
     usize::try_from(n).map_err(|_| error::value(argument, n, "at least 1"))
+}
+
+/// A policy or element type by its name.
+pub fn parse<T>(argument: &str, name: &Bound<'_, PyAny>) -> PyResult<T>
+where
+    T: FromStr<Err = infini_attn::Error>,
+{
+    let name: String = error::typed(argument, name, "a string")?;
+    name.parse().map_err(error::python)
 }
 
 fn denominator(policy: &Bound<'_, PyAny>) -> PyResult<Denominator> {
@@ -86,19 +96,19 @@ fn denominator(policy: &Bound<'_, PyAny>) -> PyResult<Denominator> {
 #[pymethods]
 impl Problem {
     #[new]
-    #[pyo3(signature = (*, heads, key_dim, kv_heads = None, value_dim = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = "f32"))]
+    #[pyo3(signature = (*, heads, key_dim, kv_heads = None, value_dim = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
-        heads: i64,
-        key_dim: i64,
-        kv_heads: Option<i64>,
-        value_dim: Option<i64>,
-        segment_len: Option<i64>,
-        update: Option<&str>,
-        scale: Option<f64>,
-        empty_memory: Option<&str>,
+        heads: &Bound<'_, PyAny>,
+        key_dim: &Bound<'_, PyAny>,
+        kv_heads: Option<&Bound<'_, PyAny>>,
+        value_dim: Option<&Bound<'_, PyAny>>,
+        segment_len: Option<&Bound<'_, PyAny>>,
+        update: Option<&Bound<'_, PyAny>>,
+        scale: Option<&Bound<'_, PyAny>>,
+        empty_memory: Option<&Bound<'_, PyAny>>,
         denominator: Option<&Bound<'_, PyAny>>,
-        dtype: &str,
+        dtype: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let policies = Policies { segment_len, update, scale, empty_memory, denominator };
         let builder = infini_attn::Problem::builder()
@@ -106,7 +116,7 @@ impl Problem {
             .kv_heads(extent("kv_heads", kv_heads.unwrap_or(heads))?)
             .key_dim(extent("key_dim", key_dim)?)
             .value_dim(extent("value_dim", value_dim.unwrap_or(key_dim))?)
-            .dtype(dtype.parse().map_err(error::python)?);
+            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
         policies.apply(builder)?.build().map(Self).map_err(error::python)
     }
 

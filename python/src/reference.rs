@@ -13,7 +13,7 @@ use crate::problem::Policies;
 use crate::{error, tensor, threads};
 
 /// State of the reference, float64 throughout.
-#[pyclass(frozen, name = "State", module = "infini_attn.reference")]
+#[pyclass(frozen, module = "infini_attn._core")]
 pub struct ReferenceState {
     problem: Problem,
     sequences: usize,
@@ -95,14 +95,14 @@ pub fn reference_infini_attention<'py>(
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
     beta: &Bound<'py, PyAny>,
-    segment_len: Option<i64>,
-    update: Option<&str>,
-    scale: Option<f64>,
-    empty_memory: Option<&str>,
+    segment_len: Option<&Bound<'py, PyAny>>,
+    update: Option<&Bound<'py, PyAny>>,
+    scale: Option<&Bound<'py, PyAny>>,
+    empty_memory: Option<&Bound<'py, PyAny>>,
     denominator: Option<&Bound<'py, PyAny>>,
-    state: Option<&Bound<'py, ReferenceState>>,
+    state: Option<&Bound<'py, PyAny>>,
     seq_lens: Option<&Bound<'py, PyAny>>,
-    rope: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
+    rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
     rope_interleaved: bool,
     return_state: bool,
@@ -112,6 +112,9 @@ pub fn reference_infini_attention<'py>(
     let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+    let state: Option<Bound<'py, ReferenceState>> =
+        state.map(|s| error::typed("state", s, "an infini_attn.reference.State")).transpose()?;
+    let state = state.as_ref();
     let base = state.map(|s| s.get().problem);
     let problem = arguments.problem(base, &policies, DType::F32)?;
     if let Some(made_for) = base.filter(|made_for| *made_for != problem) {

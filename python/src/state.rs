@@ -3,17 +3,17 @@
 use std::path::PathBuf;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use infini_attn::State as Core;
+use infini_attn::{DType, State as Core};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::problem::{Policies, Problem, extent};
+use crate::problem::{Policies, Problem, extent, parse};
 use crate::{dlpack::Memory, error, tensor, threads};
 
 /// The state of B independent streams: compressive memory, normaliser, counters, open segment.
 ///
-/// State(problem, sequences=1) starts empty streams. A state is what infini_attention returns and
+/// State(problem, sequences=1) starts that many empty streams. A state is what infini_attention returns and
 /// takes; its size does not depend on how many tokens were seen. It can be pickled, copied
 /// (copy.deepcopy, fork) and saved.
 ///
@@ -81,9 +81,10 @@ fn token_counts(argument: &str, object: &Bound<'_, PyAny>, batch: usize) -> PyRe
 #[pymethods]
 impl State {
     #[new]
-    #[pyo3(signature = (problem, sequences = 1))]
-    fn create(problem: &Problem, sequences: i64) -> PyResult<Self> {
-        Ok(Self::new(Core::new(&problem.0, extent("sequences", sequences)?)))
+    #[pyo3(signature = (problem, sequences = None))]
+    fn create(problem: &Problem, sequences: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
+        Ok(Self::new(Core::new(&problem.0, sequences)))
     }
 
     /// A state from its parts, without an open segment.
@@ -103,20 +104,20 @@ impl State {
     /// segment_len, update, scale, empty_memory, denominator, dtype
     ///     As in Problem.
     #[staticmethod]
-    #[pyo3(signature = (M, z, tokens, committed = None, *, heads = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = "f32"))]
+    #[pyo3(signature = (M, z, tokens, committed = None, *, heads = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = None))]
     #[allow(clippy::too_many_arguments, non_snake_case)]
     fn from_arrays(
         M: &Bound<'_, PyAny>,
         z: &Bound<'_, PyAny>,
         tokens: &Bound<'_, PyAny>,
         committed: Option<&Bound<'_, PyAny>>,
-        heads: Option<i64>,
-        segment_len: Option<i64>,
-        update: Option<&str>,
-        scale: Option<f64>,
-        empty_memory: Option<&str>,
+        heads: Option<&Bound<'_, PyAny>>,
+        segment_len: Option<&Bound<'_, PyAny>>,
+        update: Option<&Bound<'_, PyAny>>,
+        scale: Option<&Bound<'_, PyAny>>,
+        empty_memory: Option<&Bound<'_, PyAny>>,
         denominator: Option<&Bound<'_, PyAny>>,
-        dtype: &str,
+        dtype: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let (_, m) = tensor::borrow("M", M)?;
         let (_, z) = tensor::borrow("z", z)?;
@@ -128,7 +129,7 @@ impl State {
             .kv_heads(kv_heads)
             .key_dim(key_dim)
             .value_dim(value_dim)
-            .dtype(dtype.parse().map_err(error::python)?);
+            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
         let problem = policies.apply(builder)?.build().map_err(error::python)?;
         let tokens = token_counts("tokens", tokens, batch)?;
         let committed = match committed {

@@ -64,7 +64,8 @@ pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> R + Send) -> PyResult
 /// n : int
 ///     At least 1.
 #[pyfunction]
-pub fn set_num_threads(n: i64) -> PyResult<()> {
+pub fn set_num_threads(n: &Bound<'_, PyAny>) -> PyResult<()> {
+    let n: i64 = error::typed("n", n, "an integer")?;
     let Some(threads) = usize::try_from(n).ok().filter(|&n| (1..=1 << 16).contains(&n)) else {
         return Err(error::value("n", n, "1 to 65536"));
     };
@@ -80,4 +81,16 @@ pub fn set_num_threads(n: i64) -> PyResult<()> {
 #[pyfunction]
 pub fn get_num_threads() -> PyResult<usize> {
     Ok(current()?.map_or_else(rayon::current_num_threads, |p| p.current_num_threads()))
+}
+
+/// The vector instructions of this machine that the CPU backend uses.
+#[pyfunction]
+pub fn simd_level() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if pulp::x86::V4::try_new().is_some() {
+        return "AVX-512";
+    } else if pulp::x86::V3::try_new().is_some() {
+        return "AVX2";
+    }
+    if cfg!(target_arch = "aarch64") { "NEON" } else { "baseline SIMD" }
 }
