@@ -72,10 +72,11 @@ fn merge_row<T: Element>(
         // SAFETY: `check_partials` compared every shape; the caller stays inside them.
         *log = unsafe { lse.row(batch, 0, head) }[token].into();
     }
-    let total = log_sum_exp(logs);
+    let (max, exp_sum) = max_and_exp_sum(logs);
     sum.fill(0.0);
     for (&log, (a_dot, _)) in logs.iter().zip(parts).filter(|(log, _)| **log != f64::NEG_INFINITY) {
-        let weight = (log - total).exp() as f32;
+        // Not exp(log − lse): a large max would absorb the logarithm of the sum.
+        let weight = ((log - max).exp() / exp_sum) as f32;
         // SAFETY: as above.
         T::widen(unsafe { a_dot.row(batch, token, head) }, part);
         sum.iter_mut().zip(&*part).for_each(|(s, p)| *s += weight * p);
@@ -85,17 +86,17 @@ fn merge_row<T: Element>(
     if let Some(out_lse) = out_lse {
         // SAFETY: as above, for every element.
         let lse = unsafe { out_lse.part([batch, 0, head], token..token + 1) };
-        lse.fill(total as f32);
+        lse.fill((max + exp_sum.ln()) as f32);
     }
 }
 
-/// ln Σ exp(logs), −∞ when all of them are −∞, NaN when one is.
-fn log_sum_exp(logs: &[f64]) -> f64 {
+/// The largest log and Σ exp(log − max): (−∞, 1) when all are −∞, a NaN sum when one is NaN.
+fn max_and_exp_sum(logs: &[f64]) -> (f64, f64) {
     if logs.iter().all(|&x| x == f64::NEG_INFINITY) {
-        return f64::NEG_INFINITY;
+        return (f64::NEG_INFINITY, 1.0);
     }
     let max = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    max + logs.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
+    (max, logs.iter().map(|x| (x - max).exp()).sum())
 }
 
 fn check_partials<T: Element>(

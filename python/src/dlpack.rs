@@ -267,12 +267,13 @@ fn layout(raw: &RawTensor) -> (Vec<usize>, Vec<i64>) {
         return (vec![], vec![]);
     }
     let shape: Vec<usize> = list(raw.shape).into_iter().map(|n| n.max(0) as usize).collect();
-    if !raw.strides.is_null() {
+    // An empty tensor's strides mean nothing, and NumPy gives zeros.
+    if !raw.strides.is_null() && !shape.contains(&0) {
         return (shape, list(raw.strides));
     }
     let mut strides = vec![1i64; rank];
     for d in (1..rank).rev() {
-        strides[d - 1] = strides[d].saturating_mul(shape[d] as i64);
+        strides[d - 1] = strides[d].saturating_mul(shape[d].max(1) as i64);
     }
     (shape, strides)
 }

@@ -256,7 +256,6 @@ fn parse(bytes: &[u8]) -> std::result::Result<State, Reason> {
     let counters = read_counters(&problem, [tokens, committed, open_len], is_rotated)?;
     for (name, rows, needed) in [
         ("open_keys", open, count_open(&counters, |_| true)),
-        ("open_values", open, count_open(&counters, |_| true)),
         ("open_keys_rotated", rotated, count_open(&counters, holds_rotated)),
     ] {
         if rows != needed {
