@@ -171,9 +171,11 @@ impl Problem {
     /// "exact", ("clamp", eps) or ("add", eps).
     #[getter]
     fn denominator<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // By way of text, so that what was given as 1e-10 does not come back as f32's 1.00000001e-10.
+        let python = |eps: f32| eps.to_string().parse::<f64>().unwrap_or(eps.into());
         match self.0.denominator() {
-            Denominator::Clamp(eps) => Ok(("clamp", eps).into_pyobject(py)?.into_any()),
-            Denominator::Add(eps) => Ok(("add", eps).into_pyobject(py)?.into_any()),
+            Denominator::Clamp(eps) => Ok(("clamp", python(eps)).into_pyobject(py)?.into_any()),
+            Denominator::Add(eps) => Ok(("add", python(eps)).into_pyobject(py)?.into_any()),
             exact => Ok(PyString::new(py, &exact.to_string()).into_any()),
         }
     }

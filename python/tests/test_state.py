@@ -154,10 +154,10 @@ def test_files_that_are_refused(tmp_path):
 
 
 def test_problem():
-    p = Problem(heads=8, kv_heads=2, key_dim=64, denominator=("clamp", 0.5), dtype="bf16")
+    p = Problem(heads=8, kv_heads=2, key_dim=64, denominator=("clamp", 1e-10), dtype="bf16")
     assert (p.heads, p.kv_heads, p.key_dim, p.value_dim) == (8, 2, 64, 64)
     assert (p.segment_len, p.update, p.scale, p.empty_memory) == (2048, "delta", 0.125, "gate")
-    assert p.denominator == ("clamp", 0.5) and p.dtype == "bf16"
+    assert p.denominator == ("clamp", 1e-10) and p.dtype == "bf16"
     assert eval(repr(p)) == p and p != Problem(heads=8, key_dim=64)
     state = State(p, 3)
     assert state.problem == p and state.tokens.tolist() == [0, 0, 0]
