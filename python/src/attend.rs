@@ -145,26 +145,30 @@ pub struct Wanted {
     pub parts: bool,
 }
 
+/// The arrays of one call's results.
+pub struct Results<'py> {
+    pub out: Bound<'py, PyAny>,
+    pub lse: Option<Bound<'py, PyAny>>,
+    /// A_dot and A_mem.
+    pub parts: Option<[Bound<'py, PyAny>; 2]>,
+}
+
 impl Wanted {
     /// `out` alone, or the tuple (out, state, lse, a_dot, a_mem) of what is asked for.
     pub fn pack<'py>(
         self,
         py: Python<'py>,
-        out: Bound<'py, PyAny>,
-        state: impl FnOnce() -> PyResult<Bound<'py, PyAny>>,
-        lse: Option<Bound<'py, PyAny>>,
-        parts: Option<[Bound<'py, PyAny>; 2]>,
+        results: Results<'py>,
+        state: Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         if !(self.state || self.lse || self.parts) {
-            return Ok(out);
+            return Ok(results.out);
         }
-        let mut results = vec![out];
-        if self.state {
-            results.push(state()?);
-        }
-        results.extend(lse);
-        results.extend(parts.into_iter().flatten());
-        Ok(PyTuple::new(py, results)?.into_any())
+        let mut tuple = vec![results.out];
+        tuple.extend(self.state.then_some(state));
+        tuple.extend(results.lse);
+        tuple.extend(results.parts.into_iter().flatten());
+        Ok(PyTuple::new(py, tuple)?.into_any())
     }
 }
 
@@ -249,49 +253,29 @@ pub fn infini_attention<'py>(
     let dtype = dtype_of("q", &arguments.q)?;
     let problem = arguments.problem(base, &policies, dtype)?;
     let wanted = Wanted { state: return_state, lse: return_lse, parts: return_parts };
-    // A new state is written before anyone else sees it, the caller's own under its lock.
-    let mut own = match state {
-        Some(_) if inplace => None,
-        Some(state) => {
-            let state = state.get().read()?;
-            let all: Vec<usize> = (0..state.sequences()).collect();
-            Some(state.fork(&all).map_err(error::python)?)
-        }
-        None => Some(infini_attn::State::new(&problem, arguments.batch().0)),
-    };
-    let mut guard = match (&own, state) {
-        (None, Some(state)) => Some(state.get().write()?),
-        _ => None,
-    };
-    let target = own.as_mut().or(guard.as_deref_mut()).expect("one of the two was made");
-    let results = match dtype {
-        DType::F32 => run::<f32>(py, &arguments, &problem, target, wanted),
-        DType::F16 => run::<half::f16>(py, &arguments, &problem, target, wanted),
-        DType::BF16 => run::<half::bf16>(py, &arguments, &problem, target, wanted),
+    let compute = |state: &mut infini_attn::State| match dtype {
+        DType::F32 => run::<f32>(py, &arguments, &problem, state, wanted),
+        DType::F16 => run::<half::f16>(py, &arguments, &problem, state, wanted),
+        DType::BF16 => run::<half::bf16>(py, &arguments, &problem, state, wanted),
         other => Err(error::dtype("q", other, "f32, f16 or bf16")),
-    }?;
-    drop(guard);
-    let state = || match (own, state) {
-        (None, Some(state)) => Ok(state.clone().into_any()),
-        (own, _) => {
-            let own = own.expect("made above when the caller's is not advanced");
-            Ok(Bound::new(py, State::new(own))?.into_any())
+    };
+    let (results, state) = match state {
+        Some(state) if inplace => (compute(&mut *state.get().write()?)?, state.clone()),
+        given => {
+            let mut next = match given {
+                Some(state) => state.get().read()?.clone(),
+                None => infini_attn::State::new(&problem, arguments.batch().0),
+            };
+            (compute(&mut next)?, Bound::new(py, State::new(next))?)
         }
     };
-    wanted.pack(py, results.out, state, results.lse, results.parts)
+    wanted.pack(py, results, state.into_any())
 }
 
 /// The element type of an input, if it is one of the operator's.
 pub fn dtype_of(argument: &str, memory: &Memory<'_>) -> PyResult<DType> {
     let got = memory.data_type();
     got.dtype().ok_or_else(|| error::dtype(argument, got, "f32, f16 or bf16"))
-}
-
-/// The arrays of one call's results.
-struct Results<'py> {
-    out: Bound<'py, PyAny>,
-    lse: Option<Bound<'py, PyAny>>,
-    parts: Option<[Bound<'py, PyAny>; 2]>,
 }
 
 fn run<'py, T: Element + Scalar>(

@@ -4,12 +4,12 @@ use std::sync::RwLock;
 
 use half::{bf16, f16};
 use infini_attn::{DType, Problem, TensorView, reference};
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
-use crate::attend::{Arguments, Tokens, Wanted};
+use crate::attend::{Arguments, Results, Tokens, Wanted};
 use crate::dlpack::{Memory, Scalar};
 use crate::problem::Policies;
+use crate::state::unusable;
 use crate::{error, tensor, threads};
 
 /// State of the reference, float64 throughout.
@@ -22,8 +22,7 @@ pub struct ReferenceState {
 
 impl ReferenceState {
     fn read<R>(&self, read: impl FnOnce(&reference::State) -> R) -> PyResult<R> {
-        let in_use = |_| PyRuntimeError::new_err("state: in use by a call in another thread");
-        self.state.try_read().map(|state| read(&state)).map_err(in_use)
+        self.state.try_read().map(|state| read(&state)).map_err(unusable)
     }
 
     fn counts<'py>(
@@ -75,8 +74,7 @@ impl ReferenceState {
     /// Commits the open segments of all streams, in place.
     fn flush(&self) -> PyResult<()> {
         let slots: Vec<usize> = (0..self.sequences).collect();
-        let mut state = (self.state.try_write())
-            .map_err(|_| PyRuntimeError::new_err("state: in use by a call in another thread"))?;
+        let mut state = self.state.try_write().map_err(unusable)?;
         state.flush(&self.problem, &slots).map_err(error::python)
     }
 }
@@ -141,18 +139,14 @@ pub fn reference_infini_attention<'py>(
     let lse = || tensor::array(py, &[batch, shape[2], length], "float64", &output.lse);
     let parts = || Ok::<_, PyErr>([array(&output.a_dot)?, array(&output.a_mem)?]);
     let wanted = Wanted { state: return_state, lse: return_lse, parts: return_parts };
-    let state = || {
-        let sequences = state.map_or(batch, |s| s.get().sequences);
-        let next = ReferenceState { problem, sequences, state: RwLock::new(next) };
-        Ok(Bound::new(py, next)?.into_any())
+    let results = Results {
+        out: array(&output.o)?,
+        lse: return_lse.then(lse).transpose()?,
+        parts: return_parts.then(parts).transpose()?,
     };
-    wanted.pack(
-        py,
-        array(&output.o)?,
-        state,
-        return_lse.then(lse).transpose()?,
-        return_parts.then(parts).transpose()?,
-    )
+    let sequences = state.map_or(batch, |s| s.get().sequences);
+    let next = ReferenceState { problem, sequences, state: RwLock::new(next) };
+    wanted.pack(py, results, Bound::new(py, next)?.into_any())
 }
 
 /// The elements of an input of any float type.

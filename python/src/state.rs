@@ -1,7 +1,7 @@
 //! The state of a batch of streams.
 
 use std::path::PathBuf;
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use infini_attn::{DType, State as Core};
 use pyo3::exceptions::PyRuntimeError;
@@ -30,11 +30,11 @@ impl State {
     // Never waits: a thread that waited here while attached to Python would keep the one it waits
     // for from finishing.
     pub fn read(&self) -> PyResult<RwLockReadGuard<'_, Core>> {
-        self.0.try_read().map_err(|e| in_use(e.to_string()))
+        self.0.try_read().map_err(unusable)
     }
 
     pub fn write(&self) -> PyResult<RwLockWriteGuard<'_, Core>> {
-        self.0.try_write().map_err(|e| in_use(e.to_string()))
+        self.0.try_write().map_err(unusable)
     }
 
     fn counts<'py>(
@@ -48,8 +48,12 @@ impl State {
     }
 }
 
-fn in_use(reason: String) -> PyErr {
-    PyRuntimeError::new_err(format!("state: in use by a call in another thread ({reason})"))
+/// Why a state cannot be had now.
+pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
+    PyRuntimeError::new_err(match error {
+        TryLockError::WouldBlock => "state: in use by a call in another thread",
+        TryLockError::Poisoned(_) => "state: left half-written by a call that crashed",
+    })
 }
 
 /// All slots, or those given.

@@ -1,5 +1,7 @@
 """infini_attention against PyTorch, a public implementation, the reference and itself."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,31 @@ def test_strides_are_free(numpy, t):
             strided = [x.numpy() for x in strided]
         out = infini_attention(*strided, beta, segment_len=32, return_state=False)
         assert torch.equal(torch.as_tensor(out), expected)
+
+
+class OldTensor(torch.Tensor):
+    """Exports as before DLPack 1.0."""
+
+    def __dlpack__(self, stream=None):
+        return self.as_subclass(torch.Tensor).__dlpack__(stream=stream)
+
+
+def test_unversioned_dlpack():
+    q, k, v, beta = tensors(1, 40, 2, 1, 8)
+    expected = infini_attention(q, k, v, beta, segment_len=16)[0]
+    old = [x.transpose(1, 2).contiguous().transpose(1, 2).as_subclass(OldTensor) for x in (q, k, v)]
+    assert torch.equal(infini_attention(*old, beta, segment_len=16)[0], expected)
+
+
+def test_memory_is_given_back():
+    q = np.ones((1, 20, 2, 8), np.float32)
+    state = infini_attention(q, q, q, [0.0, 0.0])[1]
+    before = sys.getrefcount(q)
+    for _ in range(3):
+        infini_attention(q, q, q, [0.0, 0.0], state=state)
+        with pytest.raises(ValueError):
+            infini_attention(q, q, q, [0.0], state=state)
+    assert sys.getrefcount(q) == before
 
 
 def test_broadcast_dimensions_are_not_expanded():
