@@ -1,0 +1,87 @@
+//! A passkey in up to a million tokens of real text, found again through the compressive memory
+//! alone: `cargo run --release --example passkey`. `--help` says how and what is constructed.
+
+mod cli;
+mod experiment;
+mod features;
+mod haystack;
+mod report;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use infini_attn::Problem;
+
+use crate::cli::Cli;
+use crate::experiment::{Experiment, KEYS, Kind, total_tokens};
+use crate::features::PHRASE;
+use crate::haystack::Haystack;
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("error: a passkey was not recalled");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether every passkey was recalled in the rows that are not there to fail.
+fn run(cli: &Cli) -> Result<bool> {
+    cli.check()?;
+    let start = Instant::now();
+    let mut lengths = cli.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    let problem = Problem::builder()
+        .heads(cli.heads)
+        .head_dim(cli.dim)
+        .segment_len(cli.segment)
+        .update(cli.update)
+        .build()?;
+    let longest = lengths.iter().max().copied().unwrap_or_default();
+    let needed = longest.next_multiple_of(cli.segment);
+    let haystack = Haystack::read(&cli.files, needed, PHRASE)?;
+    let title = format!(
+        "Passkey in real text: {} rule, {} heads of {} channels, segments of {} tokens, seed {}",
+        cli.update,
+        cli.heads,
+        cli.dim,
+        report::tokens(cli.segment),
+        cli.seed
+    );
+    println!("{title}");
+    println!("Text: {}", haystack.describe(needed));
+    println!("Needle: \"{PHRASE}\" and five digits; projections are constructed, not trained");
+
+    let progress = bar(total_tokens(&lengths, cli.segment));
+    let experiment =
+        Experiment { problem, seed: cli.seed, haystack: &haystack, progress: &progress };
+    let mut lines = vec![];
+    for &length in &lengths {
+        lines.extend(experiment.run(length)?);
+    }
+    progress.finish_and_clear();
+
+    println!("\nDigits recalled (passkeys recalled whole, of {KEYS}) by depth of the needle\n");
+    print!("{}", report::table(&lines, &problem));
+    report::plot(&lines, &lengths, &title, &cli.plot)?;
+    println!("\nHeat map: {} ({:.1} s in all)", cli.plot.display(), start.elapsed().as_secs_f64());
+    let must = |kind| matches!(kind, Kind::Constructed | Kind::Decoy);
+    let found = |cells: &[experiment::Cell]| cells.iter().all(|c| c.whole == KEYS);
+    Ok(lines.iter().filter(|line| must(line.kind)).all(|line| found(&line.cells)))
+}
+
+fn bar(tokens: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:32} {wide_bar} {percent:>3} %, {eta} left")
+        .expect("the template is well formed");
+    ProgressBar::new(tokens).with_style(style)
+}
