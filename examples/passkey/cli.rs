@@ -42,12 +42,12 @@ pub struct Cli {
         value_name = "TOKENS",
         value_delimiter = ',',
         default_value = "32K,128K,512K,1M",
-        value_parser = tokens
+        value_parser = parse_tokens
     )]
     pub lengths: Vec<usize>,
 
     /// Tokens per segment
-    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = tokens)]
+    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = parse_tokens)]
     pub segment: usize,
 
     /// How a segment is written into the memory: linear (eq. 8 of the paper) or delta (eq. 9)
@@ -97,7 +97,7 @@ impl Cli {
 }
 
 /// A number of tokens: 2048, 32K, 1M.
-fn tokens(text: &str) -> Result<usize, String> {
+fn parse_tokens(text: &str) -> Result<usize, String> {
     let (number, unit) = match text.trim_end_matches(['k', 'K', 'm', 'M']) {
         number if number.len() == text.len() => (number, 1),
         number if text.ends_with(['k', 'K']) => (number, 1 << 10),
@@ -108,6 +108,15 @@ fn tokens(text: &str) -> Result<usize, String> {
     parsed
         .filter(|&n| n > 0 && one_suffix)
         .ok_or_else(|| "a positive whole number expected, such as 2048, 32K or 1M".into())
+}
+
+/// 32768 as 32K.
+pub fn show_tokens(n: usize) -> String {
+    match n {
+        _ if n.is_multiple_of(1 << 20) => format!("{}M", n >> 20),
+        _ if n.is_multiple_of(1 << 10) => format!("{}K", n >> 10),
+        _ => n.to_string(),
+    }
 }
 
 fn between<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
@@ -130,11 +139,18 @@ mod tests {
 
     #[test]
     fn token_counts() {
-        assert_eq!(tokens("2048"), Ok(2048));
-        assert_eq!(tokens("32K"), Ok(32 << 10));
-        assert_eq!(tokens("1m"), Ok(1 << 20));
+        assert_eq!(parse_tokens("2048"), Ok(2048));
+        assert_eq!(parse_tokens("32K"), Ok(32 << 10));
+        assert_eq!(parse_tokens("1m"), Ok(1 << 20));
         for bad in ["", "K", "1KK", "1MK", "-1", "0", "0K", "1.5M", "1G", "99999999999999999999M"] {
-            assert!(tokens(bad).is_err(), "{bad}");
+            assert!(parse_tokens(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn shown_as_given() {
+        for text in ["32K", "1M", "1025", "3M", "1023K"] {
+            assert_eq!(show_tokens(parse_tokens(text).unwrap()), text);
         }
     }
 

@@ -9,6 +9,7 @@ use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, pr
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::cli::show_tokens;
 use crate::features::{DIGITS, PHRASE, Projections, WINDOW};
 use crate::haystack::Haystack;
 
@@ -74,13 +75,14 @@ pub struct Line {
     /// Tokens before the question.
     pub length: usize,
     pub cells: [Cell; DEPTHS.len()],
-    /// Tokens per second over all streams: text, features and memory.
+    /// Tokens per second, all streams together: features and memory.
     pub speed: f64,
     /// Bytes of state of one stream, open segment included.
     pub state_bytes: usize,
 }
 
 /// A passkey and what was written over the text of its stream.
+#[derive(PartialEq, Eq)]
 struct Stream {
     key: [u8; DIGITS],
     depth: usize,
@@ -94,12 +96,6 @@ pub struct Experiment<'a> {
     pub progress: &'a ProgressBar,
 }
 
-/// Tokens of all streams together: the progress bar's end.
-pub fn total_tokens(lengths: &[usize], segment: usize) -> u64 {
-    let streamed: usize = lengths.iter().map(|l| l.next_multiple_of(segment)).sum();
-    (streamed * KEYS * DEPTHS.len() * Kind::STREAMED.len()) as u64
-}
-
 impl Experiment<'_> {
     /// All rows of one length.
     pub fn run(&self, length: usize) -> Result<Vec<Line>> {
@@ -108,17 +104,16 @@ impl Experiment<'_> {
         let random = Projections::random(heads, dim, &mut self.rng(1));
         let mut lines = vec![];
         for kind in Kind::STREAMED {
-            self.progress.set_message(format!("{length} tokens, {}", kind.name()));
+            self.progress.set_message(format!("{} tokens, {}", show_tokens(length), kind.name()));
             let projections = if kind == Kind::Random { &random } else { &constructed };
             let streams = self.streams(length, kind == Kind::Decoy);
             let mut caller = Caller::new(&self.problem, projections);
             let start = Instant::now();
             let mut state = self.read(&mut caller, &streams, length)?;
             let seconds = start.elapsed().as_secs_f64();
-            let tokens = streams.len() * length.next_multiple_of(self.problem.segment_len());
             let state_bytes = state.bytes() / state.sequences();
             let mut line = |kind, cells| {
-                let speed = tokens as f64 / seconds;
+                let speed = self.work(&streams, length) as f64 / seconds;
                 lines.push(Line { kind, length, cells, speed, state_bytes });
             };
             if kind == Kind::Constructed {
@@ -154,8 +149,8 @@ impl Experiment<'_> {
                     (key, (at, text))
                 };
                 let (key, needle) = sentence(PHRASE, depth);
-                // At the other end of the text: read long before the needle, or after it.
-                let (_, other) = sentence(DECOY, if depth == 0 { 2 } else { 0 });
+                // The last thing read, or halfway where the needle is that.
+                let (_, other) = sentence(DECOY, if depth == 2 { 1 } else { 2 });
                 let written = if decoy { vec![needle, other] } else { vec![needle] };
                 streams.push(Stream { key, depth, written });
             }
@@ -163,29 +158,57 @@ impl Experiment<'_> {
         streams
     }
 
-    /// Sends every stream through `prefill`, padded with text to the end of its last segment.
+    /// Sends every stream through `prefill`, padded with text to the end of its last segment. Up to
+    /// its first written byte a stream is the text alone: slot 0 reads that, and is forked where a
+    /// stream departs from it. Slot i of the result belongs to stream i.
     fn read(&self, caller: &mut Caller, streams: &[Stream], length: usize) -> Result<State> {
-        let segment = self.problem.segment_len();
-        let mut state = State::new(&self.problem, streams.len());
-        let (end, call) =
-            (length.next_multiple_of(segment), segment * CALL_TOKENS.div_ceil(segment));
-        for at in (0..end).step_by(call) {
-            let tokens = call.min(end - at);
-            let reads = at.saturating_sub(WINDOW)..at + tokens;
-            let (own, shared): (Vec<usize>, Vec<usize>) =
-                (0..streams.len()).partition(|&s| streams[s].writes_in(&reads));
-            // Where nothing is written all streams hold the same text: its features serve all.
-            caller.encode(&self.bytes(None, at, tokens));
+        let mut state = State::new(&self.problem, 1);
+        let mut readers = vec![None];
+        for call in self.calls(length) {
+            let known = readers.len();
+            readers.extend(streams.iter().filter(|s| call.contains(&s.departs())).map(Some));
+            if readers.len() > known {
+                let from = |slot| if slot < known { slot } else { 0 };
+                state = state.fork(&Vec::from_iter((0..readers.len()).map(from)))?;
+            }
+            let reads = call.start.saturating_sub(WINDOW)..call.end;
+            let (own, shared): (Vec<usize>, Vec<usize>) = (0..readers.len())
+                .partition(|&slot| readers[slot].is_some_and(|s| s.writes_in(&reads)));
+            // Where nothing is written all read the same text: its features serve all.
+            caller.encode(&self.bytes(None, call.start, call.len()));
             for slots in shared.chunks(KEYS) {
                 caller.prefill(slots, &mut state)?;
             }
             for slot in own {
-                caller.encode(&self.bytes(Some(&streams[slot]), at, tokens));
+                caller.encode(&self.bytes(readers[slot], call.start, call.len()));
                 caller.prefill(&[slot], &mut state)?;
             }
-            self.progress.inc((tokens * streams.len()) as u64);
+            self.progress.inc((call.len() * readers.len()) as u64);
         }
-        Ok(state)
+        let slot_of = |s: &Stream| readers.iter().position(|r| *r == Some(s));
+        Ok(state.fork(&Vec::from_iter(streams.iter().filter_map(slot_of)))?)
+    }
+
+    /// Token ranges of the calls that read a text: whole segments.
+    fn calls(&self, length: usize) -> impl Iterator<Item = Range<usize>> {
+        let segment = self.problem.segment_len();
+        let step = segment * CALL_TOKENS.div_ceil(segment);
+        let end = length.next_multiple_of(segment);
+        (0..end).step_by(step).map(move |at| at..end.min(at + step))
+    }
+
+    /// Tokens that `read` sends through the memory.
+    fn work(&self, streams: &[Stream], length: usize) -> u64 {
+        let slots = |call: &Range<usize>| {
+            1 + streams.iter().filter(|stream| stream.departs() < call.end).count()
+        };
+        self.calls(length).map(|call| (call.len() * slots(&call)) as u64).sum()
+    }
+
+    /// Tokens of all passes over all lengths: the progress bar's end.
+    pub fn total(&self, lengths: &[usize]) -> u64 {
+        let pass = |kind, length| self.work(&self.streams(length, kind == Kind::Decoy), length);
+        lengths.iter().flat_map(|&l| Kind::STREAMED.map(|kind| pass(kind, l))).sum()
     }
 
     /// Opens a new segment with the question and reads off the answers, digit by digit: each digit
@@ -238,6 +261,11 @@ impl Experiment<'_> {
 }
 
 impl Stream {
+    /// The first token that is not the text's own.
+    fn departs(&self) -> usize {
+        self.written.iter().map(|(at, _)| *at).min().unwrap_or(usize::MAX)
+    }
+
     fn writes_in(&self, range: &Range<usize>) -> bool {
         self.written.iter().any(|(at, text)| *at < range.end && at + text.len() > range.start)
     }
@@ -310,10 +338,9 @@ mod tests {
             .unwrap();
         let haystack = Haystack::read(&[], length + segment, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let lines = Experiment { problem, seed: 7, haystack: &haystack, progress: &progress }
-            .run(length)
-            .unwrap();
-        assert_eq!(progress.position(), total_tokens(&[length], segment));
+        let experiment = Experiment { problem, seed: 7, haystack: &haystack, progress: &progress };
+        let lines = experiment.run(length).unwrap();
+        assert_eq!(progress.position(), experiment.total(&[length]));
         lines
     }
 
@@ -346,6 +373,32 @@ mod tests {
     #[test]
     fn odd_shapes() {
         check(&lines(Update::Delta, 1, 10, 100, 3001));
+    }
+
+    /// Forking a common beginning and sharing its features is the same as reading every stream
+    /// from its first token to its last.
+    #[test]
+    fn forked_streams_are_in_the_state_of_whole_ones() {
+        let problem = Problem::builder().heads(2).head_dim(16).segment_len(256).build().unwrap();
+        let haystack = Haystack::read(&[], 8192, PHRASE).unwrap();
+        let progress = ProgressBar::hidden();
+        let e = Experiment { problem, seed: 3, haystack: &haystack, progress: &progress };
+        let projections = Projections::random(2, 16, &mut e.rng(1));
+        let mut caller = Caller::new(&problem, &projections);
+        let streams = e.streams(8000, true);
+        let forked = e.read(&mut caller, &streams, 8000).unwrap();
+        assert_eq!(forked.sequences(), streams.len());
+        for (slot, stream) in streams.iter().enumerate() {
+            let mut whole = State::new(&problem, 1);
+            caller.encode(&e.bytes(Some(stream), 0, 8192));
+            caller.prefill(&[0], &mut whole).unwrap();
+            assert_eq!(forked.tokens(slot), whole.tokens(0));
+            for (head, d, c) in (0..2 * 256).map(|i| (i / 256, i / 16 % 16, i % 16)) {
+                let (a, b) =
+                    (forked.memory().at(&[slot, head, d, c]), whole.memory().at(&[0, head, d, c]));
+                assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "stream {slot}: {a} {b}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The text in which the passkey is hidden: real files, read only as far as needed.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 pub struct Haystack {
     text: Vec<u8>,
     files: usize,
+    named: bool,
     /// Lines left out because they held the phrase.
     left_out: usize,
     phrase: String,
@@ -18,9 +21,10 @@ impl Haystack {
     /// Markdown files of this repository and of cargo's registry. Lines holding `phrase` are left
     /// out: the text must not answer the question by itself.
     pub fn read(named: &[PathBuf], length: usize, phrase: &str) -> Result<Self> {
-        let mut all = Self { text: vec![], files: 0, left_out: 0, phrase: phrase.into() };
+        let (named_any, phrase) = (!named.is_empty(), phrase.into());
+        let mut all = Self { text: vec![], files: 0, named: named_any, left_out: 0, phrase };
         for path in named {
-            let text = read_text(path).with_context(|| path.display().to_string())?;
+            let text = read_text(path, length).with_context(|| path.display().to_string())?;
             all.add(&text);
         }
         if named.is_empty() {
@@ -35,7 +39,12 @@ impl Haystack {
 
     /// One line for the report.
     pub fn describe(&self, length: usize) -> String {
-        let mut line = format!("{} bytes of {} files", self.text.len(), self.files);
+        let origin = if self.named {
+            "named files"
+        } else {
+            "files found on this machine (this repository, then cargo's registry)"
+        };
+        let mut line = format!("{} bytes of {} {origin}", self.text.len(), self.files);
         if self.left_out > 0 {
             line += &format!(", {} lines left out that hold the phrase", self.left_out);
         }
@@ -80,7 +89,7 @@ impl Haystack {
             if path.is_dir() && !path.is_symlink() {
                 self.add_tree(&path, length);
             } else if matches!(path.extension().and_then(|e| e.to_str()), Some("rs" | "md"))
-                && let Ok(text) = read_text(&path)
+                && let Ok(text) = read_text(&path, length)
             {
                 self.add(&text);
             }
@@ -96,17 +105,23 @@ fn roots() -> Vec<PathBuf> {
     std::iter::once(env!("CARGO_MANIFEST_DIR").into()).chain(registry).collect()
 }
 
-fn read_text(path: &Path) -> Result<String> {
+/// The text file, or enough of it for `length` bytes: twice as many, for some lines may be left
+/// out. Cut at a whole character.
+fn read_text(path: &Path, length: usize) -> Result<String> {
+    let most = 2 * length;
     ensure!(!path.is_dir(), "is a directory, a text file is expected");
-    let bytes = std::fs::read(path)?;
+    let mut bytes = vec![];
+    File::open(path)?.take(most as u64).read_to_end(&mut bytes)?;
     ensure!(!bytes.is_empty(), "is empty, a text file is expected");
     if let Some(at) = bytes.iter().position(|&b| b == 0) {
         bail!("is binary (byte {at} is zero), a text file is expected");
     }
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        anyhow::anyhow!("is not UTF-8 (byte {at}), a text file is expected")
-    })
+    if let Err(e) = std::str::from_utf8(&bytes) {
+        let cut = e.error_len().is_none() && bytes.len() == most;
+        ensure!(cut, "is not UTF-8 (byte {}), a text file is expected", e.valid_up_to());
+        bytes.truncate(e.valid_up_to());
+    }
+    Ok(String::from_utf8(bytes)?)
 }
 
 #[cfg(test)]
@@ -144,6 +159,7 @@ mod tests {
         refuse(&Scratch::new("latin", b"caf\xe9").0, "not UTF-8 (byte 3)");
         refuse(&std::env::temp_dir(), "is a directory");
         refuse(Path::new("no/such/file.txt"), "No such file");
+        refuse(&Scratch::new("cut", "caf\u{e9}".as_bytes().split_last().unwrap().1).0, "(byte 3)");
         let only = Scratch::new("only", b"the phrase\n");
         assert!(Haystack::read(&[only.0.clone()], 100, "phrase").is_err());
     }
@@ -157,6 +173,13 @@ mod tests {
         assert_eq!(bytes, b"\0\0abc\ndeab");
         let line = hay.describe(12);
         assert!(line.contains("1 lines left out") && line.contains("repeated 2.0 times"), "{line}");
+    }
+
+    #[test]
+    fn reads_no_further_than_needed() {
+        let file = Scratch::new("long", "caf\u{e9} noir\0".as_bytes());
+        let hay = Haystack::read(&[file.0.clone()], 2, "phrase").unwrap();
+        assert_eq!(hay.text, b"ca");
     }
 
     #[test]

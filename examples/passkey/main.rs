@@ -7,6 +7,7 @@ mod features;
 mod haystack;
 mod report;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -15,8 +16,8 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use infini_attn::Problem;
 
-use crate::cli::Cli;
-use crate::experiment::{Experiment, KEYS, Kind, total_tokens};
+use crate::cli::{Cli, show_tokens};
+use crate::experiment::{Experiment, KEYS, Kind};
 use crate::features::PHRASE;
 use crate::haystack::Haystack;
 
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<bool> {
     cli.check()?;
     let start = Instant::now();
+    let mut out = std::io::stdout().lock();
     let mut lengths = cli.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
@@ -47,7 +49,7 @@ fn run(cli: &Cli) -> Result<bool> {
         .segment_len(cli.segment)
         .update(cli.update)
         .build()?;
-    let longest = lengths.iter().max().copied().unwrap_or_default();
+    let longest = lengths.last().copied().unwrap_or_default();
     let needed = longest.next_multiple_of(cli.segment);
     let haystack = Haystack::read(&cli.files, needed, PHRASE)?;
     let title = format!(
@@ -55,33 +57,45 @@ fn run(cli: &Cli) -> Result<bool> {
         cli.update,
         cli.heads,
         cli.dim,
-        report::tokens(cli.segment),
+        show_tokens(cli.segment),
         cli.seed
     );
-    println!("{title}");
-    println!("Text: {}", haystack.describe(needed));
-    println!("Needle: \"{PHRASE}\" and five digits; projections are constructed, not trained");
+    writeln!(out, "{title}")?;
+    writeln!(out, "Text: {}", haystack.describe(needed))?;
+    writeln!(
+        out,
+        "Needle: \"{PHRASE}\" and five digits; projections are constructed, not trained"
+    )?;
 
-    let progress = bar(total_tokens(&lengths, cli.segment));
+    let progress = bar();
     let experiment =
         Experiment { problem, seed: cli.seed, haystack: &haystack, progress: &progress };
+    progress.set_length(experiment.total(&lengths));
     let mut lines = vec![];
     for &length in &lengths {
         lines.extend(experiment.run(length)?);
     }
     progress.finish_and_clear();
 
-    println!("\nDigits recalled (passkeys recalled whole, of {KEYS}) by depth of the needle\n");
-    print!("{}", report::table(&lines, &problem));
+    writeln!(
+        out,
+        "\nDigits recalled (passkeys recalled whole, of {KEYS}) by depth of the needle\n"
+    )?;
+    write!(out, "{}", report::table(&lines, &problem))?;
     report::plot(&lines, &lengths, &title, &cli.plot)?;
-    println!("\nHeat map: {} ({:.1} s in all)", cli.plot.display(), start.elapsed().as_secs_f64());
+    writeln!(
+        out,
+        "\nHeat map: {} ({:.1} s in all)",
+        cli.plot.display(),
+        start.elapsed().as_secs_f64()
+    )?;
     let must = |kind| matches!(kind, Kind::Constructed | Kind::Decoy);
     let found = |cells: &[experiment::Cell]| cells.iter().all(|c| c.whole == KEYS);
     Ok(lines.iter().filter(|line| must(line.kind)).all(|line| found(&line.cells)))
 }
 
-fn bar(tokens: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg:32} {wide_bar} {percent:>3} %, {eta} left")
+fn bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:34} {wide_bar} {percent:>3} %, {eta} left")
         .expect("the template is well formed");
-    ProgressBar::new(tokens).with_style(style)
+    ProgressBar::new(0).with_style(style)
 }

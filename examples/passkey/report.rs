@@ -8,6 +8,7 @@ use infini_attn::Problem;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::cli::show_tokens;
 use crate::experiment::{Cell, DEPTHS, KEYS, Kind, Line};
 
 /// Rows by kind, then length. A cell: share of the digits recalled, passkeys recalled whole.
@@ -19,7 +20,7 @@ pub fn table(lines: &[Line], problem: &Problem) -> String {
     writeln!(text, "{:>13}{:>11}{:>11}{:>8}", "tokens/s", "state", "KV cache", "ratio")
         .expect("a String takes all");
     for line in Kind::ALL.iter().flat_map(|&kind| of_kind(lines, kind)) {
-        write!(text, "{:<20}{:>6}", line.kind.name(), tokens(line.length))
+        write!(text, "{:<20}{:>6}", line.kind.name(), show_tokens(line.length))
             .expect("a String takes all");
         for cell in line.cells {
             let recall = format!("{:.0} %", 100.0 * cell.recall());
@@ -43,15 +44,6 @@ fn cache_bytes(tokens: usize, problem: &Problem) -> usize {
 
 fn of_kind(lines: &[Line], kind: Kind) -> impl Iterator<Item = &Line> {
     lines.iter().filter(move |line| line.kind == kind)
-}
-
-/// 32768 as 32K.
-pub fn tokens(n: usize) -> String {
-    match n {
-        _ if n.is_multiple_of(1 << 20) => format!("{}M", n >> 20),
-        _ if n.is_multiple_of(1 << 10) => format!("{}K", n >> 10),
-        _ => n.to_string(),
-    }
 }
 
 fn bytes(n: usize) -> String {
@@ -86,7 +78,7 @@ pub fn plot(lines: &[Line], lengths: &[usize], title: &str, path: &Path) -> Resu
     for (row, &length) in lengths.iter().enumerate() {
         let y = TOP + CELL.1 * row as i32 + CELL.1 / 2;
         let right = Pos::new(HPos::Right, VPos::Center);
-        text(&tokens(length), LEFT - 10, y, 14.0, right, &BLACK)?;
+        text(&show_tokens(length), LEFT - 10, y, 14.0, right, &BLACK)?;
     }
     for (i, &kind) in Kind::ALL.iter().enumerate() {
         let x0 = LEFT + i as i32 * (panel + GAP);
