@@ -11,8 +11,8 @@ use crate::call::{Batch, InputRows, OutputRows, Sequence};
 use crate::memory::{HeadMut, KeyBlocks};
 use crate::{Element, EmptyMemory, Problem, State};
 
-/// Rows per tile: products of 32 rows ran at the `gemm` crate's full rate (docs/cpu.md).
-pub(crate) const TILE_ROWS: usize = 32;
+/// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
+pub(crate) const TILE_ROWS: usize = 48;
 
 /// Everything the tasks of one call share.
 pub(crate) struct Call<'a, T> {
