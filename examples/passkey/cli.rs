@@ -24,11 +24,12 @@ use crate::features::VALUES;
 /// Rows of the table: "constructed", those projections; and three controls: "decoy", the same with
 /// "The bass key is 83910." (one letter off, other digits) elsewhere in the text; "memory reset",
 /// the memory forgotten before the question (10 % per digit is chance); "random", projections
-/// drawn from a normal distribution, whose memory averages over all digits of the text: chance at
-/// every depth, the end included, because nothing is left of the local window when the question
-/// comes.
+/// drawn from a normal distribution, whose memory averages over all digits of the text. Those fail
+/// at the start and in the middle, as the paper's model does before fine-tuning, and at the end too:
+/// there the paper's model still has the needle in its local window, and here the question opens a
+/// new one.
 #[derive(Debug, Parser)]
-#[command(name = "passkey", verbatim_doc_comment, next_line_help = true)]
+#[command(name = "passkey", max_term_width = 100)]
 pub struct Cli {
     /// Text files to hide the passkey in, one after another (UTF-8). Default: the sources of this
     /// repository and of the crates in cargo's registry. Lines that already hold the phrase are

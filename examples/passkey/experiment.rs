@@ -223,7 +223,7 @@ impl Experiment<'_> {
         let end = length.next_multiple_of(self.problem.segment_len());
         let question = format!("\nWhat is the pass key? {PHRASE}");
         let projections = caller.projections;
-        let mut ties = self.rng(1 << 40);
+        let mut ties = self.rng((1 << 40) + length as u64);
         let mut cells = [Cell::default(); DEPTHS.len()];
         for (slot, stream) in streams.iter().enumerate() {
             let mut bytes = self.bytes(Some(stream), end, 0);

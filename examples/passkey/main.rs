@@ -53,13 +53,14 @@ fn run(cli: &Cli) -> Result<bool> {
     let needed = longest.next_multiple_of(cli.segment);
     let haystack = Haystack::read(&cli.files, needed, PHRASE)?;
     let title = format!(
-        "Passkey in real text: {} rule, {} heads of {} channels, segments of {} tokens, seed {}",
+        "Passkey in real text: {} rule, heads x channels {} x {}, segments of {} tokens, seed {}",
         cli.update,
         cli.heads,
         cli.dim,
         show_tokens(cli.segment),
         cli.seed
     );
+    report::prepare(&cli.plot)?;
     writeln!(out, "{title}")?;
     writeln!(out, "Text: {}", haystack.describe(needed))?;
     writeln!(
@@ -79,13 +80,14 @@ fn run(cli: &Cli) -> Result<bool> {
 
     writeln!(
         out,
-        "\nDigits recalled (passkeys recalled whole, of {KEYS}) by depth of the needle\n"
+        "\nDigits recalled (passkeys recalled whole, of {KEYS}) by depth of the needle; chance is \
+         10 %.\nState (open segment included) and key-value cache are those of one stream.\n"
     )?;
     write!(out, "{}", report::table(&lines, &problem))?;
     report::plot(&lines, &lengths, &title, &cli.plot)?;
     writeln!(
         out,
-        "\nHeat map: {} ({:.1} s in all)",
+        "\nHeat map: {}. {:.1} s in all",
         cli.plot.display(),
         start.elapsed().as_secs_f64()
     )?;

@@ -1,6 +1,7 @@
 //! The table and the heat map.
 
 use std::fmt::Write;
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -54,6 +55,13 @@ fn bytes(n: usize) -> String {
     }
 }
 
+/// Makes the heat map's folder and opens its file, so that a bad path shows before the run.
+pub fn prepare(path: &Path) -> Result<()> {
+    let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let open = || OpenOptions::new().create(true).append(true).open(path);
+    folder.and_then(|()| open()).map(drop).with_context(|| path.display().to_string())
+}
+
 /// Size of a cell and margins, in pixels.
 const CELL: (i32, i32) = (96, 44);
 const LEFT: i32 = 70;
@@ -92,7 +100,7 @@ pub fn plot(lines: &[Line], lengths: &[usize], title: &str, path: &Path) -> Resu
                 let corners = [(x, y), (x + CELL.0 - 2, y + CELL.1 - 2)];
                 let fill = shade(cell);
                 area.draw(&Rectangle::new(corners, fill.filled())).map_err(drawing)?;
-                let label = format!("{:.0} %  {}/{KEYS}", 100.0 * cell.recall(), cell.whole);
+                let label = format!("{:.0} % ({}/{KEYS})", 100.0 * cell.recall(), cell.whole);
                 let ink = if cell.recall() > 0.5 { WHITE } else { BLACK };
                 text(&label, x + CELL.0 / 2, y + CELL.1 / 2, 14.0, centre, &ink)?;
             }
@@ -104,9 +112,6 @@ pub fn plot(lines: &[Line], lengths: &[usize], title: &str, path: &Path) -> Resu
     text(&foot, LEFT, height - 22, 13.0, left, &BLACK)?;
     area.present().map_err(drawing)?;
     drop(area);
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    }
     std::fs::write(path, svg).with_context(|| path.display().to_string())
 }
 
@@ -147,6 +152,7 @@ mod tests {
     fn heat_map_has_every_cell() {
         let name = format!("infini-attn-passkey-{}.svg", std::process::id());
         let path = std::env::temp_dir().join(name);
+        prepare(&path).unwrap();
         plot(&lines(), &[32 << 10, 1 << 20], "title", &path).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
