@@ -161,13 +161,13 @@ mod tests {
         refuse(Path::new("no/such/file.txt"), "No such file");
         refuse(&Scratch::new("cut", "caf\u{e9}".as_bytes().split_last().unwrap().1).0, "(byte 3)");
         let only = Scratch::new("only", b"the phrase\n");
-        assert!(Haystack::read(&[only.0.clone()], 100, "phrase").is_err());
+        assert!(Haystack::read(std::slice::from_ref(&only.0), 100, "phrase").is_err());
     }
 
     #[test]
     fn phrase_left_out_and_text_repeated() {
         let file = Scratch::new("lines", b"abc\nthe phrase\nde");
-        let hay = Haystack::read(&[file.0.clone()], 10, "phrase").unwrap();
+        let hay = Haystack::read(std::slice::from_ref(&file.0), 10, "phrase").unwrap();
         let mut bytes = vec![];
         hay.extend(-2, 10, &mut bytes);
         assert_eq!(bytes, b"\0\0abc\ndeab");
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn reads_no_further_than_needed() {
         let file = Scratch::new("long", "caf\u{e9} noir\0".as_bytes());
-        let hay = Haystack::read(&[file.0.clone()], 2, "phrase").unwrap();
+        let hay = Haystack::read(std::slice::from_ref(&file.0), 2, "phrase").unwrap();
         assert_eq!(hay.text, b"ca");
     }
 
