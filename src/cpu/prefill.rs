@@ -72,7 +72,10 @@ impl<S> Pool<S> {
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     let p = &call.problem;
     let record = Record::new(p);
-    let per_run = (WORKSPACE_BYTES / (4 * record.len() * p.kv_heads())).max(1);
+    let mult: usize = std::env::var("MULT").map(|m| m.parse().unwrap()).unwrap_or(8);
+    let wanted = (mult * rayon::current_num_threads()).div_ceil(p.kv_heads());
+    let fits = WORKSPACE_BYTES / (4 * record.len() * p.kv_heads());
+    let per_run = wanted.min(fits).max(1);
     let counters = state.counters.clone();
     let mut all = sequences.iter().flat_map(|s| pieces(p, *s, counters[s.slot]));
     let mut runner = Runner {

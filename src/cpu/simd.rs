@@ -54,6 +54,19 @@ fn chunked(x: &[f32]) -> (&[[f32; LANES]], &[f32]) {
     x.as_chunks::<LANES>()
 }
 
+/// Folds the lanes in a tree: log2(16) steps instead of 16.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
 /// Largest element, NaN ignored; −∞ for an empty row.
 #[inline(always)]
 fn max(row: &[f32]) -> f32 {
@@ -65,7 +78,7 @@ fn max(row: &[f32]) -> f32 {
             acc[i] = pick(acc[i], chunk[i]);
         }
     }
-    acc.iter().chain(rest).copied().fold(f32::NEG_INFINITY, pick)
+    rest.iter().copied().fold(fold(acc, pick), pick)
 }
 
 #[inline(always)]
@@ -78,7 +91,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     let tail: f32 = ar.iter().zip(br).map(|(a, b)| a * b).sum();
-    acc.iter().sum::<f32>() + tail
+    fold(acc, |a, b| a + b) + tail
 }
 
 /// x ← exp(x − shift), and the sum of the results.
@@ -92,7 +105,7 @@ fn exp_sum(row: &mut [f32], shift: f32) -> f32 {
             acc[i] += chunk[i];
         }
     }
-    let mut sum: f32 = acc.iter().sum();
+    let mut sum = fold(acc, |a, b| a + b);
     for x in rest {
         *x = exp(*x - shift);
         sum += *x;
@@ -127,8 +140,11 @@ pub(crate) fn softmax_block(
 ) {
     let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(running);
     for (i, ((s, o), run)) in rows.enumerate() {
-        let (seen, unseen) = s.split_at_mut(visible[i].min(width));
+        // Whole chunks are processed; a score of −∞ becomes a weight of 0.
+        let end = visible[i].min(width);
+        let (seen, unseen) = s.split_at_mut(end.next_multiple_of(LANES).min(width));
         unseen.fill(0.0);
+        seen[end..].fill(f32::NEG_INFINITY);
         let grown = max(seen);
         if grown > run.max {
             // exp(−∞ − max) = 0 on the first block.
