@@ -210,7 +210,8 @@ pub(crate) struct Batch<'a> {
     pub tokens: usize,
     /// Rotation, if any.
     pub rope: Option<Rope<'a>>,
-    packed: bool,
+    /// Whether sequences follow each other without padding.
+    pub packed: bool,
 }
 
 impl<'a> Batch<'a> {

@@ -3,7 +3,7 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod call;
-pub mod cpu;
+mod cpu;
 mod dtype;
 mod error;
 mod memory;
@@ -12,6 +12,8 @@ pub mod reference;
 mod tensor;
 
 pub use call::{Inputs, Outputs, Rope};
+pub use cpu::{KeySums, MAX_DECODE_TOKENS, SegmentMap, apply, compose, key_sums, segment_map};
+pub use cpu::{decode, flush, prefill};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use memory::State;

@@ -42,14 +42,15 @@ pub enum Denominator {
 }
 
 impl Denominator {
-    /// 1 / denominator, or 0 where the denominator is 0.
+    /// 1 / denominator, or 0 where the denominator is 0 (or so small that its reciprocal is not
+    /// finite).
     pub(crate) fn reciprocal(self, dot: f32) -> f32 {
         let den = match self {
             Denominator::Exact => dot,
             Denominator::Clamp(eps) => dot.max(eps),
             Denominator::Add(eps) => dot + eps,
         };
-        if den == 0.0 { 0.0 } else { 1.0 / den }
+        if den.abs() < f32::MIN_POSITIVE { 0.0 } else { 1.0 / den }
     }
 }
 

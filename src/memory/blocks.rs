@@ -32,16 +32,32 @@ impl KeyBlocks {
         self.dim * self.width
     }
 
+    /// Elements of the blocks that hold the first `keys` keys.
+    pub fn prefix_len(&self, keys: usize) -> usize {
+        keys.div_ceil(self.width) * self.block_len()
+    }
+
     /// Block `b` of a buffer, [Dk, width].
     pub fn block<'a>(&self, buffer: &'a [f32], b: usize) -> &'a [f32] {
         &buffer[b * self.block_len()..][..self.block_len()]
     }
 
-    /// Stores key `j`.
-    pub fn put(&self, buffer: &mut [f32], j: usize, key: &[f32]) {
-        let block = &mut buffer[(j / self.width) * self.block_len()..][..self.block_len()];
-        for (column, &x) in block.chunks_exact_mut(self.width).zip(key) {
-            column[j % self.width] = x;
+    /// Stores consecutive keys, rows of Dk, from key `j` on.
+    pub fn put(&self, buffer: &mut [f32], j: usize, keys: &[f32]) {
+        // Groups of rows that stay within a block: each channel is then one short contiguous run.
+        let mut j = j;
+        let mut keys = keys;
+        while !keys.is_empty() {
+            let at = j % self.width;
+            let rows = (keys.len() / self.dim).min(self.width - at).min(16);
+            let block = &mut buffer[(j / self.width) * self.block_len()..][..self.block_len()];
+            for (d, channel) in block.chunks_exact_mut(self.width).enumerate() {
+                for (x, row) in channel[at..at + rows].iter_mut().zip(keys.chunks_exact(self.dim)) {
+                    *x = row[d];
+                }
+            }
+            keys = &keys[rows * self.dim..];
+            j += rows;
         }
     }
 

@@ -54,6 +54,18 @@ pub(crate) struct OpenSegments {
     pub v: Vec<f32>,
 }
 
+/// What belongs to one slot and KV head.
+pub(crate) struct HeadMut<'a> {
+    pub m: &'a mut [f32],
+    pub z: &'a mut [f32],
+    /// Open segment: unrotated keys.
+    pub k: &'a mut [f32],
+    /// Open segment: rotated keys, once any call has rotated.
+    pub k_rotated: Option<&'a mut [f32]>,
+    /// Open segment: values.
+    pub v: &'a mut [f32],
+}
+
 impl State {
     /// Empty streams in slots 0 to `sequences` − 1.
     pub fn new(problem: &Problem, sequences: usize) -> Self {
@@ -165,9 +177,33 @@ impl State {
         })
     }
 
-    /// Where the flat per-(slot, KV head) chunks lie: index of the first chunk of a slot.
-    pub(crate) fn chunk(&self, slot: usize, kv_head: usize) -> usize {
-        slot * self.problem.kv_heads() + kv_head
+    /// Mutable parts of every (slot, KV head), in order; callers take what they work on.
+    pub(crate) fn heads_mut(&mut self) -> Vec<Option<HeadMut<'_>>> {
+        let p = &self.problem;
+        let (dk, dv) = (p.key_dim(), p.value_dim());
+        let blocks = KeyBlocks::new(p).len();
+        let mut rotated = self.open.k_rotated.chunks_exact_mut(blocks);
+        (self.m.chunks_exact_mut(dk * dv))
+            .zip(self.z.chunks_exact_mut(dk))
+            .zip(self.open.k.chunks_exact_mut(blocks))
+            .zip(self.open.v.chunks_exact_mut(p.segment_len() * dv))
+            .map(|(((m, z), k), v)| Some(HeadMut { m, z, k, k_rotated: rotated.next(), v }))
+            .collect()
+    }
+
+    /// Open segment of one (slot, KV head): unrotated or rotated keys in [`KeyBlocks`] layout, and
+    /// the values [N, Dv].
+    pub(crate) fn open_chunk(
+        &self,
+        slot: usize,
+        kv_head: usize,
+        rotated: bool,
+    ) -> (&[f32], &[f32]) {
+        let p = &self.problem;
+        let at = slot * p.kv_heads() + kv_head;
+        let keys = if rotated { &self.open.k_rotated } else { &self.open.k };
+        let (blocks, values) = (KeyBlocks::new(p).len(), p.segment_len() * p.value_dim());
+        (&keys[at * blocks..][..blocks], &self.open.v[at * values..][..values])
     }
 
     /// Room for rotated keys, made by the first call that rotates.

@@ -1,0 +1,352 @@
+//! One tile of query rows against one segment: blockwise causal softmax, retrieval, gate.
+//!
+//! A tile is up to [`TILE_ROWS`] rows of one KV head: some tokens of one or more of its query
+//! heads. Scores of one key block [rows, 128], the output and the retrieval [rows, Dv] stay in L2.
+
+use std::ops::Range;
+
+use super::matmul::{Into, Mat, matmul};
+use super::simd::{self, Running};
+use crate::call::{Batch, InputRows, OutputRows, Sequence};
+use crate::memory::{HeadMut, KeyBlocks};
+use crate::{Element, EmptyMemory, Problem, State};
+
+/// Rows per tile: products of 32 rows ran at the `gemm` crate's full rate (docs/cpu.md).
+pub(crate) const TILE_ROWS: usize = 32;
+
+/// Everything the tasks of one call share.
+pub(crate) struct Call<'a, T> {
+    pub problem: Problem,
+    pub batch: Batch<'a>,
+    pub blocks: KeyBlocks,
+    pub inputs: InputRows<'a, T>,
+    pub outputs: OutputRows<'a, T>,
+    /// Per query head: weight of the memory branch, weight of the local branch.
+    pub gates: Vec<[f32; 2]>,
+}
+
+/// The gate as weights of both branches, each rounded on its own: 1 − g keeps its precision.
+pub(crate) fn gate_weights(logit: f32) -> [f32; 2] {
+    let sigmoid = |x: f64| (1.0 / (1.0 + (-x).exp())) as f32;
+    [sigmoid(logit.into()), sigmoid(-f64::from(logit))]
+}
+
+/// The part of one sequence's call that falls into one segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub seq: Sequence,
+    /// First token of the piece, counted within the sequence's call.
+    pub start: usize,
+    /// Tokens of the piece.
+    pub len: usize,
+    /// Tokens of the segment that earlier calls brought.
+    pub cached: usize,
+    /// Whether the piece completes its segment.
+    pub full: bool,
+    /// Whether the memory is still empty when the piece reads it.
+    pub empty: bool,
+}
+
+/// What a tile reads besides its queries.
+#[derive(Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    /// Local keys in [`KeyBlocks`] layout.
+    pub keys: &'a [f32],
+    /// Values, [tokens, Dv].
+    pub values: &'a [f32],
+    /// M and z before the segment.
+    pub m: &'a [f32],
+    pub z: &'a [f32],
+}
+
+/// Buffers of one running task.
+pub(crate) struct Scratch {
+    /// Queries as given, later their retrieval weights, [rows, Dk].
+    q: Vec<f32>,
+    /// Queries of the local branch, rotated and scaled, [rows, Dk].
+    q_local: Vec<f32>,
+    /// Scores of one key block.
+    s: Vec<f32>,
+    /// Local branch, [rows, Dv].
+    o: Vec<f32>,
+    /// Memory branch, [rows, Dv].
+    mem: Vec<f32>,
+    running: Vec<Running>,
+    /// Packed keys and values of a segment (prefill only).
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+}
+
+impl Scratch {
+    pub fn new<T>(call: &Call<'_, T>) -> Self {
+        let (dk, dv) = (call.problem.key_dim(), call.problem.value_dim());
+        let rows = |width| vec![0.0; TILE_ROWS * width];
+        Self {
+            q: rows(dk),
+            q_local: rows(dk),
+            s: rows(call.blocks.width),
+            o: rows(dv),
+            mem: rows(dv),
+            running: Vec::with_capacity(TILE_ROWS),
+            keys: Vec::new(),
+            values: Vec::new(),
+        }
+    }
+}
+
+/// Rows (head − heads.start) · tokens.len() + (token − tokens.start).
+#[derive(Clone, Debug)]
+struct Tile {
+    heads: Range<usize>,
+    /// Counted within the sequence's call.
+    tokens: Range<usize>,
+}
+
+impl Tile {
+    fn rows(&self) -> usize {
+        self.heads.len() * self.tokens.len()
+    }
+
+    /// (row, token, head) of every row, in order.
+    fn each(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
+        let tokens = self.tokens.clone();
+        (self.heads.clone().flat_map(move |h| tokens.clone().map(move |t| (t, h))))
+            .enumerate()
+            .map(|(row, (t, h))| (row, t, h))
+    }
+}
+
+impl<T: Element> Call<'_, T> {
+    /// Gate weights of a head while reading a memory that may be empty.
+    fn weights(&self, head: usize, empty: bool) -> [f32; 2] {
+        if empty && self.problem.empty_memory() == EmptyMemory::Bypass {
+            [0.0, 1.0]
+        } else {
+            self.gates[head]
+        }
+    }
+
+    /// Query heads of a KV head.
+    fn group(&self, kv_head: usize) -> Range<usize> {
+        let g = self.problem.group();
+        kv_head * g..(kv_head + 1) * g
+    }
+
+    /// Whether any query head of a KV head needs the local branch in this piece.
+    pub fn needs_local(&self, piece: &Piece, kv_head: usize) -> bool {
+        self.outputs.lse.is_some()
+            || self.outputs.a_dot.is_some()
+            || self.group(kv_head).any(|h| self.weights(h, piece.empty)[1] != 0.0)
+    }
+
+    /// All query rows of one KV head whose tokens lie in `tokens`.
+    pub fn attend(
+        &self,
+        piece: &Piece,
+        kv_head: usize,
+        tokens: Range<usize>,
+        segment: Segment<'_>,
+        scratch: &mut Scratch,
+    ) {
+        let span = tokens.len().clamp(1, TILE_ROWS);
+        let heads = (TILE_ROWS / span).max(1);
+        for first in self.group(kv_head).step_by(heads) {
+            let heads = first..(first + heads).min(self.group(kv_head).end);
+            for start in tokens.clone().step_by(span) {
+                let tokens = start..(start + span).min(tokens.end);
+                self.attend_tile(piece, &Tile { heads: heads.clone(), tokens }, segment, scratch);
+            }
+        }
+    }
+
+    fn attend_tile(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
+        let weights = |h| self.weights(h, piece.empty);
+        let any = |i: usize| tile.heads.clone().any(|h| weights(h)[i] != 0.0);
+        let retrieve = !piece.empty && (any(0) || self.outputs.a_mem.is_some());
+        let local = any(1) || self.outputs.lse.is_some() || self.outputs.a_dot.is_some();
+        self.load_queries(piece, tile, x);
+        if local {
+            self.local(piece, tile, segment, x);
+        }
+        if retrieve {
+            self.retrieve(tile.rows(), segment, x);
+        } else {
+            x.mem.fill(0.0);
+        }
+        self.write(piece, tile, x);
+    }
+
+    fn load_queries(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
+        let dk = self.problem.key_dim();
+        for (row, t, h) in tile.each() {
+            // SAFETY: token and head lie inside the sequence `resolve` accepted.
+            let q = unsafe { self.inputs.q.row(piece.seq.batch, piece.seq.first + t, h) };
+            let (q32, local) = (&mut x.q[row * dk..][..dk], &mut x.q_local[row * dk..][..dk]);
+            T::widen(q, q32);
+            local.copy_from_slice(q32);
+            if let Some(rope) = &self.batch.rope {
+                rope.rotate(local, self.batch.position(&piece.seq, t));
+            }
+        }
+        simd::scale(&mut x.q_local[..tile.rows() * dk], self.problem.scale() as f32);
+    }
+
+    /// o ← softmax(q·kᵀ) v over the keys each row may see, statistics in `running`.
+    fn local(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
+        let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
+        let (rows, width) = (tile.rows(), self.blocks.width);
+        x.running.clear();
+        x.running.resize(rows, Running::START);
+        // Row i sees the keys up to and including its own token's.
+        let seen = |token: usize| piece.cached + token - piece.start + 1;
+        let visible = |row: usize| seen(tile.tokens.start + row % tile.tokens.len());
+        let keys = seen(tile.tokens.end - 1);
+        for (b, first) in (0..keys).step_by(width).enumerate() {
+            let n = width.min(keys - first);
+            let s = &mut x.s[..rows * n];
+            let q = Mat::rows(&x.q_local, rows, dk, dk);
+            let k = Mat::rows(self.blocks.block(segment.keys, b), dk, n, width);
+            matmul(s, Into::Store, q, k);
+            let o = &mut x.o[..rows * dv];
+            let visible = |row| visible(row).saturating_sub(first);
+            simd::softmax_block(s, n, visible, &mut x.running, o, dv);
+            let v = Mat::rows(&segment.values[first * dv..], n, dv, dv);
+            let mode = if b == 0 { Into::Store } else { Into::Add };
+            matmul(o, mode, Mat::rows(s, rows, n, n), v);
+        }
+        for (o, run) in x.o.chunks_exact_mut(dv).zip(&x.running) {
+            simd::scale(o, if run.sum == 0.0 { 0.0 } else { 1.0 / run.sum });
+        }
+    }
+
+    /// mem ← σ(q) M / σ(q)·z; turns `q` into its retrieval weights.
+    fn retrieve(&self, rows: usize, segment: Segment<'_>, x: &mut Scratch) {
+        let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
+        let q = &mut x.q[..rows * dk];
+        simd::retrieval_weights(q, segment.z, self.problem.denominator());
+        let m = Mat::rows(segment.m, dk, dv, dv);
+        matmul(&mut x.mem[..rows * dv], Into::Store, Mat::rows(q, rows, dk, dk), m);
+    }
+
+    fn write(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
+        let dv = self.problem.value_dim();
+        for (row, t, h) in tile.each() {
+            let (b, token) = (piece.seq.batch, piece.seq.first + t);
+            let (o, mem) = (&mut x.o[row * dv..][..dv], &x.mem[row * dv..][..dv]);
+            let out = &self.outputs;
+            // SAFETY: inside the shapes `check_outputs` compared; every (sequence, token, head) is
+            // written by exactly one task.
+            unsafe {
+                if let Some(lse) = &out.lse {
+                    let run = x.running[row];
+                    lse.part([b, 0, h], token..token + 1)[0] = run.max + run.sum.ln();
+                }
+                if let Some(a_dot) = &out.a_dot {
+                    T::narrow(o, a_dot.row(b, token, h));
+                }
+                if let Some(a_mem) = &out.a_mem {
+                    T::narrow(mem, a_mem.row(b, token, h));
+                }
+                let [wm, wd] = self.weights(h, piece.empty);
+                simd::blend(o, wd, mem, wm);
+                T::narrow(o, out.o.row(b, token, h));
+            }
+        }
+    }
+
+    /// Writes zeros (log-sum-exp −∞) to the padded rows of a sequence.
+    pub fn clear_padding(&self, seq: &Sequence, tokens: usize) {
+        let out = &self.outputs;
+        for h in 0..self.problem.heads() {
+            // SAFETY: as in `write`; padded rows belong to no task.
+            unsafe {
+                for t in seq.len..tokens {
+                    let rows = [Some(&out.o), out.a_dot.as_ref(), out.a_mem.as_ref()];
+                    for rows in rows.into_iter().flatten() {
+                        rows.row(seq.batch, t, h).fill(bytemuck::Zeroable::zeroed());
+                    }
+                }
+                if let Some(lse) = &out.lse {
+                    lse.part([seq.batch, 0, h], seq.len..tokens).fill(f32::NEG_INFINITY);
+                }
+            }
+        }
+    }
+
+    /// Key of token `t` of a sequence's call, unrotated.
+    pub fn load_key(&self, piece: &Piece, kv_head: usize, t: usize, k: &mut [f32]) {
+        // SAFETY: inside the sequence `resolve` accepted.
+        T::widen(unsafe { self.inputs.k.row(piece.seq.batch, piece.seq.first + t, kv_head) }, k);
+    }
+
+    /// Value of token `t` of a sequence's call.
+    pub fn load_value(&self, piece: &Piece, kv_head: usize, t: usize, v: &mut [f32]) {
+        // SAFETY: as above.
+        T::widen(unsafe { self.inputs.v.row(piece.seq.batch, piece.seq.first + t, kv_head) }, v);
+    }
+
+    /// Stores the keys of tokens `tokens` from key `j` of a segment on, rotated if asked.
+    fn put_keys(
+        &self,
+        piece: &Piece,
+        kv_head: usize,
+        tokens: Range<usize>,
+        rotated: bool,
+        j: usize,
+        keys: &mut [f32],
+    ) {
+        let dk = self.problem.key_dim();
+        let mut rows = vec![0.0; 16 * dk];
+        for start in tokens.clone().step_by(16) {
+            let n = 16.min(tokens.end - start);
+            for (t, k) in (start..start + n).zip(rows.chunks_exact_mut(dk)) {
+                self.load_key(piece, kv_head, t, k);
+                if let (true, Some(rope)) = (rotated, &self.batch.rope) {
+                    rope.rotate(k, self.batch.position(&piece.seq, t));
+                }
+            }
+            self.blocks.put(keys, j + start - tokens.start, &rows[..n * dk]);
+        }
+    }
+
+    /// Local keys and values of the first `seen` tokens of a piece's segment: the open ones from
+    /// the state, the others from the inputs.
+    pub fn pack(
+        &self,
+        piece: &Piece,
+        kv_head: usize,
+        state: &State,
+        seen: usize,
+        keys: &mut Vec<f32>,
+        values: &mut Vec<f32>,
+    ) {
+        let dv = self.problem.value_dim();
+        let rotated = self.batch.rope.is_some();
+        let (open_k, open_v) = state.open_chunk(piece.seq.slot, kv_head, rotated);
+        keys.resize(self.blocks.len(), 0.0);
+        values.resize(self.problem.segment_len() * dv, 0.0);
+        let whole = self.blocks.prefix_len(piece.cached);
+        keys[..whole].copy_from_slice(&open_k[..whole]);
+        let (cached, new) = values[..seen * dv].split_at_mut(piece.cached * dv);
+        cached.copy_from_slice(&open_v[..cached.len()]);
+        let tokens = piece.start..piece.start + seen - piece.cached;
+        for (t, v) in tokens.clone().zip(new.chunks_exact_mut(dv)) {
+            self.load_value(piece, kv_head, t, v);
+        }
+        self.put_keys(piece, kv_head, tokens, rotated, piece.cached, keys);
+    }
+
+    /// Appends a piece's tokens to the open segment.
+    pub fn append(&self, piece: &Piece, kv_head: usize, head: &mut HeadMut<'_>) {
+        let dv = self.problem.value_dim();
+        let tokens = piece.start..piece.start + piece.len;
+        let values = head.v[piece.cached * dv..].chunks_exact_mut(dv);
+        for (t, v) in tokens.clone().zip(values) {
+            self.load_value(piece, kv_head, t, v);
+        }
+        self.put_keys(piece, kv_head, tokens.clone(), false, piece.cached, head.k);
+        if let (Some(_), Some(k)) = (&self.batch.rope, &mut head.k_rotated) {
+            self.put_keys(piece, kv_head, tokens, true, piece.cached, k);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! A few new tokens per sequence, and the commit of open segments. One task per (sequence, KV
+//! head) walks through its tokens; attention reads the open segment where it lies.
+
+use rayon::prelude::*;
+
+use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
+use super::pieces;
+use super::segment::{self, Scratch as SegmentScratch};
+use crate::call::Sequence;
+use crate::memory::{HeadMut, KeyBlocks};
+use crate::{Element, Problem, State};
+
+pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+    let p = &call.problem;
+    let counters = state.counters.clone();
+    let mut heads = state.heads_mut();
+    let tasks: Vec<_> = (sequences.iter())
+        .flat_map(|seq| (0..p.kv_heads()).map(move |h| (seq, h)))
+        .filter_map(|(seq, h)| Some((seq, h, heads[seq.slot * p.kv_heads() + h].take()?)))
+        .collect();
+    tasks.into_par_iter().for_each_init(
+        || TileScratch::new(call),
+        |scratch, (seq, h, mut head)| {
+            for piece in pieces(p, *seq, counters[seq.slot]) {
+                step(call, &piece, h, &mut head, scratch);
+            }
+        },
+    );
+    for seq in sequences {
+        for piece in pieces(p, *seq, counters[seq.slot]) {
+            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
+        }
+    }
+}
+
+/// Appends a piece, attends it, and commits the segment if that filled it.
+fn step<T: Element>(
+    call: &Call<'_, T>,
+    piece: &Piece,
+    kv_head: usize,
+    head: &mut HeadMut<'_>,
+    scratch: &mut TileScratch,
+) {
+    call.append(piece, kv_head, head);
+    let keys = match (&call.batch.rope, &head.k_rotated) {
+        (Some(_), Some(rotated)) => &**rotated,
+        _ => &*head.k,
+    };
+    let segment = Segment { keys, values: head.v, m: head.m, z: head.z };
+    call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, scratch);
+    if piece.full {
+        let mut scratch = SegmentScratch::new(&call.problem);
+        commit(&call.problem, call.problem.segment_len(), piece.empty, head, &mut scratch);
+    }
+}
+
+fn commit(
+    p: &Problem,
+    tokens: usize,
+    empty: bool,
+    head: &mut HeadMut<'_>,
+    scratch: &mut SegmentScratch,
+) {
+    let blocks = KeyBlocks::new(p);
+    let (keys, values) = (&*head.k, &*head.v);
+    let load = |first: usize, n: usize, k: &mut [f32], v: &mut [f32]| {
+        for (j, k) in (first..first + n).zip(k.chunks_exact_mut(p.key_dim())) {
+            blocks.get(keys, j, k);
+        }
+        v.copy_from_slice(&values[first * p.value_dim()..][..v.len()]);
+    };
+    segment::commit(p, tokens, load, empty, head.m, head.z, scratch);
+}
+
+pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) {
+    let counters = state.counters.clone();
+    let mut heads = state.heads_mut();
+    let tasks: Vec<_> = (slots.iter().filter(|&&slot| counters[slot].open_len > 0))
+        .flat_map(|&slot| (0..p.kv_heads()).map(move |h| (slot, h)))
+        .filter_map(|(slot, h)| Some((slot, heads[slot * p.kv_heads() + h].take()?)))
+        .collect();
+    tasks.into_par_iter().for_each_init(
+        || SegmentScratch::new(p),
+        |scratch, (slot, mut head)| {
+            let c = &counters[slot];
+            commit(p, c.open_len, c.committed == 0, &mut head, scratch);
+        },
+    );
+    for &slot in slots {
+        let c = &mut state.counters[slot];
+        c.committed += c.open_len as u64;
+        c.open_len = 0;
+    }
+}

@@ -1,0 +1,323 @@
+//! Delta-rule memories of disjoint token runs: they do not add, but they compose as affine maps.
+//!
+//! A run of segments that finds the normaliser z acts on the memory as M ← A M + B, with A and B
+//! independent of M. `key_sums` of every run, a prefix sum over runs, `segment_map` of every run in
+//! parallel (on several devices, say), then `compose` in order or `apply` to a state.
+
+use rayon::prelude::*;
+
+use super::matmul::{Into, Mat, matmul};
+use super::segment::{self, CHUNK, Scratch};
+use super::simd;
+use crate::call::check_dtype;
+use crate::{Element, Error, Problem, Result, State, TensorView, Update};
+
+/// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KeySums {
+    problem: Problem,
+    sums: Vec<f32>,
+    tokens: Vec<u64>,
+}
+
+impl KeySums {
+    /// The sums over no tokens, for `batch` sequences: what the first run of a stream finds.
+    pub fn zero(problem: &Problem, batch: usize) -> Self {
+        let len = batch * problem.kv_heads() * problem.key_dim();
+        Self { problem: *problem, sums: vec![0.0; len], tokens: vec![0; batch] }
+    }
+
+    /// What a run that continues `state` finds: its z and its committed tokens, slot by slot.
+    pub fn from_state(state: &State) -> Self {
+        Self {
+            problem: state.problem,
+            sums: state.z.clone(),
+            tokens: state.counters.iter().map(|c| c.committed).collect(),
+        }
+    }
+
+    /// The sums over both runs.
+    ///
+    /// # Errors
+    /// [`Error::Problem`] or [`Error::Length`] when they belong to different problems or batches.
+    pub fn add(&self, other: &KeySums) -> Result<KeySums> {
+        self.problem.check_same(&other.problem)?;
+        check_batch("other", other.tokens.len(), self.tokens.len())?;
+        Ok(KeySums {
+            problem: self.problem,
+            sums: self.sums.iter().zip(&other.sums).map(|(a, b)| a + b).collect(),
+            tokens: self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b).collect(),
+        })
+    }
+
+    /// The sums, f32 [B, Hkv, Dk].
+    pub fn sums(&self) -> TensorView<'_, f32> {
+        let p = &self.problem;
+        TensorView::new(&self.sums, &[self.tokens.len(), p.kv_heads(), p.key_dim()])
+            .expect("sums has this shape since it was made")
+    }
+
+    /// Tokens summed, per sequence.
+    pub fn tokens(&self) -> &[u64] {
+        &self.tokens
+    }
+}
+
+/// The affine map M ← A M + B, z ← z + Δz of a run of segments, per sequence and KV head, f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SegmentMap {
+    problem: Problem,
+    /// What the run finds.
+    before: KeySums,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    /// Δz and tokens of the run.
+    sums: KeySums,
+}
+
+impl SegmentMap {
+    /// A = Π (I − G), f32 [B, Hkv, Dk, Dk].
+    pub fn a(&self) -> TensorView<'_, f32> {
+        let dk = self.problem.key_dim();
+        self.view(&self.a, dk)
+    }
+
+    /// B, f32 [B, Hkv, Dk, Dv].
+    pub fn b(&self) -> TensorView<'_, f32> {
+        self.view(&self.b, self.problem.value_dim())
+    }
+
+    /// Δz, f32 [B, Hkv, Dk].
+    pub fn dz(&self) -> TensorView<'_, f32> {
+        self.sums.sums()
+    }
+
+    /// Tokens of the run, per sequence.
+    pub fn tokens(&self) -> &[u64] {
+        &self.sums.tokens
+    }
+
+    fn view<'a>(&'a self, data: &'a [f32], width: usize) -> TensorView<'a, f32> {
+        let p = &self.problem;
+        TensorView::new(data, &[self.sums.tokens.len(), p.kv_heads(), p.key_dim(), width])
+            .expect("A and B have these shapes since they were made")
+    }
+}
+
+fn check_batch(argument: &'static str, got: usize, expected: usize) -> Result<()> {
+    if got != expected {
+        let expected = format!("{expected} (sequences)");
+        return Err(Error::Length { argument, got, expected });
+    }
+    Ok(())
+}
+
+/// Checks a [B, T, Hkv, D] tensor and returns (B, T).
+fn check_tokens<T: Element>(
+    problem: &Problem,
+    argument: &'static str,
+    x: &TensorView<'_, T>,
+    dim: usize,
+) -> Result<(usize, usize)> {
+    check_dtype::<T>(argument, problem.dtype())?;
+    let &[b, t, heads, d] = x.shape() else {
+        return Err(Error::shape(argument, x.shape(), "rank 4 [B, T, Hkv, D]"));
+    };
+    if [heads, d] != [problem.kv_heads(), dim] {
+        let expected = format!("[B, T, Hkv = {}, {dim}]", problem.kv_heads());
+        return Err(Error::shape(argument, x.shape(), expected));
+    }
+    x.check_rows(argument)?;
+    Ok((b, t))
+}
+
+/// Σ σ(k) over a run of tokens: k [B, T, Hkv, Dk], unrotated.
+///
+/// # Errors
+/// [`Error::DType`], [`Error::Shape`] or [`Error::Stride`] naming k.
+pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
+    let dk = problem.key_dim();
+    let (batch, tokens) = check_tokens(problem, "k", &k, dk)?;
+    let mut out = KeySums::zero(problem, batch);
+    out.tokens.fill(tokens as u64);
+    let rows = k.rows();
+    out.sums.par_chunks_exact_mut(dk).enumerate().for_each(|(i, sums)| {
+        let (b, h) = (i / problem.kv_heads(), i % problem.kv_heads());
+        let mut chunk = vec![0.0; CHUNK.min(tokens) * dk];
+        for first in (0..tokens).step_by(CHUNK) {
+            let chunk = &mut chunk[..CHUNK.min(tokens - first) * dk];
+            for (t, row) in (first..).zip(chunk.chunks_exact_mut(dk)) {
+                // SAFETY: b, t, h lie inside the shape just checked.
+                T::widen(unsafe { rows.row(b, t, h) }, row);
+            }
+            simd::feature_map(chunk);
+            simd::add_rows(chunk, sums);
+        }
+    });
+    Ok(out)
+}
+
+/// The affine map of a run of tokens: k [B, T, Hkv, Dk] (unrotated), v [B, T, Hkv, Dv]. The run is
+/// cut into segments of N from its first token on; a shorter last one counts as flushed. `before`
+/// is what the run finds: the prefix sum of the key sums of everything earlier.
+///
+/// Under [`Update::Linear`] A is the identity.
+///
+/// # Errors
+/// [`Error::DType`], [`Error::Shape`] or [`Error::Stride`] naming k or v, [`Error::Problem`] or
+/// [`Error::Length`] when `before` belongs to another problem or batch.
+pub fn segment_map<T: Element>(
+    problem: &Problem,
+    k: TensorView<'_, T>,
+    v: TensorView<'_, T>,
+    before: &KeySums,
+) -> Result<SegmentMap> {
+    let (dk, dv) = (problem.key_dim(), problem.value_dim());
+    let (batch, tokens) = check_tokens(problem, "k", &k, dk)?;
+    let got = check_tokens(problem, "v", &v, dv)?;
+    if got != (batch, tokens) {
+        let expected = format!("B = {batch}, T = {tokens} as k");
+        return Err(Error::shape("v", v.shape(), expected));
+    }
+    problem.check_same(&before.problem)?;
+    check_batch("before", before.tokens.len(), batch)?;
+    let mut map = SegmentMap {
+        problem: *problem,
+        before: before.clone(),
+        a: vec![0.0; batch * problem.kv_heads() * dk * dk],
+        b: vec![0.0; batch * problem.kv_heads() * dk * dv],
+        sums: KeySums::zero(problem, batch),
+    };
+    map.sums.tokens.fill(tokens as u64);
+    let (k, v) = (k.rows(), v.rows());
+    (map.a.par_chunks_exact_mut(dk * dk))
+        .zip(map.b.par_chunks_exact_mut(dk * dv))
+        .zip(map.sums.sums.par_chunks_exact_mut(dk))
+        .zip(&before.sums.par_chunks_exact(dk).map(<[f32]>::to_vec).collect::<Vec<_>>())
+        .enumerate()
+        .for_each(|(i, (((a, b), dz), z))| {
+            let (seq, h) = (i / problem.kv_heads(), i % problem.kv_heads());
+            let load = |first: usize, _: usize, ks: &mut [f32], vs: &mut [f32]| {
+                let rows = ks.chunks_exact_mut(dk).zip(vs.chunks_exact_mut(dv));
+                for (t, (ks, vs)) in (first..).zip(rows) {
+                    // SAFETY: inside the shapes just checked.
+                    unsafe {
+                        T::widen(k.row(seq, t, h), ks);
+                        T::widen(v.row(seq, t, h), vs);
+                    }
+                }
+            };
+            run_map(problem, tokens, load, before.tokens[seq] == 0, z.clone(), a, b, dz);
+        });
+    Ok(map)
+}
+
+/// Chains the maps of a run's segments: A ← (I − G) A, B ← (I − G) B + B_s.
+#[allow(clippy::too_many_arguments)]
+fn run_map(
+    p: &Problem,
+    tokens: usize,
+    load: impl segment::Load,
+    mut empty: bool,
+    mut z: Vec<f32>,
+    a: &mut [f32],
+    b: &mut [f32],
+    dz: &mut [f32],
+) {
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    a.iter_mut().step_by(dk + 1).for_each(|x| *x = 1.0);
+    let mut scratch = Scratch::new(p);
+    let (mut g, mut own, mut sums) = (vec![0.0; dk * dk], vec![0.0; dk * dv], vec![0.0; dk]);
+    let (mut a_before, mut b_before) = (vec![0.0; dk * dk], vec![0.0; dk * dv]);
+    for first in (0..tokens).step_by(p.segment_len()) {
+        let n = p.segment_len().min(tokens - first);
+        let load = |at: usize, n: usize, k: &mut [f32], v: &mut [f32]| load(first + at, n, k, v);
+        segment::sums(p, n, load, &mut own, &mut sums, &mut scratch);
+        if p.update() == Update::Delta && !empty {
+            segment::transition(p, n, load, &z, &mut g, &mut scratch);
+            a_before.copy_from_slice(a);
+            b_before.copy_from_slice(b);
+            let g = Mat::rows(&g, dk, dk, dk);
+            matmul(a, Into::Subtract, g, Mat::rows(&a_before, dk, dk, dk));
+            matmul(b, Into::Subtract, g, Mat::rows(&b_before, dk, dv, dv));
+        }
+        simd::add_rows(&own, b);
+        simd::add_rows(&sums, &mut z);
+        simd::add_rows(&sums, dz);
+        empty = false;
+    }
+}
+
+/// The map of `first` followed by `second`: A = A₂ A₁, B = A₂ B₁ + B₂.
+///
+/// # Errors
+/// [`Error::Problem`] or [`Error::Length`] when they belong to different problems or batches,
+/// [`Error::Value`] when `second` was not made for the tokens that `first` leaves behind.
+pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
+    first.problem.check_same(&second.problem)?;
+    check_batch("second", second.sums.tokens.len(), first.sums.tokens.len())?;
+    check_follows("second", &first.before.add(&first.sums)?, &second.before)?;
+    let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
+    let mut map = SegmentMap {
+        a: vec![0.0; first.a.len()],
+        b: second.b.clone(),
+        sums: first.sums.add(&second.sums)?,
+        ..first.clone()
+    };
+    let maps = first.a.par_chunks_exact(dk * dk).zip(first.b.par_chunks_exact(dk * dv));
+    (map.a.par_chunks_exact_mut(dk * dk))
+        .zip(map.b.par_chunks_exact_mut(dk * dv))
+        .zip(second.a.par_chunks_exact(dk * dk).zip(maps))
+        .for_each(|((a, b), (a2, (a1, b1)))| {
+            let a2 = Mat::rows(a2, dk, dk, dk);
+            matmul(a, Into::Store, a2, Mat::rows(a1, dk, dk, dk));
+            matmul(b, Into::Add, a2, Mat::rows(b1, dk, dv, dv));
+        });
+    Ok(map)
+}
+
+/// Applies the map of a run of segments to a state, slot by slot: the state stands as if the run's
+/// tokens had been prefilled and flushed.
+///
+/// # Errors
+/// [`Error::Problem`] or [`Error::Length`] for a map of another problem or batch,
+/// [`Error::OpenSegment`] for a slot with an open segment, [`Error::Value`] when the map was made
+/// for another number of earlier tokens. The state is unchanged then.
+pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
+    map.problem.check_same(&state.problem)?;
+    check_batch("state", state.sequences(), map.sums.tokens.len())?;
+    for (slot, c) in state.counters.iter().enumerate() {
+        if c.open_len > 0 {
+            return Err(Error::OpenSegment { argument: "state", slot, open_len: c.open_len });
+        }
+    }
+    check_follows("map", &KeySums::from_state(state), &map.before)?;
+    let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());
+    (state.m.par_chunks_exact_mut(dk * dv))
+        .zip(map.a.par_chunks_exact(dk * dk).zip(map.b.par_chunks_exact(dk * dv)))
+        .for_each(|(m, (a, b))| {
+            let found = m.to_vec();
+            m.copy_from_slice(b);
+            matmul(m, Into::Add, Mat::rows(a, dk, dk, dk), Mat::rows(&found, dk, dv, dv));
+        });
+    state.z.iter_mut().zip(&map.sums.sums).for_each(|(z, dz)| *z += dz);
+    for (c, tokens) in state.counters.iter_mut().zip(&map.sums.tokens) {
+        c.tokens += tokens;
+        c.committed += tokens;
+    }
+    Ok(())
+}
+
+/// A map may only follow the number of tokens it was made for.
+fn check_follows(argument: &'static str, found: &KeySums, made_for: &KeySums) -> Result<()> {
+    for (b, (found, made_for)) in found.tokens.iter().zip(&made_for.tokens).enumerate() {
+        if found != made_for {
+            return Err(Error::value(
+                format!("{argument} (sequence {b})"),
+                format!("a map made for {made_for} earlier tokens"),
+                format!("one made for {found}"),
+            ));
+        }
+    }
+    Ok(())
+}

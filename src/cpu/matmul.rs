@@ -1,0 +1,77 @@
+//! Safe access to the `gemm` crate's single-threaded product; tasks, not products, are parallel.
+
+use gemm::Parallelism;
+
+/// A strided f32 matrix: element (i, j) is `data[i * row + j * col]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row: usize,
+    col: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Rows of `stride` elements, the first `cols` of which count.
+    pub fn rows(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(
+            rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(),
+            "matrix bounds"
+        );
+        Self { data, rows, cols, row: stride, col: 1 }
+    }
+
+    /// The transpose; nothing moves.
+    pub fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
+}
+
+/// Whether a product replaces its destination or is added to it.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Into {
+    Store,
+    Add,
+    Subtract,
+}
+
+/// dst ← a·b, dst + a·b or dst − a·b; dst is row-major without gaps.
+pub(crate) fn matmul(dst: &mut [f32], mode: Into, a: Mat<'_>, b: Mat<'_>) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    assert_eq!(k, b.rows, "inner extents");
+    assert!(m * n <= dst.len(), "destination bounds");
+    if mode == Into::Store && k == 0 {
+        dst[..m * n].fill(0.0);
+    }
+    if m * n * k == 0 {
+        return;
+    }
+    let beta = if mode == Into::Subtract { -1.0 } else { 1.0 };
+    let [ar, ac, br, bc] = [a.row, a.col, b.row, b.col].map(|s| s as isize);
+    // SAFETY: all three matrices lie inside their slices (`Mat::rows`, the assertion above), and
+    // `dst` is a unique borrow.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            n as isize,
+            mode != Into::Store,
+            a.data.as_ptr(),
+            ac,
+            ar,
+            b.data.as_ptr(),
+            bc,
+            br,
+            1.0,
+            beta,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

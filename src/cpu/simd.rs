@@ -1,0 +1,230 @@
+//! The element-wise parts: exponential, feature map, softmax. Plain loops over fixed-width chunks,
+//! compiled for every SIMD level and chosen at run time.
+
+use pulp::Arch;
+
+use crate::Denominator;
+
+/// Lanes per chunk: one AVX-512 register, two of AVX2, four of NEON.
+const LANES: usize = 16;
+
+/// Runs a closure with the widest vectors of this machine.
+fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    struct Op<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn call(self) -> R {
+            (self.0)()
+        }
+    }
+    Arch::new().dispatch(Op(f))
+}
+
+/// exp(x) for x ≤ 0 to about 1 ulp; 0 where it would be below f32's smallest normal number. NaN
+/// stays NaN. Cody-Waite reduction, then a polynomial of degree 6 on [−ln2/2, ln2/2] (Cephes).
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const LOWEST: f32 = -87.336_54;
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer
+    let clamped = if x < LOWEST { LOWEST } else { x };
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let p = r.mul_add(1.987_569_1e-4, 1.398_199_9e-3);
+    let p = r.mul_add(p, 8.333_452e-3);
+    let p = r.mul_add(p, 4.166_579_6e-2);
+    let p = r.mul_add(p, 1.666_666_5e-1);
+    let p = r.mul_add(p, 5e-1);
+    let p = (r * r).mul_add(p, r) + 1.0;
+    // The low bits of `shifted` hold n: shift them into the exponent.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < LOWEST { 0.0 } else { p * power }
+}
+
+/// σ(x) = ELU(x) + 1.
+#[inline(always)]
+fn sigma(x: f32) -> f32 {
+    let e = exp(if x > 0.0 { 0.0 } else { x });
+    if x > 0.0 { x + 1.0 } else { e }
+}
+
+#[inline(always)]
+fn chunked(x: &[f32]) -> (&[[f32; LANES]], &[f32]) {
+    x.as_chunks::<LANES>()
+}
+
+/// Largest element, NaN ignored; −∞ for an empty row.
+#[inline(always)]
+fn max(row: &[f32]) -> f32 {
+    let pick = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = chunked(row);
+    let mut acc = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            acc[i] = pick(acc[i], chunk[i]);
+        }
+    }
+    acc.iter().chain(rest).copied().fold(f32::NEG_INFINITY, pick)
+}
+
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((ac, ar), (bc, br)) = (chunked(a), chunked(b));
+    let mut acc = [0.0f32; LANES];
+    for (a, b) in ac.iter().zip(bc) {
+        for i in 0..LANES {
+            acc[i] = a[i].mul_add(b[i], acc[i]);
+        }
+    }
+    let tail: f32 = ar.iter().zip(br).map(|(a, b)| a * b).sum();
+    acc.iter().sum::<f32>() + tail
+}
+
+/// x ← exp(x − shift), and the sum of the results.
+#[inline(always)]
+fn exp_sum(row: &mut [f32], shift: f32) -> f32 {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let mut acc = [0.0f32; LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] - shift);
+            acc[i] += chunk[i];
+        }
+    }
+    let mut sum: f32 = acc.iter().sum();
+    for x in rest {
+        *x = exp(*x - shift);
+        sum += *x;
+    }
+    sum
+}
+
+/// Running softmax statistics of one row: maximum and sum of exponentials so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Running {
+    pub max: f32,
+    pub sum: f32,
+}
+
+impl Running {
+    /// Nothing seen yet.
+    pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+/// One block of a blockwise softmax. Row i of `s` (`width` scores) sees its first `visible(i)`
+/// keys; scores become weights relative to the new maximum, unseen ones 0, and row i of `o`
+/// (`dv` wide) is rescaled where the maximum grew.
+pub(crate) fn softmax_block(
+    s: &mut [f32],
+    width: usize,
+    visible: impl Fn(usize) -> usize,
+    running: &mut [Running],
+    o: &mut [f32],
+    dv: usize,
+) {
+    vectorised(|| {
+        let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(running);
+        for (i, ((s, o), run)) in rows.enumerate() {
+            let (seen, unseen) = s.split_at_mut(visible(i).min(width));
+            unseen.fill(0.0);
+            let grown = max(seen);
+            if grown > run.max {
+                // exp(−∞ − max) = 0 on the first block.
+                let factor = exp(run.max - grown);
+                o.iter_mut().for_each(|o| *o *= factor);
+                run.sum *= factor;
+                run.max = grown;
+            }
+            // All scores −∞: any finite shift gives weights 0 instead of NaN.
+            let shift = if run.max == f32::NEG_INFINITY { 0.0 } else { run.max };
+            run.sum += exp_sum(seen, shift);
+        }
+    });
+}
+
+/// x ← σ(x), element by element.
+pub(crate) fn feature_map(x: &mut [f32]) {
+    vectorised(|| x.iter_mut().for_each(|x| *x = sigma(*x)));
+}
+
+/// Adds the rows of `x` (each as long as `sums`) to `sums`.
+pub(crate) fn add_rows(x: &[f32], sums: &mut [f32]) {
+    vectorised(|| {
+        for row in x.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+        }
+    });
+}
+
+/// Turns every row x (as long as `z`) into its retrieval weights σ(x) / σ(x)·z, so that the
+/// retrieval is one product with M.
+pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) {
+    vectorised(|| {
+        for row in x.chunks_exact_mut(z.len()) {
+            // Exact is invariant to the row's scale: shifted so that nothing underflows.
+            let top = max(row);
+            let shift = if policy == Denominator::Exact && top <= 0.0 { top } else { 0.0 };
+            // A row of −∞ only: weightless, as in the limit of ever smaller channels.
+            let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
+            row.iter_mut().for_each(|x| *x = sigma(*x - shift));
+            let factor = policy.reciprocal(dot(row, z));
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+    });
+}
+
+/// x ← x · factor.
+pub(crate) fn scale(x: &mut [f32], factor: f32) {
+    vectorised(|| x.iter_mut().for_each(|x| *x *= factor));
+}
+
+/// x ← wx·x + wy·y, a branch of weight 0 being absent whatever it holds.
+pub(crate) fn blend(x: &mut [f32], wx: f32, y: &[f32], wy: f32) {
+    vectorised(|| {
+        if wx == 0.0 {
+            x.iter_mut().zip(y).for_each(|(x, y)| *x = wy * y);
+        } else if wy == 0.0 {
+            x.iter_mut().for_each(|x| *x *= wx);
+        } else {
+            x.iter_mut().zip(y).for_each(|(x, y)| *x = wx.mul_add(*x, wy * y));
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulps_and_flushes() {
+        let mut worst = 0.0f64;
+        for i in 0..873_000 {
+            let x = -(i as f32) * 1e-4;
+            let (got, want) = (f64::from(vectorised(|| exp(x))), f64::from(x).exp());
+            worst = worst.max((got / want - 1.0).abs());
+        }
+        assert!(worst < 2.4e-7, "relative error {worst:e}");
+        assert_eq!([exp(0.0), exp(-87.4), exp(f32::NEG_INFINITY)], [1.0, 0.0, 0.0]);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sigma_is_elu_plus_one() {
+        assert_eq!(
+            [sigma(2.0), sigma(0.0), sigma(-200.0), sigma(f32::INFINITY)],
+            [3.0, 1.0, 0.0, f32::INFINITY]
+        );
+        assert!(sigma(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn all_scores_minus_infinity_weigh_nothing() {
+        let (mut s, mut o) = ([f32::NEG_INFINITY; 20], [0.0; 2]);
+        let mut running = [Running::START];
+        softmax_block(&mut s, 20, |_| 20, &mut running, &mut o, 2);
+        assert_eq!((s, running[0].sum), ([0.0; 20], 0.0));
+    }
+}
