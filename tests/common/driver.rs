@@ -11,7 +11,7 @@ use super::cases::{Batch, Case, Gate, Positions, Rotation};
 use super::metric::{log_rms, relative_rms};
 use super::model::slot_values;
 use super::stream::{Stream, normals, rope_tables};
-use super::{WithType, bits, narrow, widen, with_type};
+use super::{WithType, widen, with_type};
 
 /// An implementation of the operator.
 pub trait Backend: Sync {
@@ -423,7 +423,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
                         let row = buffer.map(|x| widen(x.row(&[&at[..], &[h]].concat())));
                         to.extend(row.into_iter().flatten());
                     }
-                    let lse = out.lse.as_ref().map(|x| x.get(&shape.lse(b, t, h)).into());
+                    let lse = out.lse.as_ref().map(|x| f64::from(x.get(&shape.lse(b, t, h))));
                     self.gathered[b].lse.extend(lse);
                 }
             }

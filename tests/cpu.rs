@@ -1,0 +1,28 @@
+//! The table of cases on the CPU backend.
+
+mod common;
+
+use common::cases::{Case, cases};
+use common::driver::{Cpu, Summary, run_cases};
+
+fn run(backend: Cpu, wanted: impl Fn(&Case) -> bool) -> Summary {
+    let table: Vec<Case> = cases().into_iter().filter(wanted).collect();
+    run_cases(&backend, &table).finish(&format!("{backend:?}"))
+}
+
+#[test]
+fn prefill_runs_the_whole_table() {
+    let summary = run(Cpu::Prefill, |_| true);
+    assert_eq!(summary.ran, cases().len());
+}
+
+#[test]
+fn decode_runs_all_that_it_takes() {
+    let summary = run(Cpu::Decode, |_| true);
+    println!("{} of {} refused", summary.refused.values().sum::<usize>(), cases().len());
+}
+
+#[test]
+fn prefill_and_decode_take_turns() {
+    run(Cpu::Mixed, |case| case.calls.len() > 1);
+}
