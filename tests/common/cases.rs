@@ -112,11 +112,14 @@ pub fn cases() -> Vec<Case> {
         gates(),
         arrangements(),
         values(),
+        long(),
         mixed(),
     ]
     .concat();
-    for (i, case) in all.iter_mut().enumerate() {
-        case.seed = i as u64 + 1;
+    for case in &mut all {
+        // FNV-1a of the name: a case keeps its data when the table changes.
+        let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
+        case.seed = case.name.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 32;
     }
     all
 }
@@ -409,6 +412,27 @@ fn values() -> Vec<Case> {
                 case.calls = vec![vec![50], vec![4]];
                 out.push(case);
             }
+        }
+    }
+    out
+}
+
+/// Many segments: more than one workspace of the fast backends holds, and enough to drift.
+fn long() -> Vec<Case> {
+    let mut out = vec![];
+    for update in RULES {
+        for (dim, n, kv_heads, tokens) in [
+            (256, 1, 1, 150),
+            (256, 2, 2, 170),
+            (128, 2, 3, 400),
+            (16, 16, 1, 20_003),
+            (16, 3, 2, 3000),
+        ] {
+            let mut case = Case::base(format!("long {dim} N={n} T={tokens} {update}"))
+                .with(|b| b.heads(kv_heads).kv_heads(kv_heads).head_dim(dim))
+                .with(|b| b.segment_len(n).update(update));
+            case.calls = vec![vec![tokens - 2], vec![2]];
+            out.push(case);
         }
     }
     out

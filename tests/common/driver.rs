@@ -1,9 +1,11 @@
 //! Runs a case through a backend, call by call, and through the float64 reference, one sequence at
 //! a time and uncut, and compares everything.
 
+use std::collections::BTreeMap;
+
 use infini_attn::{
-    DType, Element, Inputs, Problem, Result, Rope, State, TensorView, decode, flush, prefill,
-    reference,
+    DType, Element, Inputs, MAX_DECODE_TOKENS, Problem, Result, Rope, State, TensorView, decode,
+    flush, prefill, reference,
 };
 
 use super::buffers::{Arrangement, OutputBuffers, Strided};
@@ -19,10 +21,12 @@ pub trait Backend: Sync {
     /// Why the backend does not run a case; none: it runs it.
     fn refuses(&self, case: &Case) -> Option<&'static str>;
     fn new_state(&self, problem: &Problem, slots: usize) -> Self::State;
+    /// One call, in which no sequence has more than `longest` tokens.
     fn call<T: Element>(
         &self,
         problem: &Problem,
         inputs: &Inputs<'_, T>,
+        longest: usize,
         gate: &[f32],
         state: &mut Self::State,
         out: &mut OutputBuffers<T>,
@@ -45,14 +49,11 @@ pub enum Cpu {
     Mixed,
 }
 
-/// Most new tokens per sequence that `decode` takes.
-pub const DECODE_LIMIT: usize = 16;
-
 impl Backend for Cpu {
     type State = State;
 
     fn refuses(&self, case: &Case) -> Option<&'static str> {
-        let beyond = *self == Cpu::Decode && case.largest_chunk() > DECODE_LIMIT;
+        let beyond = *self == Cpu::Decode && case.largest_chunk() > MAX_DECODE_TOKENS;
         beyond.then_some("decode takes at most 16 new tokens per sequence")
     }
 
@@ -64,12 +65,12 @@ impl Backend for Cpu {
         &self,
         problem: &Problem,
         inputs: &Inputs<'_, T>,
+        longest: usize,
         gate: &[f32],
         state: &mut State,
         out: &mut OutputBuffers<T>,
     ) -> Result<()> {
-        let short = inputs.q.shape().len() == 4 && inputs.q.shape()[1] <= DECODE_LIMIT;
-        if *self == Cpu::Decode || (*self == Cpu::Mixed && short) {
+        if *self == Cpu::Decode || (*self == Cpu::Mixed && longest <= MAX_DECODE_TOKENS) {
             decode(problem, inputs, gate, state, out.views())
         } else {
             prefill(problem, inputs, gate, state, out.views())
@@ -108,6 +109,7 @@ impl Backend for ReferenceBackend {
         &self,
         problem: &Problem,
         inputs: &Inputs<'_, T>,
+        _: usize,
         gate: &[f32],
         state: &mut reference::State,
         out: &mut OutputBuffers<T>,
@@ -168,9 +170,9 @@ pub const STATE_TOLERANCE: f64 = 1e-5;
 pub struct Summary {
     pub ran: usize,
     /// Reasons, each with the number of cases.
-    pub refused: std::collections::BTreeMap<&'static str, usize>,
+    pub refused: BTreeMap<&'static str, usize>,
     /// Largest relative RMS error met per tensor.
-    pub worst: std::collections::BTreeMap<&'static str, (f64, String)>,
+    pub worst: BTreeMap<(&'static str, String), (f64, String)>,
     pub failures: Vec<String>,
 }
 
@@ -178,8 +180,8 @@ impl Summary {
     /// Prints the figures and fails if any case did.
     pub fn finish(self, backend: &str) -> Self {
         println!("{backend}: {} cases ran, refused: {:?}", self.ran, self.refused);
-        for (tensor, (rms, case)) in &self.worst {
-            println!("  {tensor}: largest relative RMS error {rms:.1e} ({case})");
+        for ((tensor, dtype), (rms, case)) in &self.worst {
+            println!("  {tensor} {dtype}: largest relative RMS error {rms:.1e} ({case})");
         }
         let failures = &self.failures;
         assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
@@ -196,10 +198,11 @@ pub fn run_cases<B: Backend>(backend: &B, cases: &[Case]) -> Summary {
             continue;
         }
         summary.ran += 1;
-        for result in with_type(case.problem.dtype(), Job { backend, case }) {
+        let dtype = case.problem.dtype();
+        for result in with_type(dtype, Job { backend, case }) {
             match result {
                 Ok((tensor, rms)) => {
-                    let worst = summary.worst.entry(tensor).or_default();
+                    let worst = summary.worst.entry((tensor, dtype.to_string())).or_default();
                     if rms >= worst.0 {
                         *worst = (rms, case.name.clone());
                     }
@@ -295,17 +298,17 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let used: Vec<usize> = (0..self.case.sequences()).map(|b| self.slot(b)).collect();
         for slot in (0..slots).filter(|s| !used.contains(s)) {
             let stream = Stream::<T>::normal(p, p.segment_len() + 1, 900 + slot as u64);
-            let (lead, how) = ([1, stream.tokens], Arrangement::Contiguous);
-            let mut out = OutputBuffers::new(&lead, p.heads(), p.value_dim(), how, self.case.asked);
+            let how = Arrangement::Contiguous;
+            let mut out =
+                OutputBuffers::new(&[1, 1], p.heads(), p.value_dim(), how, self.case.asked);
             for t in 0..stream.tokens {
                 // Token by token, so that every entry point serves it.
                 let token = stream.slice(t..t + 1);
-                out = OutputBuffers::new(&[1, 1], p.heads(), p.value_dim(), how, self.case.asked);
                 let inputs = token.inputs().slots(std::slice::from_ref(&slot));
-                let result = self.backend.call(p, &inputs, &self.gate, &mut self.state, &mut out);
+                let result =
+                    self.backend.call(p, &inputs, 1, &self.gate, &mut self.state, &mut out);
                 self.expect(result.is_ok(), format!("bystander slot {slot}: {result:?}"));
             }
-            drop(out);
             let memory = self.backend.memory(p, &self.state, slot);
             let counters = self.backend.counters(&self.state, slot);
             self.bystanders.push((slot, memory, counters));
@@ -347,7 +350,8 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         }
         let (heads, dv) = (p.heads(), p.value_dim());
         let mut out = OutputBuffers::new(&shape.lead, heads, dv, case.arrangement, case.asked);
-        let result = self.backend.call(p, &inputs, &self.gate, &mut self.state, &mut out);
+        let longest = lens.iter().copied().max().unwrap_or(0);
+        let result = self.backend.call(p, &inputs, longest, &self.gate, &mut self.state, &mut out);
         if let Err(error) = result {
             return self.expect(false, format!("call {i}: {error}"));
         }

@@ -1,6 +1,6 @@
 //! One sequence through the fast operator or the float64 reference, for tests of properties.
 
-use infini_attn::{Element, Problem, State, flush, prefill, reference};
+use infini_attn::{Element, Inputs, Problem, State, flush, prefill, reference};
 
 use super::buffers::{Arrangement, Asked, OutputBuffers};
 use super::stream::Stream;
@@ -20,12 +20,17 @@ pub trait Model: Clone {
     /// How close two runs of the same mathematics come: rounding of the arithmetic inside.
     const TOLERANCE: f64;
     fn new(problem: &Problem) -> Self;
-    fn run<T: Element>(&mut self, stream: &Stream<T>, gate: &[f32]) -> Output;
+    /// A batch of one of `tokens` tokens.
+    fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output;
     fn flush(&mut self);
     /// M, [Hkv, Dk, Dv].
     fn memory(&self) -> Vec<f64>;
     /// z, [Hkv, Dk].
     fn normalizer(&self) -> Vec<f64>;
+
+    fn run<T: Element>(&mut self, stream: &Stream<T>, gate: &[f32]) -> Output {
+        self.call(stream.tokens, &stream.inputs(), gate)
+    }
 }
 
 /// The fast CPU backend.
@@ -39,9 +44,9 @@ impl Model for Fast {
         Fast(State::new(problem, 1))
     }
 
-    fn run<T: Element>(&mut self, stream: &Stream<T>, gate: &[f32]) -> Output {
+    fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
         let p = *self.0.problem();
-        let lead = [1, stream.tokens];
+        let lead = [1, tokens];
         let mut out = OutputBuffers::<T>::new(
             &lead,
             p.heads(),
@@ -49,9 +54,9 @@ impl Model for Fast {
             Arrangement::Contiguous,
             Asked::ALL,
         );
-        prefill(&p, &stream.inputs(), gate, &mut self.0, out.views()).expect("a valid call");
+        prefill(&p, inputs, gate, &mut self.0, out.views()).expect("a valid call");
         let rows = |b: &super::buffers::Strided<T>| -> Vec<f64> {
-            (0..stream.tokens)
+            (0..tokens)
                 .flat_map(|t| (0..p.heads()).flat_map(move |h| widen(b.row(&[0, t, h]))))
                 .collect()
         };
@@ -92,9 +97,9 @@ impl Model for Oracle {
         Oracle { problem: *problem, state: reference::State::new(problem, 1) }
     }
 
-    fn run<T: Element>(&mut self, stream: &Stream<T>, gate: &[f32]) -> Output {
-        let out = reference::prefill(&self.problem, &stream.inputs(), gate, &mut self.state)
-            .expect("a valid call");
+    fn call<T: Element>(&mut self, _: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
+        let out =
+            reference::prefill(&self.problem, inputs, gate, &mut self.state).expect("a valid call");
         Output { o: out.o, a_dot: out.a_dot, a_mem: out.a_mem, lse: out.lse }
     }
 
