@@ -225,7 +225,7 @@ fn rotation_is_local<M: Model>(p: Problem, seed: u64) -> Result<(), TestCaseErro
     let channels = p.key_dim() / 2 * 2;
     let (cos, sin) = rope_tables(64, channels, 1.0);
     let view = |data| TensorView::new(data, &[64, channels / 2]).expect("a table");
-    let rope = || Rope::new(view(&cos), view(&sin)).interleaved(seed % 2 == 0);
+    let rope = || Rope::new(view(&cos), view(&sin)).interleaved(seed & 1 == 0);
     let same_place = vec![11; tokens];
     let (mut plain, mut rotated, mut together) = (M::new(&p), M::new(&p), M::new(&p));
     let want = plain.run(&stream, &gates(&p));

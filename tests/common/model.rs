@@ -1,8 +1,8 @@
 //! One sequence through the fast operator or the float64 reference, for tests of properties.
 
-use infini_attn::{Element, Inputs, Problem, State, flush, prefill, reference};
+use infini_attn::{Element, Inputs, Problem, State, decode, flush, prefill, reference};
 
-use super::buffers::{Arrangement, Asked, OutputBuffers};
+use super::buffers::{Arrangement, Asked, OutputBuffers, Strided};
 use super::stream::Stream;
 use super::widen;
 
@@ -45,28 +45,7 @@ impl Model for Fast {
     }
 
     fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
-        let p = *self.0.problem();
-        let lead = [1, tokens];
-        let mut out = OutputBuffers::<T>::new(
-            &lead,
-            p.heads(),
-            p.value_dim(),
-            Arrangement::Contiguous,
-            Asked::ALL,
-        );
-        prefill(&p, inputs, gate, &mut self.0, out.views()).expect("a valid call");
-        let rows = |b: &super::buffers::Strided<T>| -> Vec<f64> {
-            (0..tokens)
-                .flat_map(|t| (0..p.heads()).flat_map(move |h| widen(b.row(&[0, t, h]))))
-                .collect()
-        };
-        let lse = out.lse.as_ref().expect("asked for");
-        Output {
-            o: rows(&out.o),
-            a_dot: rows(out.a_dot.as_ref().expect("asked for")),
-            a_mem: rows(out.a_mem.as_ref().expect("asked for")),
-            lse: (0..p.heads()).flat_map(|h| widen(lse.row(&[0, h]))).collect(),
-        }
+        run_entry(Entry::Prefill, tokens, inputs, gate, &mut self.0)
     }
 
     fn flush(&mut self) {
@@ -80,6 +59,42 @@ impl Model for Fast {
 
     fn normalizer(&self) -> Vec<f64> {
         slot_values(&self.0.normalizer(), 0)
+    }
+}
+
+/// One of the two ways into the fast backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    Prefill,
+    Decode,
+}
+
+/// A batch of one of `tokens` tokens through an entry, with every output asked for.
+pub fn run_entry<T: Element>(
+    entry: Entry,
+    tokens: usize,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
+) -> Output {
+    let p = *state.problem();
+    let (lead, how) = ([1, tokens], Arrangement::Contiguous);
+    let mut out = OutputBuffers::<T>::new(&lead, p.heads(), p.value_dim(), how, Asked::ALL);
+    let result = match entry {
+        Entry::Prefill => prefill(&p, inputs, gate, state, out.views()),
+        Entry::Decode => decode(&p, inputs, gate, state, out.views()),
+    };
+    result.expect("a valid call");
+    let rows = |b: &Strided<T>| -> Vec<f64> {
+        let index = (0..tokens).flat_map(|t| (0..p.heads()).map(move |h| [0, t, h]));
+        index.flat_map(|at| widen(b.row(&at))).collect()
+    };
+    let lse = out.lse.as_ref().expect("asked for");
+    Output {
+        o: rows(&out.o),
+        a_dot: rows(out.a_dot.as_ref().expect("asked for")),
+        a_mem: rows(out.a_mem.as_ref().expect("asked for")),
+        lse: (0..p.heads()).flat_map(|h| widen(lse.row(&[0, h]))).collect(),
     }
 }
 
