@@ -243,8 +243,8 @@ fn zero_padded_last_segment() {
 
 #[test]
 fn sixteen_bit_memory_overflows_or_stops() {
-    // 2^20 + 2^16 tokens: f16 overflows at 65,504, a bf16 sum of ones stops at 256 and a sum of
-    // segments of 4,096 at 2^20. M = z = the count, retrieval exactly 1.
+    // 2^20 + 2^16 tokens: f16 overflows at 65,504, and a bf16 sum of segments stops at 256 segments,
+    // here 2^14 tokens. M = z = the count, retrieval exactly 1.
     fn long<T: Element>() {
         let p = Problem::builder()
             .head_dim(2)

@@ -95,9 +95,12 @@ pub const DIMS: [(usize, usize); 10] = [
 pub const SEGMENTS: [usize; 8] = [1, 2, 7, 16, 33, 64, 128, 129];
 /// Element types.
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-const RULES: [Update; 2] = [Update::Linear, Update::Delta];
-const EMPTY: [EmptyMemory; 2] = [EmptyMemory::Gate, EmptyMemory::Bypass];
-const DENOMINATORS: [Denominator; 3] =
+/// Update rules.
+pub const RULES: [Update; 2] = [Update::Linear, Update::Delta];
+/// Empty-memory policies.
+pub const EMPTY: [EmptyMemory; 2] = [EmptyMemory::Gate, EmptyMemory::Bypass];
+/// Denominators.
+pub const DENOMINATORS: [Denominator; 3] =
     [Denominator::Exact, Denominator::Clamp(1e-2), Denominator::Add(1e-2)];
 
 /// The table.
@@ -493,46 +496,4 @@ fn mixed_case(i: usize, rng: &mut StdRng) -> Case {
     let mut asked = || rng.random_bool(0.6);
     case.asked = Asked { lse: asked(), a_dot: asked(), a_mem: asked() };
     case
-}
-
-#[test]
-fn the_table_covers_its_axes() {
-    use std::collections::HashSet;
-    let all = cases();
-    let names: HashSet<&str> = all.iter().map(|c| c.name.as_str()).collect();
-    assert_eq!(names.len(), all.len(), "names are unique");
-    let has = |what: &str, f: &dyn Fn(&Case) -> bool| assert!(all.iter().any(f), "no case: {what}");
-    for dtype in DTYPES {
-        for update in RULES {
-            for (empty, denominator) in EMPTY.into_iter().flat_map(|e| DENOMINATORS.map(|d| (e, d)))
-            {
-                has("policies", &|c| {
-                    let p = &c.problem;
-                    (p.dtype(), p.update(), p.empty_memory(), p.denominator())
-                        == (dtype, update, empty, denominator)
-                });
-            }
-        }
-        for dims in DIMS {
-            has("dims", &|c| {
-                (c.problem.key_dim(), c.problem.value_dim()) == dims && c.problem.dtype() == dtype
-            });
-        }
-        for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
-            has("batch", &|c| c.batch == batch && c.problem.dtype() == dtype && c.sequences() > 1);
-        }
-    }
-    for group in [1, 2, 4, 8] {
-        has("group", &|c| c.problem.group() == group && c.problem.kv_heads() > 1);
-    }
-    for n in SEGMENTS {
-        has("N", &|c| c.problem.segment_len() == n && c.tokens(0) > 2 * n);
-        has("N by tokens", &|c| c.problem.segment_len() == n && c.calls.len() > 1);
-    }
-    for chunk in 1..=16 {
-        has("decode chunk", &|c| c.largest_chunk() == chunk && c.calls.len() > 2);
-    }
-    has("flush", &|c| !c.flush_after.is_empty());
-    has("untouched slots", &|c| c.slots.as_ref().is_some_and(|(s, n)| s.len() < *n));
-    has("partial rope", &|c| c.rope.is_some_and(|r| r.channels < c.problem.key_dim()));
 }
