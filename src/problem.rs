@@ -358,7 +358,7 @@ impl ProblemBuilder {
                 return Err(Error::value(field, value, format!("1 to {MAX_EXTENT}")));
             }
         }
-        if p.heads % p.kv_heads != 0 {
+        if !p.heads.is_multiple_of(p.kv_heads) {
             let expected = format!("a divisor of heads = {}", p.heads);
             return Err(Error::value("kv_heads", p.kv_heads, expected));
         }

@@ -1,7 +1,7 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
 
-use crate::call::{self, Inputs};
+use crate::call::{self, Batch, Inputs, Sequence};
 use crate::memory::Counters;
 use crate::{Denominator, EmptyMemory, Problem, Result, Update};
 
@@ -77,6 +77,16 @@ impl State {
         call::check_slots(slots, self.counters.len())?;
         slots.iter().for_each(|&slot| self.commit(problem, slot));
         Ok(())
+    }
+
+    /// Retrieval with one query row, and whether the memory was empty (then 0).
+    fn read(&self, p: &Problem, slot: usize, kv_head: usize, q: &[f64]) -> (Vec<f64>, bool) {
+        if self.counters[slot].committed == 0 {
+            return (vec![0.0; p.value_dim()], true);
+        }
+        let chunk = slot * p.kv_heads() + kv_head;
+        let (m, z) = (p.key_dim() * p.value_dim(), p.key_dim());
+        (retrieve(p, q, &self.m[chunk * m..][..m], &self.z[chunk * z..][..z]), false)
     }
 
     fn commit(&mut self, p: &Problem, slot: usize) {
@@ -168,71 +178,75 @@ pub fn prefill<T: Copy + Into<f64>>(
     state: &mut State,
 ) -> Result<Output> {
     let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
-    let p = problem;
     let shape = inputs.q.shape();
     let rows: usize = shape[..shape.len() - 1].iter().product();
     let mut out = Output {
-        o: vec![0.0; rows * p.value_dim()],
-        a_dot: vec![0.0; rows * p.value_dim()],
-        a_mem: vec![0.0; rows * p.value_dim()],
+        o: vec![0.0; rows * problem.value_dim()],
+        a_dot: vec![0.0; rows * problem.value_dim()],
+        a_mem: vec![0.0; rows * problem.value_dim()],
         lse: vec![f64::NEG_INFINITY; rows],
     };
-    let rows = inputs.rows();
-    let widen = |row: &[T]| -> Vec<f64> { row.iter().map(|&x| x.into()).collect() };
     for seq in &sequences {
         for t in 0..seq.len {
-            let (b, token) = (seq.batch, seq.first + t);
-            let local = |row: &[f64]| {
-                let mut row = row.to_vec();
-                if let Some(rope) = &batch.rope {
-                    rope.rotate(&mut row, batch.position(seq, t));
-                }
-                row
-            };
-            let mut new = Token { k: vec![], k_local: vec![], v: vec![] };
-            for h in 0..p.kv_heads() {
-                // SAFETY: `resolve` checked every index.
-                let (k, v) =
-                    unsafe { (widen(rows.k.row(b, token, h)), widen(rows.v.row(b, token, h))) };
-                new.k_local.extend(local(&k));
-                new.k.extend(k);
-                new.v.extend(v);
-            }
-            state.open[seq.slot].push(new);
-            for h in 0..p.heads() {
-                // SAFETY: as above.
-                let q = widen(unsafe { rows.q.row(b, token, h) });
-                let kv = h / p.group();
-                let chunk = seq.slot * p.kv_heads() + kv;
-                let (a_dot, lse) = attend(p, &local(&q), &state.open[seq.slot], kv);
-                let empty = state.counters[seq.slot].committed == 0;
-                let a_mem = if empty {
-                    vec![0.0; p.value_dim()]
-                } else {
-                    let (m, z) = (p.key_dim() * p.value_dim(), p.key_dim());
-                    retrieve(p, &q, &state.m[chunk * m..][..m], &state.z[chunk * z..][..z])
-                };
-                let bypass = empty && p.empty_memory() == EmptyMemory::Bypass;
-                let g = if bypass { 0.0 } else { sigmoid(gate[h].into()) };
-                let at = ((b * batch.tokens + token) * p.heads() + h) * p.value_dim();
-                for c in 0..p.value_dim() {
-                    // A branch of weight 0 is absent, whatever it holds.
-                    let dot = if g == 1.0 { 0.0 } else { (1.0 - g) * a_dot[c] };
-                    let mem = if g == 0.0 { 0.0 } else { g * a_mem[c] };
-                    out.o[at + c] = mem + dot;
-                }
-                out.a_dot[at..][..p.value_dim()].copy_from_slice(&a_dot);
-                out.a_mem[at..][..p.value_dim()].copy_from_slice(&a_mem);
-                out.lse[(b * p.heads() + h) * batch.tokens + token] = lse;
-            }
-            let c = &mut state.counters[seq.slot];
-            c.tokens += 1;
-            c.open_len += 1;
-            c.rotated = batch.rope.is_some();
-            if c.open_len == p.segment_len() {
-                state.commit(p, seq.slot);
-            }
+            step(problem, inputs, &batch, gate, seq, t, state, &mut out);
         }
     }
     Ok(out)
+}
+
+/// Token `t` of a sequence: append it, attend and retrieve with every query head, and commit the
+/// segment if the token was its last.
+#[allow(clippy::too_many_arguments)]
+fn step<T: Copy + Into<f64>>(
+    p: &Problem,
+    inputs: &Inputs<'_, T>,
+    batch: &Batch<'_>,
+    gate: &[f32],
+    seq: &Sequence,
+    t: usize,
+    state: &mut State,
+    out: &mut Output,
+) {
+    let (b, token, rows) = (seq.batch, seq.first + t, inputs.rows());
+    let widen = |row: &[T]| -> Vec<f64> { row.iter().map(|&x| x.into()).collect() };
+    let local = |row: &[f64]| {
+        let mut row = row.to_vec();
+        if let Some(rope) = &batch.rope {
+            rope.rotate(&mut row, batch.position(seq, t));
+        }
+        row
+    };
+    let mut new = Token { k: vec![], k_local: vec![], v: vec![] };
+    for h in 0..p.kv_heads() {
+        // SAFETY: `resolve` checked every index.
+        let (k, v) = unsafe { (widen(rows.k.row(b, token, h)), widen(rows.v.row(b, token, h))) };
+        new.k_local.extend(local(&k));
+        new.k.extend(k);
+        new.v.extend(v);
+    }
+    state.open[seq.slot].push(new);
+    for (h, &beta) in gate.iter().enumerate() {
+        // SAFETY: as above.
+        let q = widen(unsafe { rows.q.row(b, token, h) });
+        let (a_dot, lse) = attend(p, &local(&q), &state.open[seq.slot], h / p.group());
+        let (a_mem, empty) = state.read(p, seq.slot, h / p.group(), &q);
+        let bypass = empty && p.empty_memory() == EmptyMemory::Bypass;
+        let (g, complement) =
+            if bypass { (0.0, 1.0) } else { (sigmoid(beta.into()), sigmoid(-f64::from(beta))) };
+        // A branch of weight 0 is absent, whatever it holds.
+        let weigh = |w: f64, x: f64| if w == 0.0 { 0.0 } else { w * x };
+        let o = a_mem.iter().zip(&a_dot).map(|(&m, &d)| weigh(g, m) + weigh(complement, d));
+        let at = ((b * batch.tokens + token) * p.heads() + h) * p.value_dim();
+        out.o.splice(at..at + p.value_dim(), o);
+        out.a_dot[at..][..p.value_dim()].copy_from_slice(&a_dot);
+        out.a_mem[at..][..p.value_dim()].copy_from_slice(&a_mem);
+        out.lse[(b * p.heads() + h) * batch.tokens + token] = lse;
+    }
+    let c = &mut state.counters[seq.slot];
+    c.tokens += 1;
+    c.open_len += 1;
+    c.rotated = batch.rope.is_some();
+    if c.open_len == p.segment_len() {
+        state.commit(p, seq.slot);
+    }
 }

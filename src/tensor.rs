@@ -122,6 +122,12 @@ impl Layout {
         let s = |i: usize| self.strides[i] as isize;
         if self.rank == 4 { [s(0), s(1), s(2)] } else { [0, s(0), s(1)] }
     }
+
+    /// Strides as (batch, 0, head) for a [B, H, T] or packed [H, total] tensor.
+    fn head_row_strides(&self) -> [isize; 3] {
+        let s = |i: usize| self.strides[i] as isize;
+        if self.rank == 3 { [s(0), 0, s(1)] } else { [0, 0, s(0)] }
+    }
 }
 
 macro_rules! view_accessors {
@@ -259,6 +265,11 @@ impl<'a, T> TensorView<'a, T> {
             data: PhantomData,
         }
     }
+
+    /// Rows of a [B, H, T] (or packed [H, total]) tensor: one row per (batch, head).
+    pub(crate) fn head_rows(&self) -> Rows<'a, T> {
+        Rows { strides: self.layout.head_row_strides(), ..self.rows() }
+    }
 }
 
 /// A strided view that may be written; no two of its indices reach the same element.
@@ -329,8 +340,7 @@ impl<'a, T> TensorViewMut<'a, T> {
 
     /// Rows of a [B, H, T] (or packed [H, total]) tensor: one row per (batch, head).
     pub(crate) fn head_rows(&mut self) -> RowsMut<'_, T> {
-        let s = |i: usize| self.layout.strides[i] as isize;
-        self.rows_by(if self.layout.rank == 3 { [s(0), 0, s(1)] } else { [0, 0, s(0)] })
+        self.rows_by(self.layout.head_row_strides())
     }
 
     fn rows_by(&mut self, strides: [isize; 3]) -> RowsMut<'_, T> {

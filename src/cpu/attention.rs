@@ -11,8 +11,8 @@ use crate::call::{Batch, InputRows, OutputRows, Sequence};
 use crate::memory::{HeadMut, KeyBlocks};
 use crate::{Element, EmptyMemory, Problem, State};
 
-/// Rows per tile: products of 32 rows ran at the `gemm` crate's full rate (docs/cpu.md).
-pub(crate) const TILE_ROWS: usize = 32;
+/// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
+pub(crate) const TILE_ROWS: usize = 48;
 
 /// Everything the tasks of one call share.
 pub(crate) struct Call<'a, T> {
@@ -72,6 +72,8 @@ pub(crate) struct Scratch {
     /// Memory branch, [rows, Dv].
     mem: Vec<f32>,
     running: Vec<Running>,
+    /// Keys each row may still see, from the current block on.
+    visible: Vec<usize>,
     /// Packed keys and values of a segment (prefill only).
     pub keys: Vec<f32>,
     pub values: Vec<f32>,
@@ -88,6 +90,7 @@ impl Scratch {
             o: rows(dv),
             mem: rows(dv),
             running: Vec::with_capacity(TILE_ROWS),
+            visible: Vec::with_capacity(TILE_ROWS),
             keys: Vec::new(),
             values: Vec::new(),
         }
@@ -199,7 +202,8 @@ impl<T: Element> Call<'_, T> {
         x.running.resize(rows, Running::START);
         // Row i sees the keys up to and including its own token's.
         let seen = |token: usize| piece.cached + token - piece.start + 1;
-        let visible = |row: usize| seen(tile.tokens.start + row % tile.tokens.len());
+        x.visible.clear();
+        x.visible.extend(tile.each().map(|(_, t, _)| seen(t)));
         let keys = seen(tile.tokens.end - 1);
         for (b, first) in (0..keys).step_by(width).enumerate() {
             let n = width.min(keys - first);
@@ -208,8 +212,8 @@ impl<T: Element> Call<'_, T> {
             let k = Mat::rows(self.blocks.block(segment.keys, b), dk, n, width);
             matmul(s, Into::Store, q, k);
             let o = &mut x.o[..rows * dv];
-            let visible = |row| visible(row).saturating_sub(first);
-            simd::softmax_block(s, n, visible, &mut x.running, o, dv);
+            simd::softmax_block(s, n, &x.visible, &mut x.running, o, dv);
+            x.visible.iter_mut().for_each(|keys| *keys = keys.saturating_sub(n));
             let v = Mat::rows(&segment.values[first * dv..], n, dv, dv);
             let mode = if b == 0 { Into::Store } else { Into::Add };
             matmul(o, mode, Mat::rows(s, rows, n, n), v);

@@ -54,22 +54,39 @@ fn step<T: Element>(
     }
 }
 
+/// The first `len` tokens of an open segment.
+struct OpenTokens<'a> {
+    problem: &'a Problem,
+    blocks: KeyBlocks,
+    len: usize,
+    keys: &'a [f32],
+    values: &'a [f32],
+}
+
+impl segment::Tokens for OpenTokens<'_> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn key(&self, j: usize, k: &mut [f32]) {
+        self.blocks.get(self.keys, j, k);
+    }
+
+    fn value(&self, j: usize, v: &mut [f32]) {
+        v.copy_from_slice(&self.values[j * self.problem.value_dim()..][..v.len()]);
+    }
+}
+
 fn commit(
-    p: &Problem,
-    tokens: usize,
+    problem: &Problem,
+    len: usize,
     empty: bool,
     head: &mut HeadMut<'_>,
     scratch: &mut SegmentScratch,
 ) {
-    let blocks = KeyBlocks::new(p);
-    let (keys, values) = (&*head.k, &*head.v);
-    let load = |first: usize, n: usize, k: &mut [f32], v: &mut [f32]| {
-        for (j, k) in (first..first + n).zip(k.chunks_exact_mut(p.key_dim())) {
-            blocks.get(keys, j, k);
-        }
-        v.copy_from_slice(&values[first * p.value_dim()..][..v.len()]);
-    };
-    segment::commit(p, tokens, load, empty, head.m, head.z, scratch);
+    let blocks = KeyBlocks::new(problem);
+    let tokens = OpenTokens { problem, blocks, len, keys: head.k, values: head.v };
+    segment::commit(problem, &tokens, empty, head.m, head.z, scratch);
 }
 
 pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) {

@@ -10,6 +10,7 @@ use super::matmul::{Into, Mat, matmul};
 use super::segment::{self, CHUNK, Scratch};
 use super::simd;
 use crate::call::check_dtype;
+use crate::tensor::Rows;
 use crate::{Element, Error, Problem, Result, State, TensorView, Update};
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
@@ -193,48 +194,62 @@ pub fn segment_map<T: Element>(
     (map.a.par_chunks_exact_mut(dk * dk))
         .zip(map.b.par_chunks_exact_mut(dk * dv))
         .zip(map.sums.sums.par_chunks_exact_mut(dk))
-        .zip(&before.sums.par_chunks_exact(dk).map(<[f32]>::to_vec).collect::<Vec<_>>())
+        .zip(before.sums.par_chunks_exact(dk))
         .enumerate()
         .for_each(|(i, (((a, b), dz), z))| {
             let (seq, h) = (i / problem.kv_heads(), i % problem.kv_heads());
-            let load = |first: usize, _: usize, ks: &mut [f32], vs: &mut [f32]| {
-                let rows = ks.chunks_exact_mut(dk).zip(vs.chunks_exact_mut(dv));
-                for (t, (ks, vs)) in (first..).zip(rows) {
-                    // SAFETY: inside the shapes just checked.
-                    unsafe {
-                        T::widen(k.row(seq, t, h), ks);
-                        T::widen(v.row(seq, t, h), vs);
-                    }
-                }
-            };
-            run_map(problem, tokens, load, before.tokens[seq] == 0, z.clone(), a, b, dz);
+            let run = RunTokens { k, v, seq, kv_head: h, first: 0, len: tokens };
+            run_map(problem, run, before.tokens[seq] == 0, z, (a, b, dz));
         });
     Ok(map)
 }
 
-/// Chains the maps of a run's segments: A ← (I − G) A, B ← (I − G) B + B_s.
-#[allow(clippy::too_many_arguments)]
-fn run_map(
+/// Tokens of one sequence and KV head of checked [B, T, Hkv, D] tensors.
+#[derive(Clone, Copy)]
+struct RunTokens<'a, T> {
+    k: Rows<'a, T>,
+    v: Rows<'a, T>,
+    seq: usize,
+    kv_head: usize,
+    first: usize,
+    len: usize,
+}
+
+impl<T: Element> segment::Tokens for RunTokens<'_, T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn key(&self, j: usize, k: &mut [f32]) {
+        // SAFETY: inside the shape `segment_map` checked.
+        T::widen(unsafe { self.k.row(self.seq, self.first + j, self.kv_head) }, k);
+    }
+
+    fn value(&self, j: usize, v: &mut [f32]) {
+        // SAFETY: as above.
+        T::widen(unsafe { self.v.row(self.seq, self.first + j, self.kv_head) }, v);
+    }
+}
+
+/// Chains the maps of a run's segments: A ← (I − G) A, B ← (I − G) B + B_s, Δz ← Δz + Δz_s.
+fn run_map<T: Element>(
     p: &Problem,
-    tokens: usize,
-    load: impl segment::Load,
+    run: RunTokens<'_, T>,
     mut empty: bool,
-    mut z: Vec<f32>,
-    a: &mut [f32],
-    b: &mut [f32],
-    dz: &mut [f32],
+    z: &[f32],
+    (a, b, dz): (&mut [f32], &mut [f32], &mut [f32]),
 ) {
+    let mut z = z.to_vec();
     let (dk, dv) = (p.key_dim(), p.value_dim());
     a.iter_mut().step_by(dk + 1).for_each(|x| *x = 1.0);
     let mut scratch = Scratch::new(p);
     let (mut g, mut own, mut sums) = (vec![0.0; dk * dk], vec![0.0; dk * dv], vec![0.0; dk]);
     let (mut a_before, mut b_before) = (vec![0.0; dk * dk], vec![0.0; dk * dv]);
-    for first in (0..tokens).step_by(p.segment_len()) {
-        let n = p.segment_len().min(tokens - first);
-        let load = |at: usize, n: usize, k: &mut [f32], v: &mut [f32]| load(first + at, n, k, v);
-        segment::sums(p, n, load, &mut own, &mut sums, &mut scratch);
+    for first in (0..run.len).step_by(p.segment_len()) {
+        let segment = RunTokens { first, len: p.segment_len().min(run.len - first), ..run };
+        segment::sums(p, &segment, &mut own, &mut sums, &mut scratch);
         if p.update() == Update::Delta && !empty {
-            segment::transition(p, n, load, &z, &mut g, &mut scratch);
+            segment::transition(p, &segment, &z, &mut g, &mut scratch);
             a_before.copy_from_slice(a);
             b_before.copy_from_slice(b);
             let g = Mat::rows(&g, dk, dk, dk);

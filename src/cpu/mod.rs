@@ -22,10 +22,43 @@ use crate::{Element, Error, Inputs, Outputs, Problem, Result, State};
 /// Most new tokens per sequence that [`decode`] takes.
 pub const MAX_DECODE_TOKENS: usize = 16;
 
-/// Any number of tokens per sequence; see [`crate::prefill`].
+/// Infini-attention over any number of new tokens per sequence; continues where `state` stands.
+///
+/// Per segment of N tokens and query head (arXiv 2404.07143, eq. 6 to 10): o = g · A_mem + (1 − g)
+/// · A_dot with A_dot the causal softmax attention inside the segment, A_mem = σ(q) M / σ(q)·z
+/// retrieved from everything before it, g = sigmoid(β). A completed segment is written into (M, z)
+/// by the problem's rule; tokens past the last full segment stay in the open segment and are
+/// committed once, by the call that completes it. Any split of a stream into calls gives the same
+/// result.
+///
+/// * `inputs`: q [B, T, Hq, Dk], k [B, T, Hkv, Dk], v [B, T, Hkv, Dv], or packed; unrotated.
+/// * `gate`: β, one logit per query head [Hq]; ±∞ selects one branch alone.
+/// * `state`: advanced by the call.
+/// * `outputs`: o [B, T, Hq, Dv] and on request log-sum-exp, A_dot, A_mem.
+///
+/// Runs in the caller's rayon pool. Memory beyond inputs, outputs and state is bounded
+/// independently of T.
 ///
 /// # Errors
-/// As [`crate::prefill`].
+/// A shape, stride, length, dtype, slot, position or problem that does not fit is refused before
+/// anything is written, by an [`Error`] that names the argument.
+///
+/// ```
+/// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
+/// let problem = Problem::builder().heads(4).kv_heads(2).head_dim(64).segment_len(128).build()?;
+/// let mut state = State::new(&problem, 1);
+/// let (q, k, v) = (vec![0.1f32; 300 * 4 * 64], vec![0.2; 300 * 2 * 64], vec![0.3; 300 * 2 * 64]);
+/// let mut o = vec![0.0f32; 300 * 4 * 64];
+/// let inputs = Inputs::new(
+///     TensorView::new(&q, &[1, 300, 4, 64])?,
+///     TensorView::new(&k, &[1, 300, 2, 64])?,
+///     TensorView::new(&v, &[1, 300, 2, 64])?,
+/// );
+/// let outputs = Outputs::new(TensorViewMut::new(&mut o, &[1, 300, 4, 64])?);
+/// prefill(&problem, &inputs, &[0.0; 4], &mut state, outputs)?;
+/// assert_eq!((state.tokens(0), state.committed(0), state.open_len(0)), (300, 256, 44));
+/// # Ok::<(), infini_attn::Error>(())
+/// ```
 pub fn prefill<T: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -36,10 +69,12 @@ pub fn prefill<T: Element>(
     run(problem, inputs, gate, state, outputs, None)
 }
 
-/// 1 to 16 new tokens per sequence; see [`crate::decode`].
+/// [`prefill`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
+/// batch), which may end several segments. Same meaning and arguments; the open segment is attended
+/// where it lies and each (sequence, KV head) is one task.
 ///
 /// # Errors
-/// As [`crate::decode`].
+/// As [`prefill`], and [`Error::Value`] for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
 pub fn decode<T: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -50,10 +85,13 @@ pub fn decode<T: Element>(
     run(problem, inputs, gate, state, outputs, Some(MAX_DECODE_TOKENS))
 }
 
-/// Commits open segments; see [`crate::flush`].
+/// Writes the open segments of the given slots into their memories; the next token of such a slot
+/// opens a new segment of full length. `tokens` (the position) does not change; an empty open
+/// segment is left as it is.
 ///
 /// # Errors
-/// As [`crate::flush`].
+/// [`Error::Problem`] when the state belongs to another problem, [`Error::Value`] for a slot out of
+/// range or named twice. Nothing is written then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
     call::check_slots(slots, state.sequences())?;

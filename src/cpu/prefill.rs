@@ -36,6 +36,8 @@ struct Record {
     g: usize,
 }
 
+type RecordMut<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
+
 impl Record {
     fn new(p: &Problem) -> Self {
         let (dk, dv) = (p.key_dim(), p.value_dim());
@@ -47,7 +49,7 @@ impl Record {
     }
 
     /// (m, z, g) of a record.
-    fn split<'a>(&self, record: &'a mut [f32]) -> (&'a mut [f32], &'a mut [f32], &'a mut [f32]) {
+    fn split<'a>(&self, record: &'a mut [f32]) -> RecordMut<'a> {
         let (m, rest) = record.split_at_mut(self.m);
         let (z, g) = rest.split_at_mut(self.z);
         (m, z, g)
@@ -123,16 +125,14 @@ impl<T: Element> Runner<'_, '_, T> {
 
     /// B and Δz of every completed segment.
     fn sums(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, piece, _, load, (m, z, _), x| {
-            segment::sums(p, piece.cached + piece.len, load, m, z, x);
-        });
+        self.each_segment(run, state, |p, tokens, (m, z, _), x| segment::sums(p, tokens, m, z, x));
     }
 
     /// G of every completed segment, by the z it finds.
     fn transitions(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, piece, _, load, (_, z, g), x| {
-            if !piece.empty {
-                segment::transition(p, piece.cached + piece.len, load, z, g, x);
+        self.each_segment(run, state, |p, tokens, (_, z, g), x| {
+            if !tokens.piece.empty {
+                segment::transition(p, tokens, z, g, x);
             }
         });
     }
@@ -140,25 +140,16 @@ impl<T: Element> Runner<'_, '_, T> {
     /// Runs `work` on the record of every completed segment, in parallel.
     fn each_segment<F>(&mut self, run: &[Piece], state: &State, work: F)
     where
-        F: Fn(
-                &Problem,
-                &Piece,
-                usize,
-                &dyn Fn(usize, usize, &mut [f32], &mut [f32]),
-                (&mut [f32], &mut [f32], &mut [f32]),
-                &mut SegmentScratch,
-            ) + Sync,
+        F: Fn(&Problem, &PieceTokens<'_, '_, T>, RecordMut<'_>, &mut SegmentScratch) + Sync,
     {
         let (call, record, segments) = (self.call, self.record, &self.segments);
         let records = self.work.par_chunks_exact_mut(record.len()).zip(&self.index);
         records.filter(|(_, (i, _))| run[*i].full).for_each(|(chunk, &(i, h))| {
-            let piece = &run[i];
-            let load = |first, n, k: &mut [f32], v: &mut [f32]| {
-                call.load_segment(piece, h, state, first, n, k, v);
-            };
+            let open = state.open_chunk(run[i].seq.slot, h, false);
+            let tokens = PieceTokens { call, piece: run[i], kv_head: h, open };
             segments.with(
                 || SegmentScratch::new(&call.problem),
-                |x| work(&call.problem, piece, h, &load, record.split(chunk), x),
+                |x| work(&call.problem, &tokens, record.split(chunk), x),
             );
         });
     }
@@ -285,31 +276,32 @@ fn chains(run: &[Piece]) -> Vec<Chain> {
     chains
 }
 
-impl<T: Element> Call<'_, T> {
-    /// Tokens `first..first + n` of a piece's segment, unrotated, as f32.
-    #[allow(clippy::too_many_arguments)]
-    fn load_segment(
-        &self,
-        piece: &Piece,
-        kv_head: usize,
-        state: &State,
-        first: usize,
-        n: usize,
-        k: &mut [f32],
-        v: &mut [f32],
-    ) {
-        let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
-        let (open_k, open_v) = state.open_chunk(piece.seq.slot, kv_head, false);
-        for (i, (k, v)) in k.chunks_exact_mut(dk).zip(v.chunks_exact_mut(dv)).enumerate().take(n) {
-            let j = first + i;
-            if j < piece.cached {
-                self.blocks.get(open_k, j, k);
-                v.copy_from_slice(&open_v[j * dv..][..dv]);
-            } else {
-                let t = piece.start + j - piece.cached;
-                self.load_key(piece, kv_head, t, k);
-                self.load_value(piece, kv_head, t, v);
-            }
+/// The tokens of a piece's segment: those of earlier calls from the state, the others from the
+/// inputs.
+struct PieceTokens<'c, 'a, T> {
+    call: &'c Call<'a, T>,
+    piece: Piece,
+    kv_head: usize,
+    /// Keys and values of the open segment.
+    open: (&'c [f32], &'c [f32]),
+}
+
+impl<T: Element> segment::Tokens for PieceTokens<'_, '_, T> {
+    fn len(&self) -> usize {
+        self.piece.cached + self.piece.len
+    }
+
+    fn key(&self, j: usize, k: &mut [f32]) {
+        match j.checked_sub(self.piece.cached) {
+            None => self.call.blocks.get(self.open.0, j, k),
+            Some(t) => self.call.load_key(&self.piece, self.kv_head, self.piece.start + t, k),
+        }
+    }
+
+    fn value(&self, j: usize, v: &mut [f32]) {
+        match j.checked_sub(self.piece.cached) {
+            None => v.copy_from_slice(&self.open.1[j * v.len()..][..v.len()]),
+            Some(t) => self.call.load_value(&self.piece, self.kv_head, self.piece.start + t, v),
         }
     }
 }

@@ -1,25 +1,23 @@
 //! The element-wise parts: exponential, feature map, softmax. Plain loops over fixed-width chunks,
 //! compiled for every SIMD level and chosen at run time.
 
-use pulp::Arch;
+use multiversion::multiversion;
 
 use crate::Denominator;
 
 /// Lanes per chunk: one AVX-512 register, two of AVX2, four of NEON.
 const LANES: usize = 16;
 
-/// Runs a closure with the widest vectors of this machine.
-fn vectorised<R>(f: impl FnOnce() -> R) -> R {
-    struct Op<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
-        type Output = R;
-
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
-        }
-    }
-    Arch::new().dispatch(Op(f))
+/// Compiles functions for AVX-512, for AVX2 and for the target's baseline (NEON on aarch64), and
+/// picks at run time.
+macro_rules! vectorised {
+    ($($function:item)*) => {
+        $(#[multiversion(targets(
+            "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+fma",
+            "x86_64+avx2+fma",
+        ))]
+        $function)*
+    };
 }
 
 /// exp(x) for x ≤ 0 to about 1 ulp; 0 where it would be below f32's smallest normal number. NaN
@@ -114,84 +112,80 @@ impl Running {
     pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// One block of a blockwise softmax. Row i of `s` (`width` scores) sees its first `visible(i)`
+vectorised! {
+
+/// One block of a blockwise softmax. Row i of `s` (`width` scores) sees its first `visible[i]`
 /// keys; scores become weights relative to the new maximum, unseen ones 0, and row i of `o`
 /// (`dv` wide) is rescaled where the maximum grew.
 pub(crate) fn softmax_block(
     s: &mut [f32],
     width: usize,
-    visible: impl Fn(usize) -> usize,
+    visible: &[usize],
     running: &mut [Running],
     o: &mut [f32],
     dv: usize,
 ) {
-    vectorised(|| {
-        let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(running);
-        for (i, ((s, o), run)) in rows.enumerate() {
-            let (seen, unseen) = s.split_at_mut(visible(i).min(width));
-            unseen.fill(0.0);
-            let grown = max(seen);
-            if grown > run.max {
-                // exp(−∞ − max) = 0 on the first block.
-                let factor = exp(run.max - grown);
-                o.iter_mut().for_each(|o| *o *= factor);
-                run.sum *= factor;
-                run.max = grown;
-            }
-            // All scores −∞: any finite shift gives weights 0 instead of NaN.
-            let shift = if run.max == f32::NEG_INFINITY { 0.0 } else { run.max };
-            run.sum += exp_sum(seen, shift);
+    let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(running);
+    for (i, ((s, o), run)) in rows.enumerate() {
+        let (seen, unseen) = s.split_at_mut(visible[i].min(width));
+        unseen.fill(0.0);
+        let grown = max(seen);
+        if grown > run.max {
+            // exp(−∞ − max) = 0 on the first block.
+            let factor = exp(run.max - grown);
+            o.iter_mut().for_each(|o| *o *= factor);
+            run.sum *= factor;
+            run.max = grown;
         }
-    });
+        // All scores −∞: any finite shift gives weights 0 instead of NaN.
+        let shift = if run.max == f32::NEG_INFINITY { 0.0 } else { run.max };
+        run.sum += exp_sum(seen, shift);
+    }
 }
 
 /// x ← σ(x), element by element.
 pub(crate) fn feature_map(x: &mut [f32]) {
-    vectorised(|| x.iter_mut().for_each(|x| *x = sigma(*x)));
+    x.iter_mut().for_each(|x| *x = sigma(*x));
 }
 
 /// Adds the rows of `x` (each as long as `sums`) to `sums`.
 pub(crate) fn add_rows(x: &[f32], sums: &mut [f32]) {
-    vectorised(|| {
-        for row in x.chunks_exact(sums.len()) {
-            sums.iter_mut().zip(row).for_each(|(s, x)| *s += x);
-        }
-    });
+    for row in x.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+    }
 }
 
 /// Turns every row x (as long as `z`) into its retrieval weights σ(x) / σ(x)·z, so that the
 /// retrieval is one product with M.
 pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) {
-    vectorised(|| {
-        for row in x.chunks_exact_mut(z.len()) {
-            // Exact is invariant to the row's scale: shifted so that nothing underflows.
-            let top = max(row);
-            let shift = if policy == Denominator::Exact && top <= 0.0 { top } else { 0.0 };
-            // A row of −∞ only: weightless, as in the limit of ever smaller channels.
-            let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
-            row.iter_mut().for_each(|x| *x = sigma(*x - shift));
-            let factor = policy.reciprocal(dot(row, z));
-            row.iter_mut().for_each(|x| *x *= factor);
-        }
-    });
+    for row in x.chunks_exact_mut(z.len()) {
+        // Exact is invariant to the row's scale: shifted so that nothing underflows.
+        let top = max(row);
+        let shift = if policy == Denominator::Exact && top <= 0.0 { top } else { 0.0 };
+        // A row of −∞ only: weightless, as in the limit of ever smaller channels.
+        let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
+        row.iter_mut().for_each(|x| *x = sigma(*x - shift));
+        let factor = policy.reciprocal(dot(row, z));
+        row.iter_mut().for_each(|x| *x *= factor);
+    }
 }
 
 /// x ← x · factor.
 pub(crate) fn scale(x: &mut [f32], factor: f32) {
-    vectorised(|| x.iter_mut().for_each(|x| *x *= factor));
+    x.iter_mut().for_each(|x| *x *= factor);
 }
 
 /// x ← wx·x + wy·y, a branch of weight 0 being absent whatever it holds.
 pub(crate) fn blend(x: &mut [f32], wx: f32, y: &[f32], wy: f32) {
-    vectorised(|| {
-        if wx == 0.0 {
-            x.iter_mut().zip(y).for_each(|(x, y)| *x = wy * y);
-        } else if wy == 0.0 {
-            x.iter_mut().for_each(|x| *x *= wx);
-        } else {
-            x.iter_mut().zip(y).for_each(|(x, y)| *x = wx.mul_add(*x, wy * y));
-        }
-    });
+    if wx == 0.0 {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x = wy * y);
+    } else if wy == 0.0 {
+        x.iter_mut().for_each(|x| *x *= wx);
+    } else {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x = wx.mul_add(*x, wy * y));
+    }
+}
+
 }
 
 #[cfg(test)]
@@ -203,7 +197,7 @@ mod tests {
         let mut worst = 0.0f64;
         for i in 0..873_000 {
             let x = -(i as f32) * 1e-4;
-            let (got, want) = (f64::from(vectorised(|| exp(x))), f64::from(x).exp());
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
             worst = worst.max((got / want - 1.0).abs());
         }
         assert!(worst < 2.4e-7, "relative error {worst:e}");
@@ -224,7 +218,7 @@ mod tests {
     fn all_scores_minus_infinity_weigh_nothing() {
         let (mut s, mut o) = ([f32::NEG_INFINITY; 20], [0.0; 2]);
         let mut running = [Running::START];
-        softmax_block(&mut s, 20, |_| 20, &mut running, &mut o, 2);
+        softmax_block(&mut s, 20, &[20], &mut running, &mut o, 2);
         assert_eq!((s, running[0].sum), ([0.0; 20], 0.0));
     }
 }

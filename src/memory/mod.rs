@@ -1,6 +1,8 @@
 //! The state of a pool of sequences: compressive memory, normaliser, counters, open segment.
 
 mod blocks;
+mod io;
+mod parts;
 
 pub(crate) use blocks::KeyBlocks;
 

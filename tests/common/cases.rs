@@ -312,13 +312,13 @@ fn batches() -> Vec<Case> {
 /// Full and partial rotation, both pairings, positions continued and given, magnitudes.
 fn rotations() -> Vec<Case> {
     let mut out = vec![];
-    for (i, channels) in [16, 8, 2].into_iter().enumerate() {
+    for (i, channels) in [16, 8, 2, 0].into_iter().enumerate() {
         for interleaved in [false, true] {
             for positions in [Positions::Continued, Positions::Shared, Positions::PerToken] {
                 for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
                     let name = format!("rope {channels} {interleaved} {positions:?} {batch:?}");
                     let mut case = Case::base(name).with(|b| b.dtype(DTYPES[out.len() % 3]));
-                    let magnitude = [1.0, 1.2, 0.7][i];
+                    let magnitude = [1.0, 1.2, 0.7, 1.0][i];
                     case.rope = Some(Rotation { channels, interleaved, positions, magnitude });
                     (case.batch, case.calls) = (batch, vec![vec![21, 21], vec![16, 16]]);
                     if batch != Batch::Full {
