@@ -116,6 +116,7 @@ pub fn cases() -> Vec<Case> {
         arrangements(),
         values(),
         long(),
+        large(),
         mixed(),
     ]
     .concat();
@@ -435,6 +436,24 @@ fn long() -> Vec<Case> {
                 .with(|b| b.heads(kv_heads).kv_heads(kv_heads).head_dim(dim))
                 .with(|b| b.segment_len(n).update(update));
             case.calls = vec![vec![tokens - 2], vec![2]];
+            out.push(case);
+        }
+    }
+    out
+}
+
+/// Segments as long as models use them, every dtype.
+fn large() -> Vec<Case> {
+    let mut out = vec![];
+    for (i, (heads, kv_heads, dim, n)) in
+        [(8, 2, 64, 512), (4, 1, 128, 256), (2, 1, 64, 2048)].into_iter().enumerate()
+    {
+        for (j, dtype) in DTYPES.into_iter().enumerate() {
+            let update = RULES[(i + j) % 2];
+            let mut case = Case::base(format!("large {heads}x{kv_heads} {dim} N={n} {dtype}"))
+                .with(|b| b.heads(heads).kv_heads(kv_heads).head_dim(dim).segment_len(n))
+                .with(|b| b.dtype(dtype).update(update));
+            case.calls = vec![vec![2 * n + 37], vec![16]];
             out.push(case);
         }
     }
