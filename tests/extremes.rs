@@ -7,7 +7,7 @@ use common::driver::{STATE_TOLERANCE, output_tolerance};
 use common::metric::{log_rms, relative_rms};
 use common::model::{Entry, Fast, Model, Oracle, run_entry};
 use common::stream::Stream;
-use common::{WithType, bits, narrow, with_type};
+use common::{WithType, bits, narrow, widen, with_type};
 use half::{bf16, f16};
 use infini_attn::{
     DType, Denominator, Element, Inputs, Problem, ProblemBuilder, State, TensorView, Update,
@@ -336,6 +336,29 @@ fn nan_in_one_kv_head_never_reaches_another() {
                 };
                 assert_eq!(run(&other), run(&stream), "{entry:?}, {rule}");
             }
+        }
+    }
+}
+
+#[test]
+fn nan_behind_a_closed_gate_is_absent() {
+    // A branch of weight 0 that nobody asked for is not computed; what an earlier task left in its
+    // buffers must not come through, nor may the branch itself.
+    let p = problem(|b| b);
+    let mut stream = Stream::<f32>::normal(&p, 53, 51);
+    (0..53).for_each(|t| stream.row_mut('v', t, 0).fill(f32::NAN));
+    let gate = [0.0, 0.0, f32::INFINITY, f32::NEG_INFINITY];
+    let how = Arrangement::Contiguous;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
+    let mut state = State::new(&p, 1);
+    let mut out = OutputBuffers::<f32>::new(&[1, 53], 4, 8, how, Asked::NONE);
+    pool.install(|| prefill(&p, &stream.inputs(), &gate, &mut state, out.views())).expect("valid");
+    let want = Oracle::new(&p).run(&stream, &gate);
+    for t in 0..53 {
+        for h in 2..4 {
+            let row = widen(out.o.row(&[0, t, h]));
+            let want = &want.o[(t * 4 + h) * 8..][..8];
+            relative_rms("o", &row, want, &[8], 1e-5).unwrap_or_else(|e| panic!("{t}, {h}: {e}"));
         }
     }
 }

@@ -166,6 +166,21 @@ impl Case {
         self.calls.iter().map(|c| c[sequence]).sum()
     }
 
+    /// The same streams in calls of at most `most` tokens per sequence.
+    pub fn recut(self, most: usize) -> Case {
+        let (mut calls, mut flush_after) = (vec![], vec![]);
+        for (i, call) in self.calls.iter().enumerate() {
+            let longest = call.iter().copied().max().unwrap_or(0);
+            for start in (0..longest.max(1)).step_by(most) {
+                calls.push(call.iter().map(|n| n.saturating_sub(start).min(most)).collect());
+            }
+            if self.flush_after.contains(&i) {
+                flush_after.push(calls.len() - 1);
+            }
+        }
+        Case { name: format!("{} by {most}", self.name), calls, flush_after, ..self }
+    }
+
     /// Largest number of tokens a sequence has in one call.
     pub fn largest_chunk(&self) -> usize {
         self.calls.iter().flatten().copied().max().unwrap_or(0)
@@ -272,6 +287,7 @@ fn splits() -> Vec<Case> {
         // Several segment ends inside one short call.
         add(3, format!("by {chunk}"), chunks(50, chunk), vec![]);
     }
+    add(300, "commit by decode".into(), vec![vec![290], vec![16], vec![280], vec![9]], vec![2]);
     for n in [64, 128, 129] {
         let calls = [chunks(2 * n + 5, n - 1), vec![vec![1]; 3], vec![vec![16], vec![n]]].concat();
         add(n, "prefill and decode".into(), calls, vec![]);
@@ -361,7 +377,15 @@ fn gates() -> Vec<Case> {
             let mut case = Case::base(format!("gate {gate:?} {empty}"))
                 .with(|b| b.heads(4).kv_heads(2).empty_memory(empty).dtype(DTYPES[out.len() % 3]));
             (case.gate, case.calls) = (Gate::Of(gate), vec![vec![30], vec![2], vec![9]]);
-            out.push(case);
+            // Only a closed branch that nobody asked for need not be computed.
+            for (name, asked) in [
+                ("all", Asked::ALL),
+                ("o", Asked::NONE),
+                ("o a_mem", Asked { a_mem: true, ..Asked::NONE }),
+                ("o lse", Asked { lse: true, ..Asked::NONE }),
+            ] {
+                out.push(Case { name: format!("{} {name}", case.name), asked, ..case.clone() });
+            }
         }
     }
     out
