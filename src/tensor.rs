@@ -244,6 +244,23 @@ impl<'a, T> TensorView<'a, T> {
 
     view_accessors!();
 
+    /// The elements as one slice, if they stand contiguously in row-major order.
+    pub fn as_slice(&self) -> Option<&'a [T]> {
+        let mut step = 1i64;
+        for (&extent, &stride) in self.shape().iter().zip(self.strides()).rev() {
+            if extent > 1 && stride != step && !self.layout.is_empty() {
+                return None;
+            }
+            step = step.saturating_mul(extent as i64);
+        }
+        if self.layout.is_empty() {
+            return Some(&[]);
+        }
+        // SAFETY: the view may read every element that its shape reaches; here these are the `step`
+        // elements from `ptr` on.
+        Some(unsafe { std::slice::from_raw_parts(self.ptr, step as usize) })
+    }
+
     /// The element at a full index.
     ///
     /// # Panics

@@ -1,0 +1,13 @@
+"""`python -m infini_attn`: version and backends."""
+
+from . import __version__, get_num_threads
+from ._core import simd_level
+
+
+def main() -> None:
+    print(f"infini_attn {__version__}")
+    print(f"backends: cpu ({simd_level()}, {get_num_threads()} threads)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+//! The operator.
+
+use infini_attn::{DType, Element, Inputs, MAX_DECODE_TOKENS, Outputs, Rope, TensorView};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::dlpack::{Memory, Scalar};
+use crate::problem::Policies;
+use crate::state::State;
+use crate::tensor::{self, Kind, dtype_name};
+use crate::{error, threads};
+
+/// One call's arguments, their memory borrowed.
+pub struct Arguments<'py> {
+    pub kind: Kind,
+    pub q: Memory<'py>,
+    pub k: Memory<'py>,
+    pub v: Memory<'py>,
+    pub beta: Vec<f32>,
+    seq_lens: Option<Vec<i32>>,
+    rope: Option<(Memory<'py>, Memory<'py>)>,
+    positions: Option<Vec<i64>>,
+    interleaved: bool,
+}
+
+/// q, k, v and beta as given.
+pub type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 4];
+
+/// The optional arguments that say which tokens there are, as given.
+pub struct Tokens<'a, 'py> {
+    pub seq_lens: Option<&'a Bound<'py, PyAny>>,
+    pub rope: Option<&'a Bound<'py, PyAny>>,
+    pub positions: Option<&'a Bound<'py, PyAny>>,
+    pub interleaved: bool,
+}
+
+impl<'py> Arguments<'py> {
+    pub fn new([q, k, v, beta]: Tensors<'_, 'py>, tokens: Tokens<'_, 'py>) -> PyResult<Self> {
+        let (kind, q) = tensor::borrow("q", q)?;
+        let [b, t, _, _] = q.extents("[B, T, Hq, Dk]")?;
+        let same_kind = |argument, object| {
+            let (got, memory) = tensor::borrow(argument, object)?;
+            if got != kind {
+                return Err(error::wrong_type(argument, got, format!("{kind} as q is")));
+            }
+            if memory.data_type() != q.data_type() {
+                let expected = format!("{} as q has", q.data_type());
+                return Err(error::dtype(argument, memory.data_type(), expected));
+            }
+            Ok(memory)
+        };
+        let (k, v) = (same_kind("k", k)?, same_kind("v", v)?);
+        if tokens.rope.is_none() && tokens.positions.is_some() {
+            return Err(error::value("positions", "without rope", "rope=(cos, sin) with them"));
+        }
+        let rope = tokens.rope.map(|tables| -> PyResult<_> {
+            let (cos, sin): (Bound<'py, PyAny>, Bound<'py, PyAny>) =
+                error::typed("rope", tables, "a tuple (cos, sin)")?;
+            Ok((tensor::borrow("rope.cos", &cos)?.1, tensor::borrow("rope.sin", &sin)?.1))
+        });
+        Ok(Self {
+            kind,
+            k,
+            v,
+            beta: tensor::floats("beta", beta)?,
+            seq_lens: tokens.seq_lens.map(seq_lens).transpose()?,
+            rope: rope.transpose()?,
+            positions: tokens.positions.map(|p| positions(p, b, t)).transpose()?,
+            interleaved: tokens.interleaved,
+            q,
+        })
+    }
+
+    /// B and T.
+    pub fn batch(&self) -> (usize, usize) {
+        (self.q.shape()[0], self.q.shape()[1])
+    }
+
+    /// The problem of this call: `base` (the state's, or the defaults), with the extents and the
+    /// element type of the tensors and the policies given. That it is the state's problem is for
+    /// the core to check.
+    pub fn problem(
+        &self,
+        base: Option<infini_attn::Problem>,
+        policies: &Policies<'_, '_>,
+        dtype: DType,
+    ) -> PyResult<infini_attn::Problem> {
+        let [_, _, heads, key_dim] = self.q.extents("[B, T, Hq, Dk]")?;
+        let [_, _, kv_heads, _] = self.k.extents("[B, T, Hkv, Dk]")?;
+        let [_, _, _, value_dim] = self.v.extents("[B, T, Hkv, Dv]")?;
+        let builder = base.map_or_else(infini_attn::Problem::builder, |p| p.to_builder());
+        let builder = builder.heads(heads).kv_heads(kv_heads).key_dim(key_dim).value_dim(value_dim);
+        policies.apply(builder.dtype(dtype))?.build().map_err(error::python)
+    }
+
+    /// The core's inputs: views `q`, `k`, `v`, and the rest from here.
+    pub fn inputs<'a, T>(
+        &'a self,
+        q: TensorView<'a, T>,
+        k: TensorView<'a, T>,
+        v: TensorView<'a, T>,
+    ) -> PyResult<Inputs<'a, T>> {
+        let mut inputs = Inputs::new(q, k, v);
+        if let Some(lens) = &self.seq_lens {
+            inputs = inputs.seq_lens(lens);
+        }
+        if let Some((cos, sin)) = &self.rope {
+            let mut rope = Rope::new(cos.view()?, sin.view()?).interleaved(self.interleaved);
+            if let Some(positions) = &self.positions {
+                rope = rope.positions(positions);
+            }
+            inputs = inputs.rope(rope);
+        }
+        Ok(inputs)
+    }
+}
+
+fn seq_lens(object: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+    let (shape, lens) = tensor::integers("seq_lens", object)?;
+    if shape.len() != 1 {
+        return Err(error::value("seq_lens", format!("shape {shape:?}"), "[B]"));
+    }
+    (lens.iter().enumerate())
+        .map(|(b, &len)| {
+            let argument = format!("seq_lens[{b}]");
+            i32::try_from(len).map_err(|_| error::value(&argument, len, "0 to T"))
+        })
+        .collect()
+}
+
+fn positions(object: &Bound<'_, PyAny>, b: usize, t: usize) -> PyResult<Vec<i64>> {
+    let (shape, positions) = tensor::integers("positions", object)?;
+    if shape != [t] && shape != [b, t] {
+        let expected = format!("[T] = [{t}] or [B, T] = [{b}, {t}]");
+        return Err(error::value("positions", format!("shape {shape:?}"), expected));
+    }
+    Ok(positions)
+}
+
+/// Which results are asked for besides `out`.
+#[derive(Clone, Copy)]
+pub struct Wanted {
+    pub state: bool,
+    pub lse: bool,
+    pub parts: bool,
+}
+
+/// The arrays of one call's results.
+pub struct Results<'py> {
+    pub out: Bound<'py, PyAny>,
+    pub lse: Option<Bound<'py, PyAny>>,
+    /// A_dot and A_mem.
+    pub parts: Option<[Bound<'py, PyAny>; 2]>,
+}
+
+impl Wanted {
+    /// `out` alone, or the tuple (out, state, lse, a_dot, a_mem) of what is asked for.
+    pub fn pack<'py>(
+        self,
+        py: Python<'py>,
+        results: Results<'py>,
+        state: Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        if !(self.state || self.lse || self.parts) {
+            return Ok(results.out);
+        }
+        let mut tuple = vec![results.out];
+        tuple.extend(self.state.then_some(state));
+        tuple.extend(results.lse);
+        tuple.extend(results.parts.into_iter().flatten());
+        Ok(PyTuple::new(py, tuple)?.into_any())
+    }
+}
+
+/// Infini-attention: causal attention within segments of N tokens, and a compressive memory of all
+/// earlier segments, mixed by a gate per head.
+///
+/// Parameters
+/// ----------
+/// q : [B, T, Hq, Dk], k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]
+///     NumPy arrays (float32, float16) or PyTorch CPU tensors (also bfloat16), all of one kind and
+///     dtype, **unrotated**. The last dimension is contiguous, all other strides are free: a
+///     [B, H, T, D] tensor comes in by `.transpose(1, 2)`. Nothing is copied. T may be 0. Query
+///     head h reads key/value head h // (Hq // Hkv).
+/// beta : [Hq], any float dtype
+///     Gate logits: out = g * A_mem + (1 - g) * A_dot with g = sigmoid(beta).
+/// segment_len, update, scale, empty_memory, denominator
+///     None means the state's value, else 2048, "delta" (or "linear"), Dk ** -0.5, "gate" (or
+///     "bypass"), "exact" (or ("clamp", eps), ("add", eps)). A value that contradicts the state is
+///     an error.
+/// state : State, optional
+///     Where the streams stand; new, empty streams by default.
+/// seq_lens : int [B], optional
+///     Tokens of each sequence, the rest of T is padding: its outputs are 0, its lse is -inf.
+/// rope : (cos, sin), optional
+///     float32 [positions, R / 2]. Rotates the first R channels of q and k, in the local attention
+///     only; the memory sees them as given.
+/// positions : int [T] or [B, T], optional
+///     Rows of the tables; by default they count on from state.position.
+/// rope_interleaved : bool
+///     Channel 2i pairs with 2i + 1, instead of i with i + R / 2.
+/// inplace : bool
+///     Advance `state` itself; otherwise it stays as it is, and a copy advances.
+/// return_state, return_lse, return_parts : bool
+///     What to return besides `out`.
+///
+/// Returns
+/// -------
+/// out, or a tuple in the order (out, state, lse, a_dot, a_mem) of what was asked for
+///     out, a_dot, a_mem : [B, T, Hq, Dv] of q's kind and dtype; lse : float32 [B, Hq, T] of q's
+///     kind, the natural logarithm of the local attention's sum.
+///
+/// Raises
+/// ------
+/// ValueError, TypeError
+///     Naming the argument, what was given and what is accepted. Nothing has been changed then.
+///     A tensor that requires grad (with grad enabled) or is not in CPU memory is refused.
+/// RuntimeError
+///     When another thread is using `state`.
+///
+/// Other Python threads run while it computes; they must not write to the inputs meanwhile.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = false, inplace = false, return_state = true, return_lse = false, return_parts = false))]
+#[allow(clippy::too_many_arguments)]
+pub fn infini_attention<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    beta: &Bound<'py, PyAny>,
+    segment_len: Option<&Bound<'py, PyAny>>,
+    update: Option<&Bound<'py, PyAny>>,
+    scale: Option<&Bound<'py, PyAny>>,
+    empty_memory: Option<&Bound<'py, PyAny>>,
+    denominator: Option<&Bound<'py, PyAny>>,
+    state: Option<&Bound<'py, PyAny>>,
+    seq_lens: Option<&Bound<'py, PyAny>>,
+    rope: Option<&Bound<'py, PyAny>>,
+    positions: Option<&Bound<'py, PyAny>>,
+    rope_interleaved: bool,
+    inplace: bool,
+    return_state: bool,
+    return_lse: bool,
+    return_parts: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
+    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+    let state: Option<Bound<'py, State>> =
+        state.map(|s| error::typed("state", s, "an infini_attn.State")).transpose()?;
+    let state = state.as_ref();
+    let base = state.map(|s| s.get().read().map(|s| *s.problem())).transpose()?;
+    let dtype = dtype_of("q", &arguments.q)?;
+    let problem = arguments.problem(base, &policies, dtype)?;
+    let wanted = Wanted { state: return_state, lse: return_lse, parts: return_parts };
+    let compute = |state: &mut infini_attn::State| match dtype {
+        DType::F32 => run::<f32>(py, &arguments, &problem, state, wanted),
+        DType::F16 => run::<half::f16>(py, &arguments, &problem, state, wanted),
+        DType::BF16 => run::<half::bf16>(py, &arguments, &problem, state, wanted),
+        other => Err(error::dtype("q", other, "f32, f16 or bf16")),
+    };
+    let (results, state) = match state {
+        Some(state) if inplace => (compute(&mut *state.get().write()?)?, state.clone()),
+        given => {
+            let mut next = match given {
+                Some(state) => state.get().read()?.clone(),
+                None => infini_attn::State::new(&problem, arguments.batch().0),
+            };
+            (compute(&mut next)?, Bound::new(py, State::new(next))?)
+        }
+    };
+    wanted.pack(py, results, state.into_any())
+}
+
+/// The element type of an input, if it is one of the operator's.
+pub fn dtype_of(argument: &str, memory: &Memory<'_>) -> PyResult<DType> {
+    let got = memory.data_type();
+    got.dtype().ok_or_else(|| error::dtype(argument, got, "f32, f16 or bf16"))
+}
+
+fn run<'py, T: Element + Scalar>(
+    py: Python<'py>,
+    arguments: &Arguments<'py>,
+    problem: &infini_attn::Problem,
+    state: &mut infini_attn::State,
+    wanted: Wanted,
+) -> PyResult<Results<'py>> {
+    let (b, t) = arguments.batch();
+    let shape = [b, t, problem.heads(), problem.value_dim()];
+    let new = |shape: &[usize], dtype| tensor::empty(py, arguments.kind, shape, dtype);
+    let like = || new(&shape, dtype_name(T::DTYPE));
+    let (out, mut out_memory) = like()?;
+    let mut lse = wanted.lse.then(|| new(&[b, shape[2], t], "float32")).transpose()?;
+    let mut parts = wanted.parts.then(|| Ok::<_, PyErr>([like()?, like()?])).transpose()?;
+
+    let mut outputs = Outputs::new(out_memory.view_mut::<T>()?);
+    if let Some((_, memory)) = &mut lse {
+        outputs = outputs.lse(memory.view_mut()?);
+    }
+    if let Some([(_, a_dot), (_, a_mem)]) = &mut parts {
+        outputs = outputs.a_dot(a_dot.view_mut()?).a_mem(a_mem.view_mut()?);
+    }
+    let (q, k, v) = (arguments.q.view()?, arguments.k.view()?, arguments.v.view()?);
+    let (inputs, gate) = (arguments.inputs::<T>(q, k, v)?, &arguments.beta[..]);
+    threads::run(py, || {
+        if (1..=MAX_DECODE_TOKENS).contains(&t) {
+            infini_attn::decode(problem, &inputs, gate, state, outputs)
+        } else {
+            infini_attn::prefill(problem, &inputs, gate, state, outputs)
+        }
+    })?
+    .map_err(error::python)?;
+    Ok(Results {
+        out,
+        lse: lse.map(|(object, _)| object),
+        parts: parts.map(|parts| parts.map(|(object, _)| object)),
+    })
+}

@@ -1,0 +1,62 @@
+//! Errors as Python sees them: ValueError, TypeError or OSError that name the argument, what was
+//! given and what is accepted.
+
+use std::fmt::Display;
+
+use infini_attn::Error;
+use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+/// The core's error as an exception.
+pub fn python(error: Error) -> PyErr {
+    let message = error.to_string();
+    // The core calls the gate's logits `gate`, the Python operator `beta`.
+    let message = match message.strip_prefix("gate") {
+        Some(rest) => format!("beta{rest}"),
+        None => message,
+    };
+    match error {
+        Error::DType { .. } | Error::Problem { field: "dtype", .. } => {
+            PyTypeError::new_err(message)
+        }
+        Error::Io { path, source } => match source.raw_os_error() {
+            // With an error number Python itself picks FileNotFoundError, PermissionError, …
+            Some(code) => PyOSError::new_err((code, source.to_string(), path)),
+            None => PyOSError::new_err(message),
+        },
+        _ => PyValueError::new_err(message),
+    }
+}
+
+/// ValueError in the core's words.
+pub fn value(argument: &str, got: impl Display, expected: impl Display) -> PyErr {
+    PyValueError::new_err(format!("{argument}: {got} given, {expected} expected"))
+}
+
+/// TypeError about an argument's type.
+pub fn wrong_type(argument: &str, got: impl Display, expected: impl Display) -> PyErr {
+    PyTypeError::new_err(format!("{argument}: {got} given, {expected} expected"))
+}
+
+/// TypeError about an element type.
+pub fn dtype(argument: &str, got: impl Display, expected: impl Display) -> PyErr {
+    wrong_type(argument, format_args!("dtype {got}"), expected)
+}
+
+/// A scalar argument as a Rust value, or an error that names it.
+pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
+    argument: &str,
+    object: &'a Bound<'py, PyAny>,
+    expected: &str,
+) -> PyResult<T> {
+    object.extract().map_err(|e: T::Error| {
+        let e: PyErr = e.into();
+        match (e.is_instance_of::<PyOverflowError>(object.py()), object.repr()) {
+            (true, Ok(repr)) => value(argument, repr, format_args!("{expected} of 64 bits")),
+            _ => match object.get_type().fully_qualified_name() {
+                Ok(class) => wrong_type(argument, class, expected),
+                Err(e) => e,
+            },
+        }
+    })
+}

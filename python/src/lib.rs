@@ -1,0 +1,37 @@
+//! `infini_attn._core`: the Python extension module. Shapes, policies and the state are checked by
+//! the core; here arrays are borrowed, results allocated and errors translated.
+
+mod attend;
+mod dlpack;
+mod error;
+mod merge;
+mod problem;
+mod reference;
+mod state;
+mod tensor;
+mod threads;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::attend::infini_attention;
+    #[pymodule_export]
+    use crate::merge::{
+        KeySums, SegmentMap, apply, compose, key_sums, merge_memories, merge_partials, segment_map,
+    };
+    #[pymodule_export]
+    use crate::problem::Problem;
+    #[pymodule_export]
+    use crate::reference::{ReferenceState, reference_infini_attention};
+    #[pymodule_export]
+    use crate::state::{_state_from_bytes, State};
+    #[pymodule_export]
+    use crate::threads::{get_num_threads, set_num_threads, simd_level};
+
+    /// The package's version.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

@@ -1,0 +1,267 @@
+//! Merging: partial local attentions, linear memories, and the affine maps of delta memories.
+
+use infini_attn::{DType, Element};
+use pyo3::prelude::*;
+
+use crate::attend::dtype_of;
+use crate::dlpack::{Memory, Scalar};
+use crate::problem::{Problem, extent};
+use crate::state::State;
+use crate::tensor::{self, Kind, dtype_name};
+use crate::{error, threads};
+
+/// Calls a generic function for the element type of an argument.
+macro_rules! by_dtype {
+    ($memory:expr, $argument:expr, $function:ident($($args:expr),*)) => {
+        match dtype_of($argument, $memory)? {
+            DType::F32 => $function::<f32>($($args),*),
+            DType::F16 => $function::<half::f16>($($args),*),
+            DType::BF16 => $function::<half::bf16>($($args),*),
+            other => Err(error::dtype($argument, other, "f32, f16 or bf16")),
+        }
+    };
+}
+
+/// Merges local attentions over disjoint sets of keys by their log-sum-exp.
+///
+/// Parameters
+/// ----------
+/// a_dot : list of [B, T, Hq, Dv]
+///     Ungated local attentions (`a_dot` of infini_attention, never its gated output).
+/// lse : list of float32 [B, Hq, T]
+///     Their log-sum-exps (natural logarithm).
+/// return_lse : bool
+///     Also return the merged log-sum-exp.
+///
+/// Returns
+/// -------
+/// out, or (out, lse)
+///     Of the inputs' kind; `out` in their dtype, lse in float32.
+#[pyfunction]
+#[pyo3(signature = (a_dot, lse, *, return_lse = false))]
+pub fn merge_partials<'py>(
+    py: Python<'py>,
+    a_dot: Vec<Bound<'py, PyAny>>,
+    lse: Vec<Bound<'py, PyAny>>,
+    return_lse: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    let borrow = |name: &str, list: &[Bound<'py, PyAny>]| -> PyResult<Vec<(Kind, Memory<'py>)>> {
+        let one = |(i, object)| tensor::borrow(&format!("{name}[{i}]"), object);
+        list.iter().enumerate().map(one).collect()
+    };
+    let (a_dot, lse) = (borrow("a_dot", &a_dot)?, borrow("lse", &lse)?);
+    let Some((kind, first)) = a_dot.first() else {
+        return Err(error::value("a_dot", "an empty list", "at least one partial result"));
+    };
+    let kind = *kind;
+    for (name, list) in [("a_dot", &a_dot), ("lse", &lse)] {
+        if let Some(i) = list.iter().position(|(got, _)| *got != kind) {
+            let expected = format!("{kind} as a_dot[0] is");
+            return Err(error::wrong_type(&format!("{name}[{i}]"), list[i].0, expected));
+        }
+    }
+    let a_dot: Vec<_> = a_dot.iter().map(|(_, memory)| memory).collect();
+    let lse: Vec<_> = lse.iter().map(|(_, memory)| memory).collect();
+    by_dtype!(first, "a_dot[0]", merge_typed(py, kind, &a_dot, &lse, return_lse))
+}
+
+fn merge_typed<'py, T: Element + Scalar>(
+    py: Python<'py>,
+    kind: Kind,
+    a_dot: &[&Memory<'py>],
+    lse: &[&Memory<'py>],
+    return_lse: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    let [b, t, heads, _] = a_dot[0].extents("[B, T, Hq, Dv]")?;
+    let (out, mut memory) = tensor::empty(py, kind, a_dot[0].shape(), dtype_name(T::DTYPE))?;
+    let (out_lse, mut lse_memory) = tensor::empty(py, kind, &[b, heads, t], "float32")?;
+    let a_dot = a_dot.iter().map(|m| m.view::<T>()).collect::<PyResult<Vec<_>>>()?;
+    let lse = lse.iter().map(|m| m.view::<f32>()).collect::<PyResult<Vec<_>>>()?;
+    let (view, lse_view) = (memory.view_mut::<T>()?, lse_memory.view_mut::<f32>()?);
+    threads::run(py, || infini_attn::merge_partials(&a_dot, &lse, view, Some(lse_view)))?
+        .map_err(error::python)?;
+    if return_lse { Ok((out, out_lse).into_pyobject(py)?.into_any()) } else { Ok(out) }
+}
+
+/// Adds linear-rule states that saw disjoint parts of the same streams, in order: memories,
+/// normalisers and counts add. Only the last state may hold an open segment.
+///
+/// Finished delta-rule memories do not add (ValueError): see segment_map and compose.
+#[pyfunction]
+pub fn merge_memories(states: Vec<Bound<'_, State>>) -> PyResult<State> {
+    let guards = states.iter().map(|s| s.get().read()).collect::<PyResult<Vec<_>>>()?;
+    let states: Vec<_> = guards.iter().map(|g| &**g).collect();
+    infini_attn::merge_memories(&states).map(State::new).map_err(error::python)
+}
+
+/// Sums of sigma(k) over a run of tokens, per sequence and key/value head. `+` adds two runs.
+#[pyclass(frozen, module = "infini_attn")]
+pub struct KeySums(infini_attn::KeySums);
+
+#[pymethods]
+impl KeySums {
+    /// The sums over no tokens, for `batch` sequences.
+    #[staticmethod]
+    #[pyo3(signature = (problem, batch = None))]
+    fn zero(problem: &Problem, batch: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let batch = batch.map_or(Ok(1), |n| extent("batch", n))?;
+        Ok(Self(infini_attn::KeySums::zero(&problem.0, batch)))
+    }
+
+    /// What a run that continues `state` finds: its z and its committed tokens.
+    #[staticmethod]
+    fn from_state(state: &Bound<'_, State>) -> PyResult<Self> {
+        Ok(Self(infini_attn::KeySums::from_state(&*state.get().read()?)))
+    }
+
+    /// The sums, a copy: float32 [B, Hkv, Dk].
+    #[getter]
+    fn sums<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.0.sums())
+    }
+
+    /// Tokens summed: int64 [B].
+    #[getter]
+    fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        token_array(py, self.0.tokens())
+    }
+
+    fn __add__(&self, other: &Bound<'_, KeySums>) -> PyResult<Self> {
+        self.0.add(&other.get().0).map(Self).map_err(error::python)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("KeySums(tokens={:?}, shape={:?})", self.0.tokens(), self.0.sums().shape())
+    }
+}
+
+fn token_array<'py>(py: Python<'py>, tokens: &[u64]) -> PyResult<Bound<'py, PyAny>> {
+    let tokens: Vec<i64> = tokens.iter().map(|&n| n as i64).collect();
+    tensor::array(py, &[tokens.len()], "int64", &tokens)
+}
+
+/// What a run of segments does to the memory it finds: M -> A M + B, z -> z + dz.
+#[pyclass(frozen, module = "infini_attn")]
+pub struct SegmentMap(infini_attn::SegmentMap);
+
+#[pymethods]
+impl SegmentMap {
+    /// A, a copy: float32 [B, Hkv, Dk, Dk].
+    #[getter(A)]
+    fn a<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.0.a())
+    }
+
+    /// B, a copy: float32 [B, Hkv, Dk, Dv].
+    #[getter(B)]
+    fn b<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.0.b())
+    }
+
+    /// Change of the normaliser, a copy: float32 [B, Hkv, Dk].
+    #[getter]
+    fn dz<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.0.dz())
+    }
+
+    /// Tokens of the run: int64 [B].
+    #[getter]
+    fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        token_array(py, self.0.tokens())
+    }
+
+    fn __repr__(&self) -> String {
+        format!("SegmentMap(tokens={:?}, shape={:?})", self.0.tokens(), self.0.b().shape())
+    }
+}
+
+/// Sums of sigma(k) over a run of tokens.
+///
+/// Parameters
+/// ----------
+/// problem : Problem
+/// k : [B, T, Hkv, Dk]
+///     Keys, unrotated, of the problem's dtype.
+#[pyfunction]
+pub fn key_sums<'py>(
+    py: Python<'py>,
+    problem: &Problem,
+    k: &Bound<'py, PyAny>,
+) -> PyResult<KeySums> {
+    let (_, k) = tensor::borrow("k", k)?;
+    by_dtype!(&k, "k", key_sums_typed(py, problem, &k))
+}
+
+fn key_sums_typed<T: Element + Scalar>(
+    py: Python<'_>,
+    problem: &Problem,
+    k: &Memory<'_>,
+) -> PyResult<KeySums> {
+    let (problem, k) = (problem.0, k.view::<T>()?);
+    let sums = threads::run(py, || infini_attn::key_sums(&problem, k))?;
+    sums.map(KeySums).map_err(error::python)
+}
+
+/// The affine map of a run of tokens, cut into segments from its first token on; a shorter last
+/// segment counts as flushed.
+///
+/// Parameters
+/// ----------
+/// problem : Problem
+/// k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]
+///     Unrotated, of the problem's dtype.
+/// before : KeySums
+///     What the run finds: the sums over everything earlier (KeySums.zero, KeySums.from_state, and
+///     `+`).
+#[pyfunction]
+pub fn segment_map<'py>(
+    py: Python<'py>,
+    problem: &Problem,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    before: &KeySums,
+) -> PyResult<SegmentMap> {
+    let ((_, k), (_, v)) = (tensor::borrow("k", k)?, tensor::borrow("v", v)?);
+    by_dtype!(&k, "k", segment_map_typed(py, problem, &k, &v, before))
+}
+
+fn segment_map_typed<T: Element + Scalar>(
+    py: Python<'_>,
+    problem: &Problem,
+    k: &Memory<'_>,
+    v: &Memory<'_>,
+    before: &KeySums,
+) -> PyResult<SegmentMap> {
+    let (problem, k, v, before) = (problem.0, k.view::<T>()?, v.view::<T>()?, &before.0);
+    let map = threads::run(py, || infini_attn::segment_map(&problem, k, v, before))?;
+    map.map(SegmentMap).map_err(error::python)
+}
+
+/// The map of `first` followed by `second`.
+#[pyfunction]
+pub fn compose(py: Python<'_>, first: &SegmentMap, second: &SegmentMap) -> PyResult<SegmentMap> {
+    let map = threads::run(py, || infini_attn::compose(&first.0, &second.0))?;
+    map.map(SegmentMap).map_err(error::python)
+}
+
+/// The state after the run of `map`, as if its tokens had been attended and flushed. `state` holds
+/// no open segment; it stays as it is unless inplace=True.
+#[pyfunction]
+#[pyo3(signature = (map, state, *, inplace = false))]
+pub fn apply<'py>(
+    py: Python<'py>,
+    map: &SegmentMap,
+    state: &Bound<'py, State>,
+    inplace: bool,
+) -> PyResult<Bound<'py, State>> {
+    let state = if inplace {
+        state.clone()
+    } else {
+        Bound::new(py, State::new(state.get().read()?.clone()))?
+    };
+    let mut guard = state.get().write()?;
+    let target = &mut *guard;
+    threads::run(py, || infini_attn::apply(&map.0, target))?.map_err(error::python)?;
+    drop(guard);
+    Ok(state)
+}

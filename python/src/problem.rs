@@ -1,0 +1,206 @@
+//! The problem: heads, dimensions, segment length and policies.
+
+use std::str::FromStr;
+
+use infini_attn::{DType, Denominator, ProblemBuilder};
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use crate::error;
+
+/// What is to be computed: heads, dimensions, segment length and policies, validated once.
+///
+/// Parameters
+/// ----------
+/// heads, kv_heads : int
+///     Query heads Hq and key/value heads Hkv (default Hq); query head h reads key/value head
+///     h // (Hq // Hkv).
+/// key_dim, value_dim : int
+///     Channels Dk of a query or key and Dv (default Dk) of a value.
+/// segment_len : int
+///     Tokens per segment, N.
+/// update : "delta" or "linear"
+///     How a finished segment is written into the memory.
+/// scale : float
+///     Factor on q·k in the local softmax, Dk ** -0.5 by default.
+/// empty_memory : "gate" or "bypass"
+///     Output while nothing is in the memory: (1 - g) * A_dot, or A_dot.
+/// denominator : "exact", ("clamp", eps) or ("add", eps)
+///     Denominator of a retrieval.
+/// dtype : "f32", "f16" or "bf16"
+///     Element type of q, k, v and the outputs; the state is always float32.
+#[pyclass(frozen, eq, module = "infini_attn")]
+#[derive(PartialEq)]
+pub struct Problem(pub infini_attn::Problem);
+
+/// The policies of a call as given: None where the state's value or the default holds.
+#[derive(Default)]
+pub struct Policies<'a, 'py> {
+    pub segment_len: Option<&'a Bound<'py, PyAny>>,
+    pub update: Option<&'a Bound<'py, PyAny>>,
+    pub scale: Option<&'a Bound<'py, PyAny>>,
+    pub empty_memory: Option<&'a Bound<'py, PyAny>>,
+    pub denominator: Option<&'a Bound<'py, PyAny>>,
+}
+
+impl Policies<'_, '_> {
+    pub fn apply(&self, mut builder: ProblemBuilder) -> PyResult<ProblemBuilder> {
+        if let Some(n) = self.segment_len {
+            builder = builder.segment_len(extent("segment_len", n)?);
+        }
+        if let Some(name) = self.update {
+            builder = builder.update(parse("update", name)?);
+        }
+        if let Some(scale) = self.scale {
+            builder = builder.scale(error::typed("scale", scale, "a number")?);
+        }
+        if let Some(name) = self.empty_memory {
+            builder = builder.empty_memory(parse("empty_memory", name)?);
+        }
+        if let Some(policy) = self.denominator {
+            builder = builder.denominator(denominator(policy)?);
+        }
+        Ok(builder)
+    }
+}
+
+/// An extent; what is too large the builder refuses.
+pub fn extent(argument: &str, n: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let n: i64 = error::typed(argument, n, "an integer")?;
+    usize::try_from(n).map_err(|_| error::value(argument, n, "at least 1"))
+}
+
+/// A policy or element type by its name.
+pub fn parse<T>(argument: &str, name: &Bound<'_, PyAny>) -> PyResult<T>
+where
+    T: FromStr<Err = infini_attn::Error>,
+{
+    let name: String = error::typed(argument, name, "a string")?;
+    name.parse().map_err(error::python)
+}
+
+fn denominator(policy: &Bound<'_, PyAny>) -> PyResult<Denominator> {
+    const EXPECTED: &str = r#""exact", ("clamp", eps) or ("add", eps)"#;
+    if let Ok((name, eps)) = policy.extract::<(String, f32)>() {
+        match name.as_str() {
+            "clamp" => return Ok(Denominator::Clamp(eps)),
+            "add" => return Ok(Denominator::Add(eps)),
+            _ => {}
+        }
+    } else if policy.extract::<&str>().is_ok_and(|name| name == "exact") {
+        return Ok(Denominator::Exact);
+    }
+    Err(error::value("denominator", policy.repr()?, EXPECTED))
+}
+
+#[pymethods]
+impl Problem {
+    #[new]
+    #[pyo3(signature = (*, heads, key_dim, kv_heads = None, value_dim = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        heads: &Bound<'_, PyAny>,
+        key_dim: &Bound<'_, PyAny>,
+        kv_heads: Option<&Bound<'_, PyAny>>,
+        value_dim: Option<&Bound<'_, PyAny>>,
+        segment_len: Option<&Bound<'_, PyAny>>,
+        update: Option<&Bound<'_, PyAny>>,
+        scale: Option<&Bound<'_, PyAny>>,
+        empty_memory: Option<&Bound<'_, PyAny>>,
+        denominator: Option<&Bound<'_, PyAny>>,
+        dtype: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+        let builder = infini_attn::Problem::builder()
+            .heads(extent("heads", heads)?)
+            .kv_heads(extent("kv_heads", kv_heads.unwrap_or(heads))?)
+            .key_dim(extent("key_dim", key_dim)?)
+            .value_dim(extent("value_dim", value_dim.unwrap_or(key_dim))?)
+            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
+        policies.apply(builder)?.build().map(Self).map_err(error::python)
+    }
+
+    /// Query heads, Hq.
+    #[getter]
+    fn heads(&self) -> usize {
+        self.0.heads()
+    }
+
+    /// Key/value heads, Hkv.
+    #[getter]
+    fn kv_heads(&self) -> usize {
+        self.0.kv_heads()
+    }
+
+    /// Channels of a query or key, Dk.
+    #[getter]
+    fn key_dim(&self) -> usize {
+        self.0.key_dim()
+    }
+
+    /// Channels of a value or output, Dv.
+    #[getter]
+    fn value_dim(&self) -> usize {
+        self.0.value_dim()
+    }
+
+    /// Tokens per segment, N.
+    #[getter]
+    fn segment_len(&self) -> usize {
+        self.0.segment_len()
+    }
+
+    /// "delta" or "linear".
+    #[getter]
+    fn update(&self) -> String {
+        self.0.update().to_string()
+    }
+
+    /// Factor on q·k in the local softmax.
+    #[getter]
+    fn scale(&self) -> f64 {
+        self.0.scale()
+    }
+
+    /// "gate" or "bypass".
+    #[getter]
+    fn empty_memory(&self) -> String {
+        self.0.empty_memory().to_string()
+    }
+
+    /// "exact", ("clamp", eps) or ("add", eps).
+    #[getter]
+    fn denominator<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // By way of text, so that what was given as 1e-10 does not come back as f32's 1.00000001e-10.
+        let python = |eps: f32| eps.to_string().parse::<f64>().unwrap_or(eps.into());
+        match self.0.denominator() {
+            Denominator::Clamp(eps) => Ok(("clamp", python(eps)).into_pyobject(py)?.into_any()),
+            Denominator::Add(eps) => Ok(("add", python(eps)).into_pyobject(py)?.into_any()),
+            exact => Ok(PyString::new(py, &exact.to_string()).into_any()),
+        }
+    }
+
+    /// "f32", "f16" or "bf16".
+    #[getter]
+    fn dtype(&self) -> String {
+        self.0.dtype().to_string()
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let p = &self.0;
+        let denominator = self.denominator(py)?.repr()?;
+        Ok(format!(
+            "Problem(heads={}, kv_heads={}, key_dim={}, value_dim={}, segment_len={}, update='{}', \
+             scale={}, empty_memory='{}', denominator={denominator}, dtype='{}')",
+            p.heads(),
+            p.kv_heads(),
+            p.key_dim(),
+            p.value_dim(),
+            p.segment_len(),
+            p.update(),
+            p.scale(),
+            p.empty_memory(),
+            p.dtype()
+        ))
+    }
+}

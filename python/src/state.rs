@@ -1,0 +1,297 @@
+//! The state of a batch of streams.
+
+use std::path::PathBuf;
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+
+use infini_attn::{DType, State as Core};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::problem::{Policies, Problem, extent, parse};
+use crate::{dlpack::Memory, error, tensor, threads};
+
+/// The state of B independent streams: compressive memory, normaliser, counters, open segment.
+///
+/// State(problem, sequences=1) starts that many empty streams. A state is what infini_attention returns and
+/// takes; its size does not depend on how many tokens were seen. It can be pickled, copied
+/// (copy.deepcopy, fork) and saved.
+///
+/// While one thread's call writes a state (inplace=True, flush, reset), a use of the same state in
+/// another thread raises RuntimeError. Reading from several threads at once is fine.
+#[pyclass(frozen, module = "infini_attn")]
+pub struct State(RwLock<Core>);
+
+impl State {
+    pub fn new(state: Core) -> Self {
+        Self(RwLock::new(state))
+    }
+
+    // Never waits: a thread that waited here while attached to Python would keep the one it waits
+    // for from finishing.
+    pub fn read(&self) -> PyResult<RwLockReadGuard<'_, Core>> {
+        self.0.try_read().map_err(unusable)
+    }
+
+    pub fn write(&self) -> PyResult<RwLockWriteGuard<'_, Core>> {
+        self.0.try_write().map_err(unusable)
+    }
+
+    fn counts<'py>(
+        &self,
+        py: Python<'py>,
+        count: impl Fn(&Core, usize) -> i64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let state = self.read()?;
+        let counts: Vec<i64> = (0..state.sequences()).map(|slot| count(&state, slot)).collect();
+        tensor::array(py, &[counts.len()], "int64", &counts)
+    }
+}
+
+/// Why a state cannot be had now.
+pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
+    PyRuntimeError::new_err(match error {
+        TryLockError::WouldBlock => "state: in use by a call in another thread",
+        TryLockError::Poisoned(_) => "state: left half-written by a call that crashed",
+    })
+}
+
+/// All slots, or those given.
+fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
+    let Some(given) = given else { return Ok((0..sequences).collect()) };
+    let (_, slots) = tensor::integers("slots", given)?;
+    (slots.into_iter().enumerate())
+        .map(|(i, slot)| {
+            usize::try_from(slot).map_err(|_| {
+                error::value(&format!("slots[{i}]"), slot, format!("0 to {sequences} - 1"))
+            })
+        })
+        .collect()
+}
+
+/// Tokens per sequence [B], at least 0.
+fn token_counts(argument: &str, object: &Bound<'_, PyAny>, batch: usize) -> PyResult<Vec<u64>> {
+    let (shape, counts) = tensor::integers(argument, object)?;
+    if shape != [batch] {
+        return Err(error::value(argument, format!("shape {shape:?}"), format!("[B] = [{batch}]")));
+    }
+    (counts.into_iter().enumerate())
+        .map(|(b, n)| {
+            u64::try_from(n).map_err(|_| error::value(&format!("{argument}[{b}]"), n, "at least 0"))
+        })
+        .collect()
+}
+
+#[pymethods]
+impl State {
+    #[new]
+    #[pyo3(signature = (problem, sequences = None))]
+    fn create(problem: &Problem, sequences: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
+        Ok(Self::new(Core::new(&problem.0, sequences)))
+    }
+
+    /// A state from its parts, without an open segment.
+    ///
+    /// Parameters
+    /// ----------
+    /// M : float32 [B, Hkv, Dk, Dv]
+    ///     Compressive memory.
+    /// z : float32 [B, Hkv, Dk]
+    ///     Normaliser.
+    /// tokens : int [B]
+    ///     Tokens each stream has seen.
+    /// committed : int [B], optional
+    ///     Tokens written into (M, z); all of them by default.
+    /// heads : int, optional
+    ///     Query heads, Hkv by default.
+    /// segment_len, update, scale, empty_memory, denominator, dtype
+    ///     As in Problem.
+    #[staticmethod]
+    #[pyo3(signature = (M, z, tokens, committed = None, *, heads = None, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, dtype = None))]
+    #[allow(clippy::too_many_arguments, non_snake_case)]
+    fn from_arrays(
+        M: &Bound<'_, PyAny>,
+        z: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+        committed: Option<&Bound<'_, PyAny>>,
+        heads: Option<&Bound<'_, PyAny>>,
+        segment_len: Option<&Bound<'_, PyAny>>,
+        update: Option<&Bound<'_, PyAny>>,
+        scale: Option<&Bound<'_, PyAny>>,
+        empty_memory: Option<&Bound<'_, PyAny>>,
+        denominator: Option<&Bound<'_, PyAny>>,
+        dtype: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let (_, m) = tensor::borrow("M", M)?;
+        let (_, z) = tensor::borrow("z", z)?;
+        let [batch, kv_heads, key_dim, value_dim] = m.extents("[B, Hkv, Dk, Dv]")?;
+        check_shape(&z, "z", [batch, kv_heads, key_dim])?;
+        let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+        let builder = infini_attn::Problem::builder()
+            .heads(heads.map_or(Ok(kv_heads), |n| extent("heads", n))?)
+            .kv_heads(kv_heads)
+            .key_dim(key_dim)
+            .value_dim(value_dim)
+            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
+        let problem = policies.apply(builder)?.build().map_err(error::python)?;
+        let tokens = token_counts("tokens", tokens, batch)?;
+        let committed = match committed {
+            Some(committed) => token_counts("committed", committed, batch)?,
+            None => tokens.clone(),
+        };
+        let (m, z) = (tensor::elements(m.view()?), tensor::elements(z.view()?));
+        Core::from_parts(&problem, &m, &z, &tokens, &committed)
+            .map(Self::new)
+            .map_err(error::python)
+    }
+
+    /// The problem this state belongs to.
+    #[getter]
+    fn problem(&self) -> PyResult<Problem> {
+        Ok(Problem(*self.read()?.problem()))
+    }
+
+    /// Compressive memory, a copy: float32 [B, Hkv, Dk, Dv].
+    #[getter(M)]
+    fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.read()?.memory())
+    }
+
+    /// Normaliser, a copy: float32 [B, Hkv, Dk].
+    #[getter(z)]
+    fn normalizer<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        tensor::copy(py, self.read()?.normalizer())
+    }
+
+    /// Tokens each stream has seen: int64 [B].
+    #[getter]
+    fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.counts(py, |state, slot| state.tokens(slot) as i64)
+    }
+
+    /// Tokens each stream has written into (M, z): int64 [B].
+    #[getter]
+    fn committed<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.counts(py, |state, slot| state.committed(slot) as i64)
+    }
+
+    /// Tokens in each stream's open segment: int64 [B].
+    #[getter]
+    fn open_len<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.counts(py, |state, slot| state.open_len(slot) as i64)
+    }
+
+    /// Default position of each stream's next token (= tokens): int64 [B].
+    #[getter]
+    fn position<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.tokens(py)
+    }
+
+    /// Number of streams, B.
+    #[getter]
+    fn sequences(&self) -> PyResult<usize> {
+        Ok(self.read()?.sequences())
+    }
+
+    /// Bytes held, open segments included.
+    #[getter]
+    fn nbytes(&self) -> PyResult<usize> {
+        Ok(self.read()?.bytes())
+    }
+
+    /// Commits the open segments of all streams (or of those in `slots`), in place; the next token
+    /// opens a new segment of full length.
+    #[pyo3(signature = (slots = None))]
+    fn flush(&self, py: Python<'_>, slots: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let mut guard = self.write()?;
+        let slots = self::slots(slots, guard.sequences())?;
+        let (problem, state) = (*guard.problem(), &mut *guard);
+        threads::run(py, || infini_attn::flush(&problem, state, &slots))?.map_err(error::python)
+    }
+
+    /// Forgets everything all streams (or those in `slots`) have seen, in place.
+    #[pyo3(signature = (slots = None))]
+    fn reset(&self, slots: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let mut state = self.write()?;
+        let slots = self::slots(slots, state.sequences())?;
+        state.reset(&slots).map_err(error::python)
+    }
+
+    /// An independent copy, or a state whose stream i continues where stream slots[i] stands; a
+    /// slot may be named several times (several continuations of one prompt).
+    #[pyo3(signature = (slots = None))]
+    fn fork(&self, slots: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let state = self.read()?;
+        let slots = self::slots(slots, state.sequences())?;
+        state.fork(&slots).map(Self::new).map_err(error::python)
+    }
+
+    /// Writes the state to a file (safetensors, with the problem in its metadata).
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        let state = &*self.read()?;
+        py.detach(|| state.save(&path)).map_err(error::python)
+    }
+
+    /// Reads a state from a file; with `problem`, refuses the state of another one.
+    #[staticmethod]
+    #[pyo3(signature = (path, problem = None))]
+    fn load(py: Python<'_>, path: PathBuf, problem: Option<&Problem>) -> PyResult<Self> {
+        let problem = problem.map(|p| p.0);
+        let state = py.detach(|| match problem {
+            Some(problem) => Core::load_for(&problem, &path),
+            None => Core::load(&path),
+        });
+        state.map(Self::new).map_err(error::python)
+    }
+
+    fn __reduce__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        let bytes = self.read()?.to_bytes().map_err(error::python)?;
+        let load = py.import("infini_attn._core")?.getattr("_state_from_bytes")?;
+        Ok((load, (PyBytes::new(py, &bytes),)))
+    }
+
+    fn __copy__(&self) -> PyResult<Self> {
+        self.fork(None)
+    }
+
+    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.fork(None)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let state = self.read()?;
+        let list = |count: &dyn Fn(usize) -> String| -> String {
+            (0..state.sequences()).map(count).collect::<Vec<_>>().join(", ")
+        };
+        let problem = Bound::new(py, Problem(*state.problem()))?;
+        Ok(format!(
+            "State(tokens=[{}], committed=[{}], open_len=[{}], {})",
+            list(&|s| state.tokens(s).to_string()),
+            list(&|s| state.committed(s).to_string()),
+            list(&|s| state.open_len(s).to_string()),
+            problem.repr()?
+        ))
+    }
+}
+
+fn check_shape<const RANK: usize>(
+    memory: &Memory<'_>,
+    argument: &str,
+    expected: [usize; RANK],
+) -> PyResult<()> {
+    if memory.shape() != expected {
+        let got = format!("shape {:?}", memory.shape());
+        return Err(error::value(argument, got, format!("{expected:?}")));
+    }
+    Ok(())
+}
+
+/// What pickle calls.
+#[pyfunction]
+pub fn _state_from_bytes(bytes: &[u8]) -> PyResult<State> {
+    Core::from_bytes(bytes).map(State::new).map_err(error::python)
+}

@@ -1,0 +1,196 @@
+"""Every refusal: its type, the argument's name, both values; and that it changed nothing."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import tensors
+
+from infini_attn import KeySums, Problem, State, infini_attention, reference, segment_map
+from infini_attn import apply, compose, key_sums, merge_memories, merge_partials, set_num_threads
+
+Q, K, V, BETA = tensors(2, 20, 4, 2, 8)
+COS = torch.ones(20, 4)
+
+
+def attend(q=Q, k=K, v=V, beta=BETA, **options):
+    return infini_attention(q, k, v, beta, **options)
+
+
+STATE = attend(segment_len=8)[1]
+CONJUGATE = torch.complex(Q, Q).conj().imag
+
+OPERATOR = [
+    # Kinds and element types.
+    (TypeError, "q: list given, a NumPy array or a PyTorch tensor expected", dict(q=[1.0])),
+    (TypeError, "v: NoneType given, a NumPy array or", dict(v=None)),
+    (TypeError, "k: a NumPy array given, a PyTorch tensor as q is", dict(k=K.numpy())),
+    (TypeError, "k: dtype f64 given, f32 as q has", dict(k=K.double())),
+    (TypeError, "q: dtype f64 given, f32, f16 or bf16", dict(q=Q.double(), k=K.double(), v=V.double())),
+    (TypeError, "q: dtype i32 given, f32, f16 or bf16", dict(q=Q.int(), k=K.int(), v=V.int())),
+    (TypeError, r"q: a NumPy array .*\(DLPack.*\) given", dict(q=Q.numpy().astype(object))),
+    (TypeError, r"q: a NumPy array .*byte order.* given", dict(q=Q.numpy().astype(">f4"))),
+    (TypeError, "q: numpy.ma.* given", dict(q=np.ma.masked_array(Q.numpy()))),
+    (TypeError, "q: a PyTorch tensor .*layout.* given", dict(q=Q.to_sparse())),
+    # Gradients, devices, lazy negation.
+    (ValueError, "q: a tensor that requires grad given, no gradient", dict(q=Q.clone().requires_grad_())),
+    (ValueError, "v: a tensor that requires grad given", dict(v=torch.nn.Parameter(V))),
+    (ValueError, "beta: a tensor that requires grad given", dict(beta=torch.nn.Parameter(BETA))),
+    (ValueError, "k: device meta given, cpu", dict(k=K.to("meta"))),
+    (ValueError, "beta: device meta given, cpu", dict(beta=BETA.to("meta"))),
+    (ValueError, "q: a tensor with the negative bit given", dict(q=CONJUGATE)),
+    # Shapes and strides.
+    (ValueError, r"q: shape \[20, 4, 8\] given, rank 4", dict(q=Q[0])),
+    (ValueError, r"q: shape \[\] given, rank 4", dict(q=torch.tensor(1.0))),
+    (ValueError, r"k: shape \[2, 19, 2, 8\] given, .*\[2, 20, 2, 8\]", dict(k=K[:, 1:])),
+    (ValueError, r"k: shape \[2, 20, 2, 7\] given, .*\[2, 20, 2, 8\]", dict(k=K[..., 1:])),
+    (ValueError, r"v: shape \[2, 20, 1, 8\] given, .*\[2, 20, 2, 8\]", dict(v=V[:, :, :1])),
+    (ValueError, "kv_heads: 3 given, a divisor of heads = 4", dict(k=torch.ones(2, 20, 3, 8), v=torch.ones(2, 20, 3, 8))),
+    (ValueError, "heads: 0 given, 1 to", dict(q=Q[:, :, :0], beta=BETA[:0])),
+    (ValueError, r"k: strides \[.*2\].* the last dimension must be contiguous", dict(k=torch.ones(2, 20, 2, 16)[..., ::2])),
+    (ValueError, "q: memory at 0x.* given, an address divisible by 4", dict(
+        q=np.frombuffer(bytes(5121), np.uint8)[1:].view(np.float32).reshape(2, 20, 4, 8), k=K.numpy(), v=V.numpy())),
+    # The gate.
+    (ValueError, "beta: 3 elements given, 4", dict(beta=BETA[:3])),
+    (ValueError, r"beta: shape \[4, 1\] given, rank 1", dict(beta=BETA[:, None])),
+    (ValueError, r"beta\[2\]: NaN given", dict(beta=[0.0, 1.0, float("nan"), 0.0])),
+    (TypeError, "beta: dtype int64 given, floating-point numbers", dict(beta=[1, 2, 3, 4])),
+    (TypeError, "beta: .* given, floating-point numbers", dict(beta=torch.ones(4, dtype=torch.int32))),
+    (TypeError, "beta: .* given, floating-point numbers", dict(beta="gate")),
+    (TypeError, "beta: .* given, floating-point numbers", dict(beta=[[1.0], [1.0, 2.0]])),
+    # Policies.
+    (ValueError, "segment_len: 0 given, 1 to", dict(segment_len=0)),
+    (ValueError, "segment_len: -5 given, at least 1", dict(segment_len=-5)),
+    (ValueError, f"segment_len: {2**80} given, an integer of 64 bits", dict(segment_len=2**80)),
+    (TypeError, "segment_len: float given, an integer", dict(segment_len=16.0)),
+    (ValueError, "update: sum given, linear or delta", dict(update="sum")),
+    (TypeError, "update: int given, a string", dict(update=1)),
+    (ValueError, "scale: NaN given, a finite number", dict(scale=float("nan"))),
+    (TypeError, "scale: str given, a number", dict(scale="1")),
+    (ValueError, "empty_memory: zero given, gate or bypass", dict(empty_memory="zero")),
+    (ValueError, r"denominator: 'clamp' given, .*\(\"clamp\", eps\)", dict(denominator="clamp")),
+    (ValueError, r"denominator: \('mul', 1\) given, \"exact\"", dict(denominator=("mul", 1))),
+    (ValueError, r"denominator: \('clamp', 'x'\) given", dict(denominator=("clamp", "x"))),
+    (ValueError, "denominator: add:-1e0 given, a positive, finite epsilon", dict(denominator=("add", -1))),
+    # Contradictions with the state.
+    (ValueError, "segment_len = 8, the call has segment_len = 4", dict(state=STATE, segment_len=4)),
+    (ValueError, "update = delta, the call has update = linear", dict(state=STATE, update="linear")),
+    (ValueError, "scale = .*, the call has scale = 1e0", dict(state=STATE, scale=1.0)),
+    (ValueError, "empty_memory = gate, the call has empty_memory = bypass", dict(state=STATE, empty_memory="bypass")),
+    (ValueError, "denominator = exact, the call has denominator = add:1e0", dict(state=STATE, denominator=("add", 1.0))),
+    (ValueError, "heads = 4, the call has heads = 2", dict(state=STATE, q=Q[:, :, :2], beta=BETA[:2])),
+    (TypeError, "dtype = f32, the call has dtype = f16", dict(state=STATE, q=Q.half(), k=K.half(), v=V.half())),
+    (ValueError, "state: 2 elements given, 1", dict(state=STATE, q=Q[:1], k=K[:1], v=V[:1])),
+    (TypeError, "state: int given, an infini_attn.State", dict(state=1)),
+    # Lengths, rotation.
+    (ValueError, "seq_lens: 3 elements given, 2", dict(seq_lens=[1, 2, 3])),
+    (ValueError, r"seq_lens\[1\]: 21 given, 0 to T = 20", dict(seq_lens=[1, 21])),
+    (ValueError, r"seq_lens\[0\]: -1 given, 0 to T = 20", dict(seq_lens=[-1, 2])),
+    (ValueError, r"seq_lens\[0\]: 8589934592 given", dict(seq_lens=[2**33, 2])),
+    (ValueError, r"seq_lens: shape \[2, 1\] given, \[B\]", dict(seq_lens=[[1], [2]])),
+    (TypeError, "seq_lens: dtype float64 given, integers", dict(seq_lens=[1.0, 2.0])),
+    (TypeError, "seq_lens: .* given, integers", dict(seq_lens="ab")),
+    (TypeError, r"rope: list given, a tuple \(cos, sin\)", dict(rope=[COS, COS])),
+    (TypeError, "rope.cos: dtype f64 given, f32", dict(rope=(COS.double(), COS))),
+    (TypeError, "rope.sin: NoneType given, a NumPy array", dict(rope=(COS, None))),
+    (ValueError, r"rope.sin: shape \[20, 3\] given, .*\[20, 4\]", dict(rope=(COS, COS[:, 1:]))),
+    (ValueError, r"rope.cos: shape \[20\] given, \[positions, R/2\]", dict(rope=(COS[:, 0], COS[:, 0]))),
+    (ValueError, r"rope.cos: shape \[20, 5\] given, .*Dk = 8", dict(rope=(torch.ones(20, 5),) * 2)),
+    (ValueError, r"positions \(sequence 0, token 19\): 19 given, 0 to 19 ", dict(rope=(COS[:19], COS[:19]))),
+    (ValueError, r"positions \(sequence 0, token 0\): 20 given, 0 to 20 ", dict(rope=(COS, COS), positions=[20] * 20)),
+    (ValueError, r"positions \(sequence 0, token 3\): -1 given", dict(rope=(COS, COS), positions=[0, 0, 0, -1] + [0] * 16)),
+    (ValueError, r"positions: shape \[19\] given, \[T\] = \[20\] or \[B, T\] = \[2, 20\]", dict(rope=(COS, COS), positions=range(19))),
+    (ValueError, r"positions: shape \[20, 2\] given", dict(rope=(COS, COS), positions=np.zeros((20, 2), int))),
+    (TypeError, "positions: dtype float64 given, integers", dict(rope=(COS, COS), positions=np.zeros(20))),
+    (ValueError, "positions: without rope given", dict(positions=range(20))),
+]
+
+
+@pytest.mark.parametrize("exception, message, options", OPERATOR, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_operator_refuses(exception, message, options):
+    before = STATE.M, STATE.tokens
+    with pytest.raises(exception, match=message):
+        attend(**options)
+    if "state" in options:
+        with pytest.raises(exception, match=message):
+            attend(**options, inplace=True)
+    assert np.array_equal(STATE.M, before[0]) and np.array_equal(STATE.tokens, before[1])
+
+
+@pytest.mark.parametrize("option", ["inplace", "return_state", "return_lse", "rope_interleaved"])
+def test_flags_are_bools(option):
+    with pytest.raises(TypeError) as caught:
+        attend(**{option: "yes"})
+    assert "'str' object is not an instance of 'bool'" in str(caught.value)
+
+
+def test_the_reference_refuses_alike():
+    with pytest.raises(TypeError, match="q: list given"):
+        reference.infini_attention([1.0], K, V, BETA)
+    with pytest.raises(ValueError, match="a tensor that requires grad"):
+        reference.infini_attention(Q, K, V, torch.nn.Parameter(BETA))
+    with pytest.raises(TypeError, match="q: dtype i64 given, f64, f32"):
+        reference.infini_attention(Q.long(), K.long(), V.long(), BETA)
+    with pytest.raises(TypeError, match="state: infini_attn.State given"):
+        reference.infini_attention(Q, K, V, BETA, state=STATE)
+
+
+DELTA = Problem(heads=2, key_dim=8, segment_len=4)
+LINEAR = Problem(heads=2, key_dim=8, segment_len=4, update="linear")
+K2 = torch.ones(1, 8, 2, 8)
+SUMS = KeySums.zero(DELTA)
+MAP = segment_map(DELTA, K2, K2, SUMS)
+LSE = torch.zeros(2, 4, 20)
+M, Z = np.zeros((1, 2, 8, 8), np.float32), np.zeros((1, 2, 8), np.float32)
+
+
+def states(update):
+    q = torch.ones(1, 8, 2, 8)
+    return [infini_attention(q, q, q, [0.0, 0.0], segment_len=4, update=update)[1] for _ in "ab"]
+
+
+OTHERS = [
+    (ValueError, "heads: 0 given", lambda: Problem(heads=0, key_dim=8)),
+    (ValueError, "key_dim: -8 given", lambda: Problem(heads=1, key_dim=-8)),
+    (ValueError, "dtype: f64 given, f32, f16 or bf16", lambda: Problem(heads=1, key_dim=8, dtype="f64")),
+    (TypeError, "kv_heads: str given", lambda: Problem(heads=1, key_dim=8, kv_heads="1")),
+    (ValueError, "sequences: -1 given", lambda: State(DELTA, -1)),
+    (ValueError, r"slots\[0\]: 2 given, .*2 slots", lambda: STATE.fork([2])),
+    (ValueError, r"slots\[1\]: -1 given, 0 to", lambda: STATE.fork([0, -1])),
+    (ValueError, r"slots\[1\]: 0 given, a slot other than", lambda: STATE.fork().flush([0, 0])),
+    (TypeError, "slots: dtype float64 given", lambda: STATE.fork().reset([0.5])),
+    (TypeError, "M: dtype f64 given, f32", lambda: State.from_arrays(M.astype(float), Z, [0])),
+    (ValueError, r"M: shape \[1, 2, 8\] given, rank 4", lambda: State.from_arrays(Z, Z, [0])),
+    (ValueError, r"z: shape \[1, 2, 7\] given, \[1, 2, 8\]", lambda: State.from_arrays(M, Z[..., 1:], [0])),
+    (ValueError, r"tokens: shape \[2\] given, \[B\] = \[1\]", lambda: State.from_arrays(M, Z, [0, 0])),
+    (ValueError, r"tokens\[0\]: -3 given, at least 0", lambda: State.from_arrays(M, Z, [-3])),
+    (ValueError, r"committed\[0\]: 9 given", lambda: State.from_arrays(M, Z, [8], [9])),
+    (ValueError, "a divisor of heads = 3", lambda: State.from_arrays(M, Z, [0], heads=3)),
+    (ValueError, "a_dot: an empty list given", lambda: merge_partials([], [])),
+    (ValueError, "lse: 1 elements given, 2", lambda: merge_partials([Q, Q], [LSE])),
+    (ValueError, "lse.*shape", lambda: merge_partials([Q], [LSE[:, 1:]])),
+    (TypeError, r"a_dot\[1\]: dtype f16 given, f32", lambda: merge_partials([Q, Q.half()], [LSE, LSE])),
+    (TypeError, r"lse\[0\]: dtype f64 given, f32", lambda: merge_partials([Q], [LSE.double()])),
+    (TypeError, r"lse\[1\]: a NumPy array given, a PyTorch tensor", lambda: merge_partials([Q, Q], [LSE, LSE.numpy()])),
+    (ValueError, "only linear memories add", lambda: merge_memories(states("delta"))),
+    (ValueError, "states", lambda: merge_memories([])),
+    (ValueError, "update", lambda: merge_memories([states("linear")[0], states("delta")[0]])),
+    (TypeError, "k: dtype f16 given, f32", lambda: key_sums(DELTA, K2.half())),
+    (TypeError, "k: dtype f64 given", lambda: key_sums(DELTA, K2.double())),
+    (ValueError, r"k: shape \[1, 8, 1, 8\] given", lambda: key_sums(DELTA, K2[:, :, :1])),
+    (ValueError, "k: a tensor that requires grad", lambda: key_sums(DELTA, K2.clone().requires_grad_())),
+    (TypeError, "v: dtype f16 given, f32", lambda: segment_map(DELTA, K2, K2.half(), SUMS)),
+    (ValueError, "v: shape", lambda: segment_map(DELTA, K2, K2[:, 1:], SUMS)),
+    (ValueError, "update = delta, the call has update = linear", lambda: segment_map(LINEAR, K2, K2, SUMS)),
+    (ValueError, "batch: 0|before: 2 elements given", lambda: segment_map(DELTA, K2, K2, KeySums.zero(DELTA, 2))),
+    (ValueError, "made for 0 earlier tokens given, one made for 8", lambda: compose(MAP, MAP)),
+    (ValueError, "made for 0 earlier tokens given, one made for 8", lambda: apply(MAP, apply(MAP, State(DELTA)))),
+    (ValueError, "other: 2 elements given, 1", lambda: SUMS + KeySums.zero(DELTA, 2)),
+    (ValueError, "n: 0 given, 1 to", lambda: set_num_threads(0)),
+    (TypeError, "n: float given, an integer", lambda: set_num_threads(1.5)),
+]
+
+
+@pytest.mark.parametrize("exception, message, call", OTHERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_rest_refuses(exception, message, call):
+    with pytest.raises(exception, match=message):
+        call()

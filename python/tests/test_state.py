@@ -1,0 +1,163 @@
+"""State: what it shows, copies, files, forks."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_close, tensors
+
+from infini_attn import Problem, State, infini_attention
+
+N = 16
+
+
+def stream(t, *, dtype=torch.float32, batch=2, **options):
+    """A state after `t` tokens, and the tokens that follow."""
+    q, k, v, beta = tensors(batch, t + 30, 4, 2, 8, 12, dtype=dtype)
+    head, rest = [x[:, :t] for x in (q, k, v)], [x[:, t:] for x in (q, k, v)]
+    _, state = infini_attention(*head, beta, segment_len=N, **options)
+    return state, (*rest, beta)
+
+
+def assert_same(a, b, rest):
+    """Equal bits, now and in what follows."""
+    assert np.array_equal(a.M, b.M) and np.array_equal(a.z, b.z) and a.problem == b.problem
+    for name in ("tokens", "committed", "open_len", "position"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    out = [infini_attention(*rest, state=s, return_state=False) for s in (a, b)]
+    assert torch.equal(*out)
+
+
+def test_attributes():
+    state, _ = stream(41)
+    assert state.M.shape == (2, 2, 8, 12) and state.M.dtype == np.float32
+    assert state.z.shape == (2, 2, 8) and state.z.dtype == np.float32
+    for name, value in [("tokens", 41), ("committed", 32), ("open_len", 9), ("position", 41)]:
+        counts = getattr(state, name)
+        assert counts.dtype == np.int64 and counts.tolist() == [value, value]
+    assert state.sequences == 2 and state.nbytes > state.M.nbytes + state.z.nbytes
+    state.M[:] = 0  # a copy
+    assert state.M.any()
+    assert "tokens=[41, 41]" in repr(state) and "segment_len=16" in repr(state)
+
+
+def test_an_input_state_stays_as_it_is_unless_inplace():
+    state, rest = stream(41)
+    before = state.fork()
+    out, after = infini_attention(*rest, state=state)
+    assert after is not state and after.tokens.tolist() == [71, 71]
+    assert_same(state, before, rest)
+    again, same = infini_attention(*rest, state=state, inplace=True)
+    assert same is state and torch.equal(again, out)
+    assert np.array_equal(state.M, after.M) and state.tokens.tolist() == [71, 71]
+
+
+def test_none_means_the_state_s_value():
+    state, rest = stream(20, update="linear", scale=0.5, denominator=("add", 0.25))
+    _, after = infini_attention(*rest, state=state)
+    assert after.problem == state.problem
+    assert (after.problem.update, after.problem.scale) == ("linear", 0.5)
+    options = dict(segment_len=N, update="linear", scale=0.5, denominator=("add", 0.25))
+    infini_attention(*rest, state=state, empty_memory="gate", **options)  # the same values pass
+
+
+def test_flush_and_reset():
+    state, rest = stream(41)
+    state.flush([1])
+    assert state.committed.tolist() == [32, 41] and state.open_len.tolist() == [9, 0]
+    state.flush()
+    assert state.committed.tolist() == [41, 41] and state.tokens.tolist() == [41, 41]
+    state.reset([0])
+    assert state.tokens.tolist() == [0, 41] and not state.M[0].any() and state.M[1].any()
+    fresh = State(state.problem, 2)
+    out = infini_attention(*rest, state=state, return_state=False)
+    assert_close(out[0], infini_attention(*rest, state=fresh, return_state=False)[0])
+
+
+def test_fork_of_some_slots():
+    state, rest = stream(41)
+    twice = state.fork([1, 1, 0])
+    assert twice.sequences == 3
+    assert np.array_equal(twice.M, state.M[[1, 1, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [0, 9, 32, 41])
+def test_round_trips(tmp_path, t, dtype):
+    state, rest = stream(t, dtype=dtype)
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    for other in (
+        State.load(path),
+        State.load(str(path), state.problem),
+        pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
+        copy.copy(state),
+        state.fork(),
+    ):
+        assert_same(state, other, rest)
+    # Copies are independent.
+    other = copy.deepcopy(state)
+    infini_attention(*rest, state=other, inplace=True)
+    assert state.tokens.tolist() == [t, t] and other.tokens.tolist() == [t + 30, t + 30]
+
+
+def test_round_trip_with_rotated_open_segment(tmp_path):
+    q, k, v, beta = tensors(1, 40, 2, 1, 8)
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1])
+    rope = (angles.cos(), angles.sin())
+    part = lambda i: [x[:, i] for x in (q, k, v)]
+    _, state = infini_attention(*part(slice(0, 21)), beta, segment_len=N, rope=rope)
+    state.save(tmp_path / "s")
+    loaded = State.load(tmp_path / "s")
+    rest = part(slice(21, None))
+    expected = infini_attention(*rest, beta, state=state, rope=rope, return_state=False)
+    assert torch.equal(
+        infini_attention(*rest, beta, state=loaded, rope=rope, return_state=False), expected
+    )
+    with pytest.raises(ValueError, match="rope: slot 0 holds an open segment of 5 tokens"):
+        infini_attention(*rest, beta, state=loaded)
+
+
+@pytest.mark.parametrize("torch_tensors", [False, True])
+def test_from_arrays(torch_tensors):
+    state, rest = stream(32)
+    arrays = (state.M, state.z, state.tokens)
+    if torch_tensors:
+        arrays = tuple(map(torch.from_numpy, arrays))
+    made = State.from_arrays(*arrays, heads=4, segment_len=N)
+    assert_same(state, made, rest)
+    assert State.from_arrays(*arrays, [16, 32], heads=4).committed.tolist() == [16, 32]
+    # Any strides.
+    turned = np.ascontiguousarray(state.M.swapaxes(2, 3)).swapaxes(2, 3)
+    assert np.array_equal(State.from_arrays(turned, *arrays[1:]).M, state.M)
+
+
+def test_files_that_are_refused(tmp_path):
+    state, _ = stream(41)
+    path = tmp_path / "state"
+    state.save(path)
+    other = Problem(heads=4, kv_heads=2, key_dim=8, value_dim=12, segment_len=32)
+    with pytest.raises(ValueError, match="segment_len = 16, the call has segment_len = 32"):
+        State.load(path, other)
+    data = path.read_bytes()
+    for bad in (data[:-7], b"", b"not a state", data[: len(data) // 2]):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(ValueError, match="bad: not a usable state"):
+            State.load(tmp_path / "bad")
+    with pytest.raises(FileNotFoundError, match="nothing here"):
+        State.load(tmp_path / "nothing here")
+    with pytest.raises(OSError):
+        state.save(tmp_path / "no" / "directory")
+
+
+def test_problem():
+    p = Problem(heads=8, kv_heads=2, key_dim=64, denominator=("clamp", 1e-10), dtype="bf16")
+    assert (p.heads, p.kv_heads, p.key_dim, p.value_dim) == (8, 2, 64, 64)
+    assert (p.segment_len, p.update, p.scale, p.empty_memory) == (2048, "delta", 0.125, "gate")
+    assert p.denominator == ("clamp", 1e-10) and p.dtype == "bf16"
+    assert eval(repr(p)) == p and p != Problem(heads=8, key_dim=64)
+    state = State(p, 3)
+    assert state.problem == p and state.tokens.tolist() == [0, 0, 0]

@@ -1,0 +1,144 @@
+"""Threads: the interpreter lock is released, states are protected, pools survive a fork."""
+
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from oracle import tensors
+
+from infini_attn import State, get_num_threads, infini_attention, set_num_threads
+
+
+@pytest.fixture
+def work():
+    """The tensors of a call that takes about half a second."""
+    q, k, v, beta = tensors(1, 4096, 4, 4, 64)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        infini_attention(q, k, v, beta)
+        seconds.append(time.perf_counter() - start)
+    repeat = int(0.5 / min(seconds)) + 1
+    return *(x.repeat(1, repeat, 1, 1) for x in (q, k, v)), beta
+
+
+def test_other_threads_run_meanwhile(work):
+    seconds = []
+
+    def call():
+        start = time.perf_counter()
+        infini_attention(*work)
+        seconds.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    longest, last = 0.0, time.perf_counter()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert seconds[0] > 0.1 and longest < seconds[0] / 2
+
+
+def test_a_state_is_not_used_by_two_calls_at_once(work):
+    q, k, v, beta = work
+    state = State(infini_attention(q[:, :1], k[:, :1], v[:, :1], beta)[1].problem)
+    started = threading.Event()
+
+    def call():
+        started.set()
+        infini_attention(*work, state=state, inplace=True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    started.wait()
+    time.sleep(0.05)
+    for use in (lambda: state.M, state.flush, state.fork, call, lambda: pickle.dumps(state)):
+        with pytest.raises(RuntimeError, match="state: in use by a call in another thread"):
+            use()
+    thread.join()
+    assert state.tokens.item() == q.shape[1] and np.isfinite(state.M).all()
+
+
+def test_many_threads_read_one_state():
+    q, k, v, beta = tensors(1, 300, 2, 2, 16)
+    _, state = infini_attention(q, k, v, beta, segment_len=64)
+    expected, failed = infini_attention(q, k, v, beta, state=state)[0], []
+
+    def call():
+        for _ in range(10):
+            if not torch.equal(infini_attention(q, k, v, beta, state=state)[0], expected):
+                failed.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not failed
+
+
+def test_set_num_threads():
+    q, k, v, beta = tensors(2, 300, 4, 2, 16)
+    expected = infini_attention(q, k, v, beta, segment_len=64)[0]
+    before = get_num_threads()
+    try:
+        for n in (1, 3):
+            set_num_threads(n)
+            assert get_num_threads() == n
+            assert torch.equal(infini_attention(q, k, v, beta, segment_len=64)[0], expected)
+    finally:
+        set_num_threads(before)
+
+
+def run(code):
+    """A program of its own, which must end by itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("setting", ["", "infini_attn.set_num_threads(2)"])
+def test_calls_work_after_a_fork(setting):
+    run(f"""
+import os, numpy as np, infini_attn
+{setting}
+q = np.ones((1, 300, 4, 16), np.float32)
+expected = infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64)[0]
+child = os.fork()
+if child == 0:
+    out = infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64)[0]
+    os._exit(0 if np.array_equal(out, expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+def test_nothing_is_copied():
+    """Inputs whose copy would take gigabytes: one token seen 2^19 times."""
+    run("""
+import resource, numpy as np, infini_attn
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+tokens, dim = 1 << 19, 512
+q = np.broadcast_to(np.ones(dim, np.float32), (1, tokens, 1, dim))
+v = np.ones((1, tokens, 1, 1), np.float32)
+call = lambda t: infini_attn.infini_attention(
+    q[:, :t], q[:, :t], v[:, :t], [0.0], segment_len=64, update="linear", return_state=False)
+call(1024)
+before = peak()
+assert np.allclose(call(tokens)[:, 64:], 1)
+assert peak() - before < q.nbytes / 8, (peak() - before, q.nbytes)
+""")
+
+
+def test_torch_is_not_imported():
+    run("""
+import sys, numpy as np, infini_attn
+q = np.ones((1, 40, 2, 8), np.float32)
+infini_attn.infini_attention(q, q, q, [0.0, 0.0])
+assert "torch" not in sys.modules
+""")
