@@ -146,6 +146,31 @@ fn underflow_under_every_denominator() {
 }
 
 #[test]
+fn denominators_that_underflow() {
+    // z is a few of the smallest σ(k) in one channel and 0 in the others; queries and, in the second
+    // segment, keys are larger in the others, up to where 1 / (σ(q)·z) is no f32 any more.
+    for denominator in [Denominator::Exact, Denominator::Clamp(1e-40), Denominator::Add(1e-40)] {
+        for (rule, others) in RULES.into_iter().flat_map(|r| [0.0, 1.0, 1e3].map(|x| (r, x))) {
+            let p = problem(|b| b.denominator(denominator).update(rule).scale(1e-4));
+            let mut stream = Stream::<f32>::normal(&p, 53, 8);
+            for t in 0..53 {
+                for h in 0..4 {
+                    let q = stream.row_mut('q', t, h);
+                    q.fill(others);
+                    q[0] = -3.0 * (t % 16) as f32;
+                }
+                for h in 0..2 {
+                    let k = stream.row_mut('k', t, h);
+                    k.fill(if t < 16 { -200.0 } else { others });
+                    k[0] = if t < 16 { -87.0 } else { -10.0 };
+                }
+            }
+            assert_as_reference(&format!("{denominator}, others {others}"), &stream);
+        }
+    }
+}
+
+#[test]
 fn logits_of_ten_thousand() {
     // q = ±a·e, k = ±a·e + small noise in other channels: scale · q·k reaches ±1e4.
     fn run<T: Element>() {

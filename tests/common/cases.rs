@@ -291,6 +291,8 @@ fn splits() -> Vec<Case> {
     for n in [64, 128, 129] {
         let calls = [chunks(2 * n + 5, n - 1), vec![vec![1]; 3], vec![vec![16], vec![n]]].concat();
         add(n, "prefill and decode".into(), calls, vec![]);
+        // Eq. (9) over-subtracts where a segment is much longer than all before it.
+        add(n, "flush of one token".into(), vec![vec![1], vec![3 * n]], vec![0]);
         add(n, "flush inside".into(), vec![vec![n / 2], vec![n], vec![n], vec![7]], vec![0, 2]);
     }
     out
