@@ -2,8 +2,9 @@
 
 mod common;
 
+use common::backend::Cpu;
 use common::cases::{Case, cases};
-use common::driver::{Cpu, Summary, run_cases};
+use common::driver::{Summary, run_cases};
 
 fn run(backend: Cpu, wanted: impl Fn(&Case) -> bool) -> Summary {
     let table: Vec<Case> = cases().into_iter().filter(wanted).collect();

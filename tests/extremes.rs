@@ -7,7 +7,7 @@ use common::driver::{STATE_TOLERANCE, output_tolerance};
 use common::metric::{log_rms, relative_rms};
 use common::model::{Entry, Fast, Model, Oracle, run_entry};
 use common::stream::Stream;
-use common::{WithType, bits, narrow, widen, with_type};
+use common::{WithType, bits, scalar, widen, with_type};
 use half::{bf16, f16};
 use infini_attn::{
     DType, Denominator, Element, Inputs, Problem, ProblemBuilder, State, TensorView, Update,
@@ -178,15 +178,15 @@ fn logits_of_ten_thousand() {
             let p = problem(|b| b.dtype(T::DTYPE).update(rule).scale(1.0));
             let mut stream = Stream::<T>::normal(&p, 40, 9);
             for t in 0..40 {
-                let sign = |h: usize| if (t + h) % 3 == 0 { -96.0 } else { 96.0 };
+                let sign = |h: usize| if (t + h).is_multiple_of(3) { -96.0 } else { 96.0 };
                 for h in 0..4 {
-                    stream.row_mut('q', t, h).fill(narrow::<T>(&[0.0])[0]);
-                    stream.row_mut('q', t, h)[0] = narrow(&[sign(h)])[0];
+                    stream.row_mut('q', t, h).fill(T::zeroed());
+                    stream.row_mut('q', t, h)[0] = scalar(sign(h));
                 }
                 for h in 0..2 {
                     // Steps of 0.5 in a channel q does not see, of 1 in the one it sees.
                     let k = sign(h) + (t % 16) as f32 - 8.0;
-                    stream.row_mut('k', t, h)[0] = narrow(&[k])[0];
+                    stream.row_mut('k', t, h)[0] = scalar(k);
                 }
             }
             assert_as_reference("logits of ±1e4", &stream);

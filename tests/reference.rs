@@ -2,8 +2,9 @@
 
 mod common;
 
+use common::backend::ReferenceBackend;
 use common::cases::cases;
-use common::driver::{ReferenceBackend, run_cases};
+use common::driver::run_cases;
 use infini_attn::DType;
 
 #[test]
