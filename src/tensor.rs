@@ -142,13 +142,14 @@ macro_rules! view_accessors {
             self.layout.strides()
         }
 
-        /// The last dimension must be contiguous for the kernels; everything else is free.
+        /// The last dimension must be contiguous for the kernels; everything else is free (all of
+        /// it in an empty tensor).
         pub(crate) fn check_rows(&self, argument: &'static str) -> Result<()> {
             let (extent, stride) = (
                 self.layout.shape[self.layout.rank - 1],
                 self.layout.strides[self.layout.rank - 1],
             );
-            if extent > 1 && stride != 1 {
+            if extent > 1 && stride != 1 && !self.layout.is_empty() {
                 return Err(Error::Stride {
                     argument,
                     got: self.strides().to_vec(),
