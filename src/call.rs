@@ -108,6 +108,9 @@ impl<'a> Rope<'a> {
             + std::ops::Sub<Output = F>,
     {
         let half = self.cos.shape()[1];
+        if half == 0 {
+            return; // tables without columns have no rows to point at
+        }
         // SAFETY: `check` compared both shapes, `Batch` every position.
         let (cos, sin) =
             unsafe { (self.cos.rows().row(0, position, 0), self.sin.rows().row(0, position, 0)) };

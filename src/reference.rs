@@ -136,7 +136,9 @@ fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Vec<f64> {
         Denominator::Add(eps) => dot + f64::from(eps),
     };
     let mut r = vec![0.0; p.value_dim()];
-    if den != 0.0 {
+    // Like σ, a denominator below f32's smallest normal number counts as 0.
+    let absent = den.abs() < f64::from(f32::MIN_POSITIVE);
+    if !absent {
         for (s, m) in s.iter().zip(m.chunks_exact(p.value_dim())) {
             r.iter_mut().zip(m).for_each(|(r, m)| *r += s * m / den);
         }

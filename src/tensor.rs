@@ -69,7 +69,7 @@ impl Layout {
         for (&extent, &stride) in self.shape().iter().zip(self.strides()) {
             let reach = i64::try_from(extent - 1).ok()?.checked_mul(stride)?;
             let side = if reach < 0 { &mut low } else { &mut high };
-            *side = side.checked_add(reach).filter(|v| v.abs() < 1 << 62)?;
+            *side = side.checked_add(reach).filter(|v| v.unsigned_abs() < 1 << 62)?;
         }
         Some((low, high))
     }

@@ -182,7 +182,8 @@ pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) {
         let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
         row.iter_mut().for_each(|x| *x = sigma(*x - shift));
         let factor = policy.reciprocal(dot(row, z));
-        row.iter_mut().for_each(|x| *x *= factor);
+        // Where z = 0 the memory holds nothing, but the weight may overflow, and ∞ · 0 is NaN.
+        row.iter_mut().zip(z).for_each(|(x, z)| *x = if *z == 0.0 { 0.0 } else { *x * factor });
     }
 }
 

@@ -1,0 +1,147 @@
+//! One sequence through the fast operator or the float64 reference, for tests of properties.
+
+use infini_attn::{Element, Inputs, Problem, State, decode, flush, prefill, reference};
+
+use super::buffers::{Arrangement, Asked, OutputBuffers, Strided};
+use super::stream::Stream;
+use super::widen;
+
+/// Outputs of one sequence, as float64: [T, Hq, Dv] and, for `lse`, [Hq, T].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    pub o: Vec<f64>,
+    pub a_dot: Vec<f64>,
+    pub a_mem: Vec<f64>,
+    pub lse: Vec<f64>,
+}
+
+/// An implementation of the operator, holding the state of one sequence.
+pub trait Model: Clone {
+    /// How close two runs of the same mathematics come: rounding of the arithmetic inside.
+    const TOLERANCE: f64;
+    fn new(problem: &Problem) -> Self;
+    /// A batch of one of `tokens` tokens.
+    fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output;
+    fn flush(&mut self);
+    /// M, [Hkv, Dk, Dv].
+    fn memory(&self) -> Vec<f64>;
+    /// z, [Hkv, Dk].
+    fn normalizer(&self) -> Vec<f64>;
+
+    fn run<T: Element>(&mut self, stream: &Stream<T>, gate: &[f32]) -> Output {
+        self.call(stream.tokens, &stream.inputs(), gate)
+    }
+}
+
+/// The fast CPU backend.
+#[derive(Clone)]
+pub struct Fast(pub State);
+
+impl Model for Fast {
+    const TOLERANCE: f64 = 1e-5;
+
+    fn new(problem: &Problem) -> Self {
+        Fast(State::new(problem, 1))
+    }
+
+    fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
+        run_entry(Entry::Prefill, tokens, inputs, gate, &mut self.0)
+    }
+
+    fn flush(&mut self) {
+        let problem = *self.0.problem();
+        flush(&problem, &mut self.0, &[0]).expect("slot 0 exists");
+    }
+
+    fn memory(&self) -> Vec<f64> {
+        slot_values(&self.0.memory(), 0)
+    }
+
+    fn normalizer(&self) -> Vec<f64> {
+        slot_values(&self.0.normalizer(), 0)
+    }
+}
+
+/// One of the two ways into the fast backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    Prefill,
+    Decode,
+}
+
+/// A batch of one of `tokens` tokens through an entry, with every output asked for.
+pub fn run_entry<T: Element>(
+    entry: Entry,
+    tokens: usize,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
+) -> Output {
+    let p = *state.problem();
+    let (lead, how) = ([1, tokens], Arrangement::Contiguous);
+    let mut out = OutputBuffers::<T>::new(&lead, p.heads(), p.value_dim(), how, Asked::ALL);
+    let result = match entry {
+        Entry::Prefill => prefill(&p, inputs, gate, state, out.views()),
+        Entry::Decode => decode(&p, inputs, gate, state, out.views()),
+    };
+    result.expect("a valid call");
+    let rows = |b: &Strided<T>| -> Vec<f64> {
+        let index = (0..tokens).flat_map(|t| (0..p.heads()).map(move |h| [0, t, h]));
+        index.flat_map(|at| widen(b.row(&at))).collect()
+    };
+    let lse = out.lse.as_ref().expect("asked for");
+    Output {
+        o: rows(&out.o),
+        a_dot: rows(out.a_dot.as_ref().expect("asked for")),
+        a_mem: rows(out.a_mem.as_ref().expect("asked for")),
+        lse: (0..p.heads()).flat_map(|h| widen(lse.row(&[0, h]))).collect(),
+    }
+}
+
+/// The float64 reference.
+#[derive(Clone)]
+pub struct Oracle {
+    problem: Problem,
+    pub state: reference::State,
+}
+
+impl Model for Oracle {
+    const TOLERANCE: f64 = 1e-12;
+
+    fn new(problem: &Problem) -> Self {
+        Oracle { problem: *problem, state: reference::State::new(problem, 1) }
+    }
+
+    fn call<T: Element>(&mut self, _: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
+        let out =
+            reference::prefill(&self.problem, inputs, gate, &mut self.state).expect("a valid call");
+        Output { o: out.o, a_dot: out.a_dot, a_mem: out.a_mem, lse: out.lse }
+    }
+
+    fn flush(&mut self) {
+        self.state.flush(&self.problem, &[0]).expect("slot 0 exists");
+    }
+
+    fn memory(&self) -> Vec<f64> {
+        self.state.m.clone()
+    }
+
+    fn normalizer(&self) -> Vec<f64> {
+        self.state.z.clone()
+    }
+}
+
+/// All of one slot's elements of a state's M or z, row-major.
+pub fn slot_values(view: &infini_attn::TensorView<'_, f32>, slot: usize) -> Vec<f64> {
+    let shape = &view.shape()[1..];
+    (0..shape.iter().product())
+        .map(|mut i: usize| {
+            let mut at = vec![slot; shape.len() + 1];
+            for (a, &extent) in at[1..].iter_mut().zip(shape).rev() {
+                *a = i % extent;
+                i /= extent;
+            }
+            f64::from(view.at(&at))
+        })
+        .collect()
+}
