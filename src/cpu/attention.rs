@@ -8,8 +8,8 @@ use std::ops::Range;
 use super::matmul::{Into, Mat, matmul};
 use super::simd::{self, Running};
 use crate::call::{Batch, InputRows, OutputRows, Sequence};
-use crate::memory::{HeadMut, KeyBlocks};
-use crate::{Element, EmptyMemory, Problem, State};
+use crate::memory::KeyBlocks;
+use crate::{Element, EmptyMemory, Problem};
 
 /// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
 pub(crate) const TILE_ROWS: usize = 48;
@@ -74,9 +74,6 @@ pub(crate) struct Scratch {
     running: Vec<Running>,
     /// Keys each row may still see, from the current block on.
     visible: Vec<usize>,
-    /// Packed keys and values of a segment (prefill only).
-    pub keys: Vec<f32>,
-    pub values: Vec<f32>,
 }
 
 impl Scratch {
@@ -91,8 +88,6 @@ impl Scratch {
             mem: rows(dv),
             running: Vec::with_capacity(TILE_ROWS),
             visible: Vec::with_capacity(TILE_ROWS),
-            keys: Vec::new(),
-            values: Vec::new(),
         }
     }
 }
@@ -274,83 +269,6 @@ impl<T: Element> Call<'_, T> {
                     lse.part([seq.batch, 0, h], seq.len..tokens).fill(f32::NEG_INFINITY);
                 }
             }
-        }
-    }
-
-    /// Key of token `t` of a sequence's call, unrotated.
-    pub fn load_key(&self, piece: &Piece, kv_head: usize, t: usize, k: &mut [f32]) {
-        // SAFETY: inside the sequence `resolve` accepted.
-        T::widen(unsafe { self.inputs.k.row(piece.seq.batch, piece.seq.first + t, kv_head) }, k);
-    }
-
-    /// Value of token `t` of a sequence's call.
-    pub fn load_value(&self, piece: &Piece, kv_head: usize, t: usize, v: &mut [f32]) {
-        // SAFETY: as above.
-        T::widen(unsafe { self.inputs.v.row(piece.seq.batch, piece.seq.first + t, kv_head) }, v);
-    }
-
-    /// Stores the keys of tokens `tokens` from key `j` of a segment on, rotated if asked.
-    fn put_keys(
-        &self,
-        piece: &Piece,
-        kv_head: usize,
-        tokens: Range<usize>,
-        rotated: bool,
-        j: usize,
-        keys: &mut [f32],
-    ) {
-        let dk = self.problem.key_dim();
-        let mut rows = vec![0.0; 16 * dk];
-        for start in tokens.clone().step_by(16) {
-            let n = 16.min(tokens.end - start);
-            for (t, k) in (start..start + n).zip(rows.chunks_exact_mut(dk)) {
-                self.load_key(piece, kv_head, t, k);
-                if let (true, Some(rope)) = (rotated, &self.batch.rope) {
-                    rope.rotate(k, self.batch.position(&piece.seq, t));
-                }
-            }
-            self.blocks.put(keys, j + start - tokens.start, &rows[..n * dk]);
-        }
-    }
-
-    /// Local keys and values of the first `seen` tokens of a piece's segment: the open ones from
-    /// the state, the others from the inputs.
-    pub fn pack(
-        &self,
-        piece: &Piece,
-        kv_head: usize,
-        state: &State,
-        seen: usize,
-        keys: &mut Vec<f32>,
-        values: &mut Vec<f32>,
-    ) {
-        let dv = self.problem.value_dim();
-        let rotated = self.batch.rope.is_some();
-        let (open_k, open_v) = state.open_chunk(piece.seq.slot, kv_head, rotated);
-        keys.resize(self.blocks.len(), 0.0);
-        values.resize(self.problem.segment_len() * dv, 0.0);
-        let whole = self.blocks.prefix_len(piece.cached);
-        keys[..whole].copy_from_slice(&open_k[..whole]);
-        let (cached, new) = values[..seen * dv].split_at_mut(piece.cached * dv);
-        cached.copy_from_slice(&open_v[..cached.len()]);
-        let tokens = piece.start..piece.start + seen - piece.cached;
-        for (t, v) in tokens.clone().zip(new.chunks_exact_mut(dv)) {
-            self.load_value(piece, kv_head, t, v);
-        }
-        self.put_keys(piece, kv_head, tokens, rotated, piece.cached, keys);
-    }
-
-    /// Appends a piece's tokens to the open segment.
-    pub fn append(&self, piece: &Piece, kv_head: usize, head: &mut HeadMut<'_>) {
-        let dv = self.problem.value_dim();
-        let tokens = piece.start..piece.start + piece.len;
-        let values = head.v[piece.cached * dv..].chunks_exact_mut(dv);
-        for (t, v) in tokens.clone().zip(values) {
-            self.load_value(piece, kv_head, t, v);
-        }
-        self.put_keys(piece, kv_head, tokens.clone(), false, piece.cached, head.k);
-        if let (Some(_), Some(k)) = (&self.batch.rope, &mut head.k_rotated) {
-            self.put_keys(piece, kv_head, tokens, true, piece.cached, k);
         }
     }
 }

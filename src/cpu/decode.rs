@@ -42,11 +42,9 @@ fn step<T: Element>(
     scratch: &mut TileScratch,
 ) {
     call.append(piece, kv_head, head);
-    let keys = match (&call.batch.rope, &head.k_rotated) {
-        (Some(_), Some(rotated)) => &**rotated,
-        _ => &*head.k,
-    };
-    let segment = Segment { keys, values: head.v, m: head.m, z: head.z };
+    let open = head.open();
+    let keys = open.local(call.batch.rope.is_some());
+    let segment = Segment { keys, values: open.v, m: head.m, z: head.z };
     call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, scratch);
     if piece.full {
         let mut scratch = SegmentScratch::new(&call.problem);

@@ -7,6 +7,8 @@ mod attention;
 mod decode;
 mod maps;
 mod matmul;
+mod pack;
+mod phases;
 mod prefill;
 mod segment;
 mod simd;

@@ -1,310 +1,132 @@
-//! Any number of tokens, segments in parallel under both rules.
+//! Any number of tokens, under both rules.
 //!
 //! z does not depend on M, and with G = σ(K)ᵀ D⁻¹ σ(K), B = σ(K)ᵀ V a segment acts on the memory as
-//! M ← M − G M + B. So, for a run of segments: column sums and B of all segments in parallel; z by
-//! a prefix sum; G of all segments in parallel; M segment by segment, one small product each; then
-//! the attention of all segments in parallel, each reading the M and z it found. A run is as long
-//! as its workspace allows; nothing grows with the number of tokens.
-
-use std::sync::Mutex;
+//! M ← M − G M + B. Two orders of the same arithmetic, equal to the bit: where sequences and KV
+//! heads alone fill the cores, each task walks through one of them and everything stays in its
+//! cache ([`chain`]); otherwise segments run in parallel ([`phases`]). Nothing grows with the
+//! number of tokens.
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Piece, Scratch as TileScratch, Segment, TILE_ROWS};
+use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
 use super::matmul::{Into, Mat, matmul};
-use super::pieces;
+use super::pack::Packed;
 use super::segment::{self, Scratch as SegmentScratch};
+use super::{phases, pieces};
 use crate::call::Sequence;
+use crate::memory::HeadMut;
 use crate::{Element, Problem, State, Update};
 
-/// Workspace of a run: long enough to keep many cores busy, short enough to be forgotten in a
-/// process that holds a model.
-const WORKSPACE_BYTES: usize = 32 << 20;
-
-/// Consecutive pieces of one sequence within a run.
-struct Chain {
-    slot: usize,
-    pieces: std::ops::Range<usize>,
-}
-
-/// One record per (piece, KV head): B, later the M the piece found; the z it found; under the delta
-/// rule G.
-#[derive(Clone, Copy)]
-struct Record {
-    m: usize,
-    z: usize,
-    g: usize,
-}
-
-type RecordMut<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
-
-impl Record {
-    fn new(p: &Problem) -> Self {
-        let (dk, dv) = (p.key_dim(), p.value_dim());
-        Self { m: dk * dv, z: dk, g: if p.update() == Update::Delta { dk * dk } else { 0 } }
-    }
-
-    fn len(&self) -> usize {
-        self.m + self.z + self.g
-    }
-
-    /// (m, z, g) of a record.
-    fn split<'a>(&self, record: &'a mut [f32]) -> RecordMut<'a> {
-        let (m, rest) = record.split_at_mut(self.m);
-        let (z, g) = rest.split_at_mut(self.z);
-        (m, z, g)
-    }
-}
-
-/// Scratch buffers that tasks borrow: never more than run at once.
-struct Pool<S>(Mutex<Vec<S>>);
-
-impl<S> Pool<S> {
-    fn with<R>(&self, new: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
-        let idle = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop();
-        let mut scratch = idle.unwrap_or_else(new);
-        let result = f(&mut scratch);
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(scratch);
-        result
-    }
-}
-
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+    if chains_fill_cores(call.problem.kv_heads(), sequences) {
+        chains(call, sequences, state);
+    } else {
+        phases::run(call, sequences, state);
+    }
+}
+
+/// Whether one task per (sequence, KV head), the longest first, wastes less than a tenth of the
+/// cores.
+fn chains_fill_cores(kv_heads: usize, sequences: &[Sequence]) -> bool {
+    let mut lens: Vec<usize> = sequences.iter().map(|s| s.len).collect();
+    lens.sort_unstable_by(|a, b| b.cmp(a));
+    let mut loads = vec![0usize; rayon::current_num_threads()];
+    for len in lens.iter().flat_map(|&len| std::iter::repeat_n(len, kv_heads)) {
+        if let Some(least) = loads.iter_mut().min() {
+            *least += len;
+        }
+    }
+    let (total, longest) = (loads.iter().sum::<usize>(), loads.iter().max().copied());
+    10 * total >= 9 * loads.len() * longest.unwrap_or(0)
+}
+
+fn chains<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     let p = &call.problem;
-    let record = Record::new(p);
-    let mult: usize = std::env::var("MULT").map(|m| m.parse().unwrap()).unwrap_or(8);
-    let wanted = (mult * rayon::current_num_threads()).div_ceil(p.kv_heads());
-    let fits = WORKSPACE_BYTES / (4 * record.len() * p.kv_heads());
-    let per_run = wanted.min(fits).max(1);
     let counters = state.counters.clone();
-    let mut all = sequences.iter().flat_map(|s| pieces(p, *s, counters[s.slot]));
-    let mut runner = Runner {
-        call,
-        record,
-        work: Vec::new(),
-        index: Vec::new(),
-        segments: Pool(Mutex::default()),
-        tiles: Pool(Mutex::default()),
-    };
-    loop {
-        let run: Vec<Piece> = all.by_ref().take(per_run).collect();
-        if run.is_empty() {
-            return;
+    let mut heads = state.heads_mut();
+    let mut tasks: Vec<_> = (sequences.iter())
+        .flat_map(|seq| (0..p.kv_heads()).map(move |h| (seq, h)))
+        .filter_map(|(seq, h)| Some((seq, h, heads[seq.slot * p.kv_heads() + h].take()?)))
+        .collect();
+    tasks.sort_by_key(|(seq, ..)| std::cmp::Reverse(seq.len));
+    tasks.into_par_iter().with_max_len(1).for_each_init(
+        || ChainScratch::new(call),
+        |x, (seq, h, mut head)| {
+            for piece in pieces(p, *seq, counters[seq.slot]) {
+                chain(call, &piece, h, &mut head, x);
+            }
+        },
+    );
+    for seq in sequences {
+        for piece in pieces(p, *seq, counters[seq.slot]) {
+            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
         }
-        runner.run(&run, state);
     }
 }
 
-struct Runner<'c, 'a, T> {
-    call: &'c Call<'a, T>,
-    record: Record,
-    /// Records: chain by chain, KV head by KV head, piece by piece.
-    work: Vec<f32>,
-    /// (piece, KV head) of every record.
-    index: Vec<(usize, usize)>,
-    segments: Pool<SegmentScratch>,
-    tiles: Pool<TileScratch>,
+/// Buffers of one running chain.
+struct ChainScratch {
+    tiles: TileScratch,
+    packed: Packed,
+    segment: SegmentScratch,
+    b: Vec<f32>,
+    g: Vec<f32>,
+    dz: Vec<f32>,
 }
 
-impl<T: Element> Runner<'_, '_, T> {
-    fn run(&mut self, run: &[Piece], state: &mut State) {
-        let chains = chains(run);
-        let heads = 0..self.call.problem.kv_heads();
-        self.index.clear();
-        for chain in &chains {
-            let pieces = &chain.pieces;
-            self.index.extend(heads.clone().flat_map(|h| pieces.clone().map(move |i| (i, h))));
+impl ChainScratch {
+    fn new<T>(call: &Call<'_, T>) -> Self {
+        let p = &call.problem;
+        Self {
+            tiles: TileScratch::new(call),
+            packed: Packed::new(),
+            segment: SegmentScratch::new(p),
+            b: vec![0.0; p.key_dim() * p.value_dim()],
+            g: vec![0.0; p.key_dim() * p.key_dim()],
+            dz: vec![0.0; p.key_dim()],
         }
-        self.work.resize(self.index.len() * self.record.len(), 0.0);
-        self.sums(run, state);
-        self.scan_z(&chains, run, state);
-        if self.call.problem.update() == Update::Delta {
-            self.transitions(run, state);
-        }
-        self.scan_m(&chains, run, state);
-        self.attention(run, state);
-        self.append(run, state);
-    }
-
-    /// B and Δz of every completed segment.
-    fn sums(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, tokens, (m, z, _), x| segment::sums(p, tokens, m, z, x));
-    }
-
-    /// G of every completed segment, by the z it finds.
-    fn transitions(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, tokens, (_, z, g), x| {
-            if !tokens.piece.empty {
-                segment::transition(p, tokens, z, g, x);
-            }
-        });
-    }
-
-    /// Runs `work` on the record of every completed segment, in parallel.
-    fn each_segment<F>(&mut self, run: &[Piece], state: &State, work: F)
-    where
-        F: Fn(&Problem, &PieceTokens<'_, '_, T>, RecordMut<'_>, &mut SegmentScratch) + Sync,
-    {
-        let (call, record, segments) = (self.call, self.record, &self.segments);
-        let records = self.work.par_chunks_exact_mut(record.len()).zip(&self.index);
-        records.filter(|(_, (i, _))| run[*i].full).for_each(|(chunk, &(i, h))| {
-            let open = state.open_chunk(run[i].seq.slot, h, false);
-            let tokens = PieceTokens { call, piece: run[i], kv_head: h, open };
-            segments.with(
-                || SegmentScratch::new(&call.problem),
-                |x| work(&call.problem, &tokens, record.split(chunk), x),
-            );
-        });
-    }
-
-    /// Every record's Δz becomes the z its segment finds; the state's z moves past the run.
-    fn scan_z(&mut self, chains: &[Chain], run: &[Piece], state: &mut State) {
-        let record = self.record;
-        self.each_chain(chains, state, |pieces, work, _, z| {
-            for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
-                let (_, own, _) = record.split(chunk);
-                for (own, z) in own.iter_mut().zip(z.iter_mut()) {
-                    let sum = if piece.full { *own } else { 0.0 };
-                    *own = *z;
-                    *z += sum;
-                }
-            }
-        });
-    }
-
-    /// Every record's B becomes the M its segment finds; the state's M moves past the run.
-    fn scan_m(&mut self, chains: &[Chain], run: &[Piece], state: &mut State) {
-        let (record, p) = (self.record, self.call.problem);
-        let (dk, dv) = (p.key_dim(), p.value_dim());
-        self.each_chain(chains, state, |pieces, work, m, _| {
-            for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
-                let (b, _, g) = record.split(chunk);
-                if !piece.full {
-                    b.copy_from_slice(m);
-                    continue;
-                }
-                // B − G M, then M + that: the small correction is rounded, never I − G.
-                if p.update() == Update::Delta && !piece.empty {
-                    matmul(b, Into::Subtract, Mat::rows(g, dk, dk, dk), Mat::rows(m, dk, dv, dv));
-                }
-                for (b, m) in b.iter_mut().zip(m.iter_mut()) {
-                    let found = *m;
-                    *m += *b;
-                    *b = found;
-                }
-            }
-        });
-    }
-
-    /// Tokens after the last full segment go into the open segment; the counters move.
-    fn append(&self, run: &[Piece], state: &mut State) {
-        let call = self.call;
-        let kv_heads = call.problem.kv_heads();
-        for piece in run {
-            state.counters[piece.seq.slot].advance(piece, call.batch.rope.is_some());
-        }
-        let mut heads = state.heads_mut();
-        let tasks: Vec<_> = (run.iter().filter(|piece| !piece.full))
-            .flat_map(|piece| (0..kv_heads).map(move |h| (piece, h)))
-            .filter_map(|(piece, h)| Some((piece, h, heads[piece.seq.slot * kv_heads + h].take()?)))
-            .collect();
-        tasks.into_par_iter().for_each(|(piece, h, mut head)| call.append(piece, h, &mut head));
-    }
-
-    /// Runs `scan(pieces, records, M, z)` for every (chain, KV head), in parallel.
-    fn each_chain<F>(&mut self, chains: &[Chain], state: &mut State, scan: F)
-    where
-        F: Fn(std::ops::Range<usize>, &mut [f32], &mut [f32], &mut [f32]) + Sync,
-    {
-        let kv_heads = self.call.problem.kv_heads();
-        let mut heads = state.heads_mut();
-        let mut rest = self.work.as_mut_slice();
-        let mut tasks = Vec::with_capacity(chains.len() * kv_heads);
-        for chain in chains {
-            for h in 0..kv_heads {
-                let (work, tail) = rest.split_at_mut(chain.pieces.len() * self.record.len());
-                rest = tail;
-                if let Some(head) = heads[chain.slot * kv_heads + h].take() {
-                    tasks.push((chain.pieces.clone(), work, head));
-                }
-            }
-        }
-        tasks.into_par_iter().for_each(|(pieces, work, head)| scan(pieces, work, head.m, head.z));
-    }
-
-    /// Attention of every piece. A task packs the keys its query rows may see, so a piece is cut
-    /// only as far as the cores need it.
-    fn attention(&self, run: &[Piece], state: &State) {
-        let call = self.call;
-        let cuts = (4 * rayon::current_num_threads()).div_ceil(self.index.len());
-        let tasks: Vec<_> = (self.work.chunks_exact(self.record.len()).zip(&self.index))
-            .flat_map(|(record, &(i, h))| {
-                let piece = run[i];
-                let step = piece.len.div_ceil(cuts).next_multiple_of(TILE_ROWS);
-                let end = piece.start + piece.len;
-                let starts = (piece.start..end).step_by(step);
-                starts.map(move |t| (piece, h, t..(t + step).min(end), record))
-            })
-            .collect();
-        tasks.into_par_iter().for_each(|(piece, h, tokens, record)| {
-            self.tiles.with(
-                || TileScratch::new(call),
-                |x| {
-                    let (mut keys, mut values) =
-                        (std::mem::take(&mut x.keys), std::mem::take(&mut x.values));
-                    if call.needs_local(&piece, h) {
-                        let seen = piece.cached + tokens.end - piece.start;
-                        call.pack(&piece, h, state, seen, &mut keys, &mut values);
-                    }
-                    let (m, z) =
-                        (&record[..self.record.m], &record[self.record.m..][..self.record.z]);
-                    let segment = Segment { keys: &keys, values: &values, m, z };
-                    call.attend(&piece, h, tokens, segment, x);
-                    (x.keys, x.values) = (keys, values);
-                },
-            );
-        });
     }
 }
 
-/// Groups the pieces of a run by sequence.
-fn chains(run: &[Piece]) -> Vec<Chain> {
-    let mut chains: Vec<Chain> = Vec::new();
-    for (i, piece) in run.iter().enumerate() {
-        match chains.last_mut() {
-            Some(chain) if chain.slot == piece.seq.slot => chain.pieces.end = i + 1,
-            _ => chains.push(Chain { slot: piece.seq.slot, pieces: i..i + 1 }),
-        }
-    }
-    chains
-}
-
-/// The tokens of a piece's segment: those of earlier calls from the state, the others from the
-/// inputs.
-struct PieceTokens<'c, 'a, T> {
-    call: &'c Call<'a, T>,
-    piece: Piece,
+/// One piece of one chain: attention, then the memory.
+fn chain<T: Element>(
+    call: &Call<'_, T>,
+    piece: &Piece,
     kv_head: usize,
-    /// Keys and values of the open segment.
-    open: (&'c [f32], &'c [f32]),
+    head: &mut HeadMut<'_>,
+    x: &mut ChainScratch,
+) {
+    let p = &call.problem;
+    call.pack(piece, kv_head, head.open(), piece.cached + piece.len, &mut x.packed);
+    let segment = Segment { keys: &x.packed.local, values: &x.packed.values, m: head.m, z: head.z };
+    call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
+    if !piece.full {
+        call.append(piece, kv_head, head);
+        return;
+    }
+    segment::sums(p, &x.packed, &mut x.b, &mut x.dz, &mut x.segment);
+    if transits(p, piece) {
+        segment::transition(p, &x.packed, head.z, &mut x.g, &mut x.segment);
+    }
+    advance_memory(p, piece, &mut x.b, &x.g, head.m);
+    head.z.iter_mut().zip(&x.dz).for_each(|(z, dz)| *z += dz);
 }
 
-impl<T: Element> segment::Tokens for PieceTokens<'_, '_, T> {
-    fn len(&self) -> usize {
-        self.piece.cached + self.piece.len
-    }
+/// Whether a completed segment has a G.
+pub(super) fn transits(p: &Problem, piece: &Piece) -> bool {
+    p.update() == Update::Delta && !piece.empty
+}
 
-    fn key(&self, j: usize, k: &mut [f32]) {
-        match j.checked_sub(self.piece.cached) {
-            None => self.call.blocks.get(self.open.0, j, k),
-            Some(t) => self.call.load_key(&self.piece, self.kv_head, self.piece.start + t, k),
-        }
+/// m ← m − G m + B; `b` is left holding the M the segment found.
+pub(super) fn advance_memory(p: &Problem, piece: &Piece, b: &mut [f32], g: &[f32], m: &mut [f32]) {
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    // B − G M, then M + that: the small correction is rounded, never I − G.
+    if transits(p, piece) {
+        matmul(b, Into::Subtract, Mat::rows(g, dk, dk, dk), Mat::rows(m, dk, dv, dv));
     }
-
-    fn value(&self, j: usize, v: &mut [f32]) {
-        match j.checked_sub(self.piece.cached) {
-            None => v.copy_from_slice(&self.open.1[j * v.len()..][..v.len()]),
-            Some(t) => self.call.load_value(&self.piece, self.kv_head, self.piece.start + t, v),
-        }
+    for (b, m) in b.iter_mut().zip(m) {
+        let found = *m;
+        *m += *b;
+        *b = found;
     }
 }

@@ -68,6 +68,30 @@ pub(crate) struct HeadMut<'a> {
     pub v: &'a mut [f32],
 }
 
+/// The open segment of one slot and KV head.
+#[derive(Clone, Copy)]
+pub(crate) struct OpenRef<'a> {
+    /// Unrotated keys, in [`KeyBlocks`] layout.
+    pub k: &'a [f32],
+    /// Rotated keys, once any call has rotated.
+    pub k_rotated: Option<&'a [f32]>,
+    /// Values, [N, Dv].
+    pub v: &'a [f32],
+}
+
+impl OpenRef<'_> {
+    /// The keys the local branch sees.
+    pub fn local(&self, rotated: bool) -> &[f32] {
+        if rotated { self.k_rotated.unwrap_or(self.k) } else { self.k }
+    }
+}
+
+impl HeadMut<'_> {
+    pub fn open(&self) -> OpenRef<'_> {
+        OpenRef { k: self.k, k_rotated: self.k_rotated.as_deref(), v: self.v }
+    }
+}
+
 impl State {
     /// Empty streams in slots 0 to `sequences` − 1.
     pub fn new(problem: &Problem, sequences: usize) -> Self {
@@ -193,19 +217,16 @@ impl State {
             .collect()
     }
 
-    /// Open segment of one (slot, KV head): unrotated or rotated keys in [`KeyBlocks`] layout, and
-    /// the values [N, Dv].
-    pub(crate) fn open_chunk(
-        &self,
-        slot: usize,
-        kv_head: usize,
-        rotated: bool,
-    ) -> (&[f32], &[f32]) {
+    /// Open segment of one (slot, KV head).
+    pub(crate) fn open(&self, slot: usize, kv_head: usize) -> OpenRef<'_> {
         let p = &self.problem;
         let at = slot * p.kv_heads() + kv_head;
-        let keys = if rotated { &self.open.k_rotated } else { &self.open.k };
         let (blocks, values) = (KeyBlocks::new(p).len(), p.segment_len() * p.value_dim());
-        (&keys[at * blocks..][..blocks], &self.open.v[at * values..][..values])
+        OpenRef {
+            k: &self.open.k[at * blocks..][..blocks],
+            k_rotated: self.open.k_rotated.chunks_exact(blocks).nth(at),
+            v: &self.open.v[at * values..][..values],
+        }
     }
 
     /// Room for rotated keys, made by the first call that rotates.

@@ -1,0 +1,143 @@
+//! Tokens of one segment and KV head, gathered into contiguous f32: rows of one head lie far apart in
+//! the inputs, at strides that evict each other from the caches, so they are read there once.
+
+use super::attention::{Call, Piece};
+use super::segment::Tokens;
+use crate::Element;
+use crate::memory::{HeadMut, OpenRef};
+
+/// Tokens rotated at a time.
+const ROTATED: usize = 16;
+
+/// The first tokens of a segment.
+pub(crate) struct Packed {
+    len: usize,
+    /// Unrotated keys, [len, Dk].
+    keys: Vec<f32>,
+    /// Keys of the local branch in [`crate::memory::KeyBlocks`] layout.
+    pub local: Vec<f32>,
+    /// Values, [len, Dv].
+    pub values: Vec<f32>,
+}
+
+impl Packed {
+    pub fn new() -> Self {
+        Self { len: 0, keys: Vec::new(), local: Vec::new(), values: Vec::new() }
+    }
+}
+
+impl Tokens for Packed {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn key(&self, j: usize, k: &mut [f32]) {
+        k.copy_from_slice(&self.keys[j * k.len()..][..k.len()]);
+    }
+
+    fn value(&self, j: usize, v: &mut [f32]) {
+        v.copy_from_slice(&self.values[j * v.len()..][..v.len()]);
+    }
+}
+
+/// The tokens of a piece's segment where they lie: those of earlier calls in the state, the others
+/// in the inputs.
+pub(crate) struct PieceTokens<'c, 'a, T> {
+    pub call: &'c Call<'a, T>,
+    pub piece: Piece,
+    pub kv_head: usize,
+    pub open: OpenRef<'c>,
+}
+
+impl<T: Element> Tokens for PieceTokens<'_, '_, T> {
+    fn len(&self) -> usize {
+        self.piece.cached + self.piece.len
+    }
+
+    fn key(&self, j: usize, k: &mut [f32]) {
+        match j.checked_sub(self.piece.cached) {
+            None => self.call.blocks.get(self.open.k, j, k),
+            Some(t) => self.call.load_key(&self.piece, self.kv_head, self.piece.start + t, k),
+        }
+    }
+
+    fn value(&self, j: usize, v: &mut [f32]) {
+        match j.checked_sub(self.piece.cached) {
+            None => v.copy_from_slice(&self.open.v[j * v.len()..][..v.len()]),
+            Some(t) => self.call.load_value(&self.piece, self.kv_head, self.piece.start + t, v),
+        }
+    }
+}
+
+impl<T: Element> Call<'_, T> {
+    /// Key of token `t` of a sequence's call, unrotated.
+    fn load_key(&self, piece: &Piece, kv_head: usize, t: usize, k: &mut [f32]) {
+        // SAFETY: inside the sequence `resolve` accepted.
+        T::widen(unsafe { self.inputs.k.row(piece.seq.batch, piece.seq.first + t, kv_head) }, k);
+    }
+
+    /// Value of token `t` of a sequence's call.
+    fn load_value(&self, piece: &Piece, kv_head: usize, t: usize, v: &mut [f32]) {
+        // SAFETY: as above.
+        T::widen(unsafe { self.inputs.v.row(piece.seq.batch, piece.seq.first + t, kv_head) }, v);
+    }
+
+    /// Gathers the first `len` tokens of a piece's segment.
+    pub fn pack(
+        &self,
+        piece: &Piece,
+        kv_head: usize,
+        open: OpenRef<'_>,
+        len: usize,
+        x: &mut Packed,
+    ) {
+        let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
+        x.len = len;
+        x.keys.resize(self.problem.segment_len() * dk, 0.0);
+        x.values.resize(self.problem.segment_len() * dv, 0.0);
+        let tokens = PieceTokens { call: self, piece: *piece, kv_head, open };
+        let rows = x.keys.chunks_exact_mut(dk).zip(x.values.chunks_exact_mut(dv));
+        for (j, (k, v)) in rows.take(len).enumerate() {
+            tokens.key(j, k);
+            tokens.value(j, v);
+        }
+        if self.needs_local(piece, kv_head) {
+            x.local.resize(self.blocks.len(), 0.0);
+            let cached = self.blocks.prefix_len(piece.cached);
+            x.local[..cached].copy_from_slice(&open.local(self.batch.rope.is_some())[..cached]);
+            let new = &x.keys[piece.cached * dk..len * dk];
+            self.put_local(piece, piece.cached, new, &mut x.local);
+        }
+    }
+
+    /// Stores keys of a piece, from its first token on, as keys `j`, `j + 1`, … of the local branch.
+    fn put_local(&self, piece: &Piece, j: usize, keys: &[f32], local: &mut [f32]) {
+        let Some(rope) = &self.batch.rope else { return self.blocks.put(local, j, keys) };
+        let dk = self.problem.key_dim();
+        let mut rotated = Vec::with_capacity(ROTATED * dk);
+        for (first, keys) in (0..).step_by(ROTATED).zip(keys.chunks(ROTATED * dk)) {
+            rotated.clear();
+            rotated.extend_from_slice(keys);
+            for (t, k) in (piece.start + first..).zip(rotated.chunks_exact_mut(dk)) {
+                rope.rotate(k, self.batch.position(&piece.seq, t));
+            }
+            self.blocks.put(local, j + first, &rotated);
+        }
+    }
+
+    /// Appends a piece's tokens to the open segment.
+    pub fn append(&self, piece: &Piece, kv_head: usize, head: &mut HeadMut<'_>) {
+        let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
+        let tokens = piece.start..piece.start + piece.len;
+        let mut keys = vec![0.0; piece.len * dk];
+        let rows = keys.chunks_exact_mut(dk).zip(head.v[piece.cached * dv..].chunks_exact_mut(dv));
+        for (t, (k, v)) in tokens.zip(rows) {
+            self.load_key(piece, kv_head, t, k);
+            self.load_value(piece, kv_head, t, v);
+        }
+        self.blocks.put(head.k, piece.cached, &keys);
+        if let (Some(_), Some(local)) = (&self.batch.rope, &mut head.k_rotated) {
+            self.put_local(piece, piece.cached, &keys, local);
+        }
+    }
+}
