@@ -18,42 +18,56 @@ use crate::memory::HeadMut;
 use crate::{Element, Problem, State, Update};
 
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
-    if chains_fill_cores(call.problem.kv_heads(), sequences) {
-        chains(call, sequences, state);
-    } else {
-        phases::run(call, sequences, state);
+    match heads_per_chain(call.problem.kv_heads(), sequences) {
+        Some(heads) => chains(call, sequences, state, heads),
+        None => phases::run(call, sequences, state),
     }
 }
 
-/// Whether one task per (sequence, KV head), the longest first, wastes less than a tenth of the
-/// cores.
-fn chains_fill_cores(kv_heads: usize, sequences: &[Sequence]) -> bool {
+/// The most KV heads one task can take, so that tasks given out longest first waste less than a
+/// tenth of the cores; None when even single heads are too few. Many, because the heads of a token
+/// lie side by side in memory.
+fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
     let mut lens: Vec<usize> = sequences.iter().map(|s| s.len).collect();
     lens.sort_unstable_by(|a, b| b.cmp(a));
-    let mut loads = vec![0usize; rayon::current_num_threads()];
-    for len in lens.iter().flat_map(|&len| std::iter::repeat_n(len, kv_heads)) {
-        if let Some(least) = loads.iter_mut().min() {
-            *least += len;
+    let balanced = |heads: usize| {
+        let mut loads = vec![0usize; rayon::current_num_threads()];
+        for len in lens.iter().flat_map(|&len| std::iter::repeat_n(len, kv_heads / heads)) {
+            if let Some(least) = loads.iter_mut().min() {
+                *least += len;
+            }
         }
-    }
-    let (total, longest) = (loads.iter().sum::<usize>(), loads.iter().max().copied());
-    10 * total >= 9 * loads.len() * longest.unwrap_or(0)
+        let (total, longest) = (loads.iter().sum::<usize>(), loads.iter().max().copied());
+        10 * total >= 9 * loads.len() * longest.unwrap_or(0)
+    };
+    (1..=kv_heads).rev().filter(|heads| kv_heads.is_multiple_of(*heads)).find(|&h| balanced(h))
 }
 
-fn chains<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+fn chains<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+    heads_per_chain: usize,
+) {
     let p = &call.problem;
     let counters = state.counters.clone();
-    let mut heads = state.heads_mut();
+    let mut slots: Vec<_> = state.heads_mut();
+    let mut slots: Vec<_> = slots.chunks_mut(p.kv_heads()).map(Some).collect();
     let mut tasks: Vec<_> = (sequences.iter())
-        .flat_map(|seq| (0..p.kv_heads()).map(move |h| (seq, h)))
-        .filter_map(|(seq, h)| Some((seq, h, heads[seq.slot * p.kv_heads() + h].take()?)))
+        .filter_map(|seq| Some((seq, slots[seq.slot].take()?)))
+        .flat_map(|(seq, heads)| {
+            let chains = heads.chunks_mut(heads_per_chain).enumerate();
+            chains.map(move |(i, heads)| (seq, i * heads_per_chain, heads))
+        })
         .collect();
     tasks.sort_by_key(|(seq, ..)| std::cmp::Reverse(seq.len));
     tasks.into_par_iter().with_max_len(1).for_each_init(
         || ChainScratch::new(call),
-        |x, (seq, h, mut head)| {
+        |x, (seq, first, heads)| {
             for piece in pieces(p, *seq, counters[seq.slot]) {
-                chain(call, &piece, h, &mut head, x);
+                for (h, head) in (first..).zip(heads.iter_mut().flatten()) {
+                    chain(call, &piece, h, head, x);
+                }
             }
         },
     );
