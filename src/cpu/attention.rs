@@ -1,7 +1,7 @@
 //! One tile of query rows against one segment: blockwise causal softmax, retrieval, gate.
 //!
 //! A tile is up to [`TILE_ROWS`] rows of one KV head: some tokens of one or more of its query
-//! heads. Scores of one key block [rows, 128], the output and the retrieval [rows, Dv] stay in L2.
+//! heads. Scores of one key block [rows, 256], the output and the retrieval [rows, Dv] stay in L2.
 
 use std::ops::Range;
 
@@ -162,8 +162,11 @@ impl<T: Element> Call<'_, T> {
         let any = |i: usize| tile.heads.clone().any(|h| weights(h)[i] != 0.0);
         let retrieve = !piece.empty && (any(0) || self.outputs.a_mem.is_some());
         let local = any(1) || self.outputs.lse.is_some() || self.outputs.a_dot.is_some();
+        x.running.clear();
+        x.running.resize(tile.rows(), Running::START);
         self.load_queries(piece, tile, x);
         if local {
+            self.local_queries(piece, tile, x);
             self.local(piece, tile, segment, x);
         }
         if retrieve {
@@ -176,25 +179,29 @@ impl<T: Element> Call<'_, T> {
 
     fn load_queries(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
         let dk = self.problem.key_dim();
-        for (row, t, h) in tile.each() {
+        for ((_, t, h), q) in tile.each().zip(x.q.chunks_exact_mut(dk)) {
             // SAFETY: token and head lie inside the sequence `resolve` accepted.
-            let q = unsafe { self.inputs.q.row(piece.seq.batch, piece.seq.first + t, h) };
-            let (q32, local) = (&mut x.q[row * dk..][..dk], &mut x.q_local[row * dk..][..dk]);
-            T::widen(q, q32);
-            local.copy_from_slice(q32);
-            if let Some(rope) = &self.batch.rope {
-                rope.rotate(local, self.batch.position(&piece.seq, t));
-            }
+            T::widen(unsafe { self.inputs.q.row(piece.seq.batch, piece.seq.first + t, h) }, q);
         }
-        simd::scale(&mut x.q_local[..tile.rows() * dk], self.problem.scale() as f32);
     }
 
-    /// o ← softmax(q·kᵀ) v over the keys each row may see, statistics in `running`.
+    /// Queries of the local branch: rotated, scaled.
+    fn local_queries(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
+        let dk = self.problem.key_dim();
+        let local = &mut x.q_local[..tile.rows() * dk];
+        local.copy_from_slice(&x.q[..tile.rows() * dk]);
+        if let Some(rope) = &self.batch.rope {
+            for ((_, t, _), q) in tile.each().zip(local.chunks_exact_mut(dk)) {
+                rope.rotate(q, self.batch.position(&piece.seq, t));
+            }
+        }
+        simd::scale(local, self.problem.scale() as f32);
+    }
+
+    /// o ← Σ exp(q·k − max) v over the keys each row may see, statistics in `running`.
     fn local(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         let (rows, width) = (tile.rows(), self.blocks.width);
-        x.running.clear();
-        x.running.resize(rows, Running::START);
         // Row i sees the keys up to and including its own token's.
         let seen = |token: usize| piece.cached + token - piece.start + 1;
         x.visible.clear();
@@ -213,9 +220,6 @@ impl<T: Element> Call<'_, T> {
             let mode = if b == 0 { Into::Store } else { Into::Add };
             matmul(o, mode, Mat::rows(s, rows, n, n), v);
         }
-        for (o, run) in x.o.chunks_exact_mut(dv).zip(&x.running) {
-            simd::scale(o, if run.sum == 0.0 { 0.0 } else { 1.0 / run.sum });
-        }
     }
 
     /// mem ← σ(q) M / σ(q)·z; turns `q` into its retrieval weights.
@@ -227,27 +231,29 @@ impl<T: Element> Call<'_, T> {
         matmul(&mut x.mem[..rows * dv], Into::Store, Mat::rows(q, rows, dk, dk), m);
     }
 
+    /// Normalises, gates and writes the rows of a tile.
     fn write(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
         let dv = self.problem.value_dim();
-        for (row, t, h) in tile.each() {
+        let rows = x.o.chunks_exact_mut(dv).zip(x.mem.chunks_exact(dv));
+        for ((row, t, h), (o, mem)) in tile.each().zip(rows) {
             let (b, token) = (piece.seq.batch, piece.seq.first + t);
-            let (o, mem) = (&mut x.o[row * dv..][..dv], &x.mem[row * dv..][..dv]);
-            let out = &self.outputs;
+            let (out, run) = (&self.outputs, x.running[row]);
+            let mut normalise = if run.sum == 0.0 { 0.0 } else { 1.0 / run.sum };
             // SAFETY: inside the shapes `check_outputs` compared; every (sequence, token, head) is
             // written by exactly one task.
             unsafe {
                 if let Some(lse) = &out.lse {
-                    let run = x.running[row];
                     lse.part([b, 0, h], token..token + 1)[0] = run.max + run.sum.ln();
                 }
                 if let Some(a_dot) = &out.a_dot {
+                    simd::scale(o, std::mem::replace(&mut normalise, 1.0));
                     T::narrow(o, a_dot.row(b, token, h));
                 }
                 if let Some(a_mem) = &out.a_mem {
                     T::narrow(mem, a_mem.row(b, token, h));
                 }
                 let [wm, wd] = self.weights(h, piece.empty);
-                simd::blend(o, wd, mem, wm);
+                simd::blend(o, if wd == 0.0 { 0.0 } else { wd * normalise }, mem, wm);
                 T::narrow(o, out.o.row(b, token, h));
             }
         }

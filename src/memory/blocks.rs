@@ -14,8 +14,9 @@ pub(crate) struct KeyBlocks {
     blocks: usize,
 }
 
-/// Widest block: 128 keys × 128 channels of f32 are 64 KiB, resident in L2 next to a query tile.
-const MAX_WIDTH: usize = 128;
+/// Widest block: 256 keys × 128 channels of f32 are 128 KiB, resident in L2 next to a query tile
+/// (docs/cpu.md).
+const MAX_WIDTH: usize = 256;
 
 impl KeyBlocks {
     pub fn new(problem: &Problem) -> Self {
