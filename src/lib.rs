@@ -1,5 +1,4 @@
-//! Infini-attention (arXiv 2404.07143): compressive-memory attention over unbounded context in
-//! constant memory.
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod call;

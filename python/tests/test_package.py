@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import infini_attn
 from infini_attn import _core
 
 STUB = ast.parse((Path(infini_attn.__file__).parent / "_core.pyi").read_text())
-README = Path(__file__).parents[1] / "README.md"
+READMES = [Path(__file__).parents[1] / "README.md", Path(__file__).parents[2] / "README.md"]
 
 
 def names(body):
@@ -81,9 +83,10 @@ def test_python_m():
     assert re.fullmatch(r"backends: cpu \(.+, \d+ threads\)", lines[1])
 
 
-def test_readme_example(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("readme", READMES, ids=["python", "root"])
+def test_readme_example(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert "(1, 1, 8, 64)" in capsys.readouterr().out.replace("torch.Size([1, 1, 8, 64])", "(1, 1, 8, 64)")
     assert (tmp_path / "stream.safetensors").exists()

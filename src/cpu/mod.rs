@@ -21,7 +21,7 @@ use crate::call::{self, Sequence};
 use crate::memory::{Counters, KeyBlocks};
 use crate::{Element, Error, Inputs, Outputs, Problem, Result, State};
 
-/// Most new tokens per sequence that [`decode`] takes.
+/// Most new tokens per sequence that [`decode()`] takes.
 pub const MAX_DECODE_TOKENS: usize = 16;
 
 /// Infini-attention over any number of new tokens per sequence; continues where `state` stands.
@@ -34,7 +34,7 @@ pub const MAX_DECODE_TOKENS: usize = 16;
 /// result.
 ///
 /// * `inputs`: q [B, T, Hq, Dk], k [B, T, Hkv, Dk], v [B, T, Hkv, Dv], or packed; unrotated.
-/// * `gate`: β, one logit per query head [Hq]; ±∞ selects one branch alone.
+/// * `gate`: β, one logit per query head, `[Hq]`; ±∞ selects one branch alone.
 /// * `state`: advanced by the call.
 /// * `outputs`: o [B, T, Hq, Dv] and on request log-sum-exp, A_dot, A_mem.
 ///
@@ -71,12 +71,12 @@ pub fn prefill<T: Element>(
     run(problem, inputs, gate, state, outputs, None)
 }
 
-/// [`prefill`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
+/// [`prefill()`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
 /// batch), which may end several segments. Same meaning and arguments; the open segment is attended
 /// where it lies and each (sequence, KV head) is one task.
 ///
 /// # Errors
-/// As [`prefill`], and [`Error::Value`] for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
+/// As [`prefill()`], and [`Error::Value`] for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
 pub fn decode<T: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,

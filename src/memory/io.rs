@@ -4,8 +4,8 @@
 //! |---|---|---|---|
 //! | `memory` | F32 | [S, Hkv, Dk, Dv] | M |
 //! | `normalizer` | F32 | [S, Hkv, Dk] | z |
-//! | `tokens`, `committed`, `open_len` | U64 | [S] | counters |
-//! | `rotated` | U8 | [S] | 1 where the open segment came with rotation, else 0 |
+//! | `tokens`, `committed`, `open_len` | U64 | `[S]` | counters |
+//! | `rotated` | U8 | `[S]` | 1 where the open segment came with rotation, else 0 |
 //! | `open_keys` | F32 | [Σ open_len, Hkv, Dk] | open segments of all slots, one after another |
 //! | `open_values` | F32 | [Σ open_len, Hkv, Dv] | alike |
 //! | `open_keys_rotated` | F32 | [Σ open_len where rotated, Hkv, Dk] | alike |

@@ -23,7 +23,7 @@ pub(crate) struct Counters {
 }
 
 /// The state of `sequences` independent streams, one per slot: per KV head the memory M [Dk, Dv]
-/// and the normaliser z [Dk], both f32 always, the counters, and the keys and values of the open
+/// and the normaliser z `[Dk]`, both f32 always, the counters, and the keys and values of the open
 /// segment (f32). Its size does not depend on how many tokens were seen.
 ///
 /// ```
