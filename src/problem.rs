@@ -141,8 +141,11 @@ pub struct ProblemBuilder {
     scale: Option<f64>,
 }
 
-/// Largest extent of any dimension: keeps every element count inside i64.
+/// Largest extent of any dimension.
 const MAX_EXTENT: usize = 1 << 24;
+
+/// Most floats that the state of one sequence may hold (4 TiB): keeps every element count in i64.
+const MAX_STATE: u128 = 1 << 40;
 
 impl Problem {
     /// Starts from 1 head of dimension 64, N = 2048, delta rule, [`EmptyMemory::Gate`],
@@ -343,7 +346,8 @@ impl ProblemBuilder {
     ///
     /// # Errors
     /// [`Error::Value`] naming the field: an extent of 0 or above 2^24, Hkv that does not divide
-    /// Hq, a scale that is not finite, an ε that is not positive and finite.
+    /// Hq, a state of more than 2^40 floats per sequence, a scale that is not finite, an ε that is
+    /// not positive and finite.
     pub fn build(self) -> Result<Problem> {
         let mut p = self.problem;
         p.kv_heads = self.kv_heads.unwrap_or(p.heads);
@@ -361,6 +365,13 @@ impl ProblemBuilder {
         if !p.heads.is_multiple_of(p.kv_heads) {
             let expected = format!("a divisor of heads = {}", p.heads);
             return Err(Error::value("kv_heads", p.kv_heads, expected));
+        }
+        let [heads, dk, dv, n] =
+            [p.kv_heads, p.key_dim, p.value_dim, p.segment_len].map(|x| x as u128);
+        let floats = heads * (dk * dv + dk + n * (2 * dk + dv));
+        if floats > MAX_STATE {
+            let expected = format!("at most {MAX_STATE} (kv_heads · (Dk Dv + Dk + N (2 Dk + Dv)))");
+            return Err(Error::value("floats of state per sequence", floats, expected));
         }
         p.scale = self.scale.unwrap_or_else(|| (p.key_dim as f64).powf(-0.5));
         if !p.scale.is_finite() {

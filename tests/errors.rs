@@ -490,6 +490,9 @@ fn problems() {
         refused(build(zero), "Value", field, &["0 given", "1 to 16777216"]);
         refused(build(huge), "Value", field, &["1 to 16777216"]);
     }
+    let words = ["at most 1099511627776"];
+    let field = "floats of state per sequence: ";
+    refused(build(|b| b.head_dim(1 << 24).segment_len(1 << 24)), "Value", field, &words);
     let words = ["3 given", "divisor of heads = 8"];
     refused(build(|b| b.heads(8).kv_heads(3)), "Value", "kv_heads: ", &words);
     let words = ["16 given", "divisor of heads = 8"];
