@@ -484,12 +484,12 @@ fn a_changed_tensor_is_refused_by_the_checksum() {
 
 #[test]
 fn extents_far_beyond_the_file_are_refused() {
-    // 2^21 heads with a memory of one number each: 16 MiB. Their open segments of up to 2^24 tokens
-    // would take 2^48 bytes.
+    // 2^21 heads with a memory of one number each: 16 MiB. Their open segments of up to 2^17 tokens
+    // would take 2 TiB.
     let heads = 1 << 21;
     let p = Problem::builder().heads(heads).head_dim(1).segment_len(1).build().unwrap();
     let parts = Parts::of(&State::new(&p, 1));
-    let reason = refused(&parts.describe("segment_len=1", "segment_len=16777216").bytes());
+    let reason = refused(&parts.describe("segment_len=1", "segment_len=131072").bytes());
     assert!(reason.contains("what fits into this machine's memory"), "{reason}");
 
     // Headers that claim more than a 64-bit length can hold, within small files.

@@ -4,8 +4,8 @@
 use rayon::prelude::*;
 
 use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
-use super::pieces;
 use super::segment::{self, Scratch as SegmentScratch};
+use super::{Pool, pieces};
 use crate::call::Sequence;
 use crate::memory::{HeadMut, KeyBlocks};
 use crate::{Element, Problem, State};
@@ -18,14 +18,17 @@ pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state:
         .flat_map(|seq| (0..p.kv_heads()).map(move |h| (seq, h)))
         .filter_map(|(seq, h)| Some((seq, h, heads[seq.slot * p.kv_heads() + h].take()?)))
         .collect();
-    tasks.into_par_iter().for_each_init(
-        || TileScratch::new(call),
-        |scratch, (seq, h, mut head)| {
-            for piece in pieces(p, *seq, counters[seq.slot]) {
-                step(call, &piece, h, &mut head, scratch);
-            }
-        },
-    );
+    let scratch = Pool::default();
+    tasks.into_par_iter().for_each(|(seq, h, mut head)| {
+        scratch.with(
+            || TileScratch::new(call),
+            |scratch| {
+                for piece in pieces(p, *seq, counters[seq.slot]) {
+                    step(call, &piece, h, &mut head, scratch);
+                }
+            },
+        );
+    });
     for seq in sequences {
         for piece in pieces(p, *seq, counters[seq.slot]) {
             state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());

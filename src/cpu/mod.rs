@@ -15,6 +15,8 @@ mod simd;
 
 pub use maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_map};
 
+use std::sync::Mutex;
+
 use attention::{Call, Piece, gate_weights};
 
 use crate::call::{self, Sequence};
@@ -140,6 +142,25 @@ fn run<T: Element>(
         call.clear_padding(seq, batch.tokens);
     }
     Ok(())
+}
+
+/// Scratch buffers that tasks borrow: never more than run at once.
+struct Pool<S>(Mutex<Vec<S>>);
+
+impl<S> Default for Pool<S> {
+    fn default() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+}
+
+impl<S> Pool<S> {
+    fn with<R>(&self, new: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
+        let idle = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop();
+        let mut scratch = idle.unwrap_or_else(new);
+        let result = f(&mut scratch);
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(scratch);
+        result
+    }
 }
 
 /// Cuts one sequence's call at segment ends.

@@ -93,16 +93,16 @@ impl<T: Element> Call<'_, T> {
     ) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         x.len = len;
-        x.keys.resize(self.problem.segment_len() * dk, 0.0);
-        x.values.resize(self.problem.segment_len() * dv, 0.0);
+        x.keys.resize(len * dk, 0.0);
+        x.values.resize(len * dv, 0.0);
         let tokens = PieceTokens { call: self, piece: *piece, kv_head, open };
         let rows = x.keys.chunks_exact_mut(dk).zip(x.values.chunks_exact_mut(dv));
-        for (j, (k, v)) in rows.take(len).enumerate() {
+        for (j, (k, v)) in rows.enumerate() {
             tokens.key(j, k);
             tokens.value(j, v);
         }
         if self.needs_local(piece, kv_head) {
-            x.local.resize(self.blocks.len(), 0.0);
+            x.local.resize(self.blocks.prefix_len(len), 0.0);
             let cached = self.blocks.prefix_len(piece.cached);
             x.local[..cached].copy_from_slice(&open.local(self.batch.rope.is_some())[..cached]);
             let new = &x.keys[piece.cached * dk..len * dk];

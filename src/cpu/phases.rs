@@ -3,15 +3,13 @@
 //! then the attention of all segments in parallel, each reading the M and z it found. A run is long
 //! enough to keep the cores busy and short enough for its inputs to stay in cache.
 
-use std::sync::Mutex;
-
 use rayon::prelude::*;
 
 use super::attention::{Call, Piece, Scratch as TileScratch, Segment, TILE_ROWS};
 use super::pack::{Packed, PieceTokens};
-use super::pieces;
 use super::prefill::{advance_memory, transits};
 use super::segment::{self, Scratch as SegmentScratch};
+use super::{Pool, pieces};
 use crate::call::Sequence;
 use crate::{Element, Problem, State, Update};
 
@@ -53,19 +51,6 @@ impl Record {
     }
 }
 
-/// Scratch buffers that tasks borrow: never more than run at once.
-struct Pool<S>(Mutex<Vec<S>>);
-
-impl<S> Pool<S> {
-    fn with<R>(&self, new: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
-        let idle = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop();
-        let mut scratch = idle.unwrap_or_else(new);
-        let result = f(&mut scratch);
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(scratch);
-        result
-    }
-}
-
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     let p = &call.problem;
     let record = Record::new(p);
@@ -79,8 +64,8 @@ pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state:
         record,
         work: Vec::new(),
         index: Vec::new(),
-        segments: Pool(Mutex::default()),
-        tiles: Pool(Mutex::default()),
+        segments: Pool::default(),
+        tiles: Pool::default(),
     };
     loop {
         let run: Vec<Piece> = all.by_ref().take(per_run).collect();

@@ -12,7 +12,7 @@ use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
 use super::matmul::{Into, Mat, matmul};
 use super::pack::Packed;
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{phases, pieces};
+use super::{Pool, phases, pieces};
 use crate::call::Sequence;
 use crate::memory::HeadMut;
 use crate::{Element, Problem, State, Update};
@@ -51,8 +51,8 @@ fn chains<T: Element>(
 ) {
     let p = &call.problem;
     let counters = state.counters.clone();
-    let mut slots: Vec<_> = state.heads_mut();
-    let mut slots: Vec<_> = slots.chunks_mut(p.kv_heads()).map(Some).collect();
+    let mut heads = state.heads_mut();
+    let mut slots: Vec<_> = heads.chunks_mut(p.kv_heads()).map(Some).collect();
     let mut tasks: Vec<_> = (sequences.iter())
         .filter_map(|seq| Some((seq, slots[seq.slot].take()?)))
         .flat_map(|(seq, heads)| {
@@ -61,16 +61,19 @@ fn chains<T: Element>(
         })
         .collect();
     tasks.sort_by_key(|(seq, ..)| std::cmp::Reverse(seq.len));
-    tasks.into_par_iter().with_max_len(1).for_each_init(
-        || ChainScratch::new(call),
-        |x, (seq, first, heads)| {
-            for piece in pieces(p, *seq, counters[seq.slot]) {
-                for (h, head) in (first..).zip(heads.iter_mut().flatten()) {
-                    chain(call, &piece, h, head, x);
+    let scratch = Pool::default();
+    tasks.into_par_iter().with_max_len(1).for_each(|(seq, first, heads)| {
+        scratch.with(
+            || ChainScratch::new(call),
+            |x| {
+                for piece in pieces(p, *seq, counters[seq.slot]) {
+                    for (h, head) in (first..).zip(heads.iter_mut().flatten()) {
+                        chain(call, &piece, h, head, x);
+                    }
                 }
-            }
-        },
-    );
+            },
+        );
+    });
     for seq in sequences {
         for piece in pieces(p, *seq, counters[seq.slot]) {
             state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
