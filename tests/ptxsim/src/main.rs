@@ -1,0 +1,2 @@
+//! Runs a kernel described by a JSON file.
+fn main() {}
