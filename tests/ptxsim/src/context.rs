@@ -1,0 +1,337 @@
+//! What the semantics of an instruction work on: one warp, the blocks of its gang, the grid.
+
+use crate::clock::{Actor, ActorKind, Epoch};
+use crate::count::Counters;
+use crate::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
+use crate::gang::State;
+use crate::launch::Grid;
+use crate::program::{Dst, Flow, Lanes, Pred, PredDst, Src, Waiting};
+use crate::shadow::{Conflict, Race};
+use crate::warp::{RegisterFault, Warp};
+
+/// One instruction of one warp, for some of its lanes.
+pub struct Cx<'a, 'g> {
+    /// The warp.
+    pub warp: &'a mut Warp,
+    /// Blocks of the gang, asynchronous operations, counters, findings.
+    pub gang: &'a mut State,
+    /// What all blocks share: kernel, dimensions, global memory, options.
+    pub grid: &'g Grid<'g>,
+    /// Lanes that execute the instruction.
+    pub mask: u32,
+    /// Its program counter.
+    pub pc: u32,
+    /// What a waiting instruction remembers of its first attempt; None at the first.
+    pub note: Option<u64>,
+}
+
+/// The lanes of a mask, ascending.
+pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        let lane = rest.trailing_zeros() as usize;
+        (rest != 0).then(|| {
+            rest &= rest - 1;
+            lane
+        })
+    })
+}
+
+impl Cx<'_, '_> {
+    /// Value of an operand in all lanes; reports the lanes that were never written.
+    #[inline]
+    pub fn read(&mut self, src: &Src) -> Lanes {
+        match src {
+            Src::Imm(v) => **v,
+            Src::Reg(slot) => {
+                self.check_register(*slot);
+                *self.warp.register(*slot)
+            }
+        }
+    }
+
+    /// Reports a register that must not be read now.
+    #[inline]
+    pub fn check_register(&mut self, slot: u32) {
+        if self.grid.options.checks && let Some(fault) = self.warp.check_read(slot, self.mask) {
+            self.register_fault(slot, fault);
+        }
+    }
+
+    #[cold]
+    fn register_fault(&mut self, slot: u32, fault: RegisterFault) {
+        let name = self.grid.kernel.names[slot as usize].clone();
+        match fault {
+            RegisterFault::Uninitialised(lanes) => self.report_lane(
+                Kind::UninitialisedRegister,
+                lanes.trailing_zeros(),
+                format!("register {name} was never written in lanes {lanes:#x}"),
+            ),
+            RegisterFault::Accumulating => self.report(
+                Kind::AccumulatorInFlight,
+                format!("{name} is an accumulator of a wgmma that has not been waited for"),
+            ),
+            RegisterFault::Reading => self.report(
+                Kind::AccumulatorInFlight,
+                format!("{name} is still read by a wgmma that has not been waited for"),
+            ),
+        }
+    }
+
+    /// Writes a register in the executing lanes.
+    #[inline]
+    pub fn write(&mut self, dst: Dst, value: &Lanes) {
+        if let Dst(Some(slot)) = dst {
+            if let Some(fault) = self.warp.check_write(slot) {
+                self.register_fault(slot, fault);
+            }
+            self.warp.set(slot, self.mask, value);
+        }
+    }
+
+    /// Lanes in which a predicate operand is true; all 32 bits, whatever the mask.
+    #[inline]
+    pub fn test(&mut self, pred: Pred) -> u32 {
+        match pred {
+            Pred::Constant(v) => if v { u32::MAX } else { 0 },
+            Pred::Reg { slot, negated } => {
+                if self.grid.options.checks {
+                    let unwritten = self.warp.unwritten_predicate(slot, self.mask);
+                    if unwritten != 0 {
+                        self.report_lane(
+                            Kind::UninitialisedRegister,
+                            unwritten.trailing_zeros(),
+                            format!("a predicate was never written in lanes {unwritten:#x}"),
+                        );
+                    }
+                }
+                self.warp.predicate(slot) ^ if negated { u32::MAX } else { 0 }
+            }
+        }
+    }
+
+    /// Writes a predicate in the executing lanes.
+    #[inline]
+    pub fn set(&mut self, dst: PredDst, value: u32) {
+        if let PredDst(Some(slot)) = dst {
+            self.warp.set_predicate(slot, self.mask, value);
+        }
+    }
+
+    /// Value of an operand that has been checked.
+    #[inline]
+    fn value<'x>(&'x self, src: &'x Src) -> &'x Lanes {
+        match src {
+            Src::Imm(v) => v,
+            Src::Reg(slot) => self.warp.register(*slot),
+        }
+    }
+
+    /// Reports an operand that must not be read now.
+    #[inline]
+    pub fn check(&mut self, src: &Src) {
+        if let Src::Reg(slot) = src {
+            self.check_register(*slot);
+        }
+    }
+
+    /// d = f(a).
+    #[inline]
+    pub fn map1(&mut self, d: Dst, a: &Src, f: impl Fn(u64) -> u64) {
+        self.check(a);
+        let a = self.value(a);
+        let value = std::array::from_fn(|l| f(a[l]));
+        self.write(d, &value);
+    }
+
+    /// d = f(a, b).
+    #[inline]
+    pub fn map2(&mut self, d: Dst, a: &Src, b: &Src, f: impl Fn(u64, u64) -> u64) {
+        self.check(a);
+        self.check(b);
+        let (a, b) = (self.value(a), self.value(b));
+        let value = std::array::from_fn(|l| f(a[l], b[l]));
+        self.write(d, &value);
+    }
+
+    /// d = f(a, b, c).
+    #[inline]
+    pub fn map3(&mut self, d: Dst, a: &Src, b: &Src, c: &Src, f: impl Fn(u64, u64, u64) -> u64) {
+        self.check(a);
+        self.check(b);
+        self.check(c);
+        let (a, b, c) = (self.value(a), self.value(b), self.value(c));
+        let value = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+        self.write(d, &value);
+    }
+
+    /// A lane mask from a comparison of two operands.
+    #[inline]
+    pub fn compare(&mut self, a: &Src, b: &Src, f: impl Fn(u64, u64) -> bool) -> u32 {
+        self.check(a);
+        self.check(b);
+        let (a, b) = (self.value(a), self.value(b));
+        (0..32).fold(0, |m, l| m | u32::from(f(a[l], b[l])) << l)
+    }
+
+    /// An operand that must be the same in all executing lanes.
+    pub fn uniform(&mut self, src: &Src, what: &str) -> u64 {
+        let v = self.read(src);
+        let first = v[self.mask.trailing_zeros() as usize & 31];
+        if let Some(lane) = lanes(self.mask).find(|l| v[*l] != first) {
+            let text = format!("{what} differs between lanes: {first:#x} and {:#x}", v[lane]);
+            self.report_lane(Kind::InvalidOperand, lane as u32, text);
+        }
+        first
+    }
+
+    /// For an instruction that all lanes of the warp execute together: None to go on, otherwise
+    /// what to return.
+    pub fn converged(&mut self) -> Option<Flow> {
+        if self.mask == self.warp.live {
+            return None;
+        }
+        if self.warp.groups.iter().any(|g| g.pc < self.pc) {
+            return Some(Flow::Wait(Waiting::Lanes(self.warp.live & !self.mask)));
+        }
+        let missing = self.warp.live & !self.mask;
+        let text = format!("divergent lanes at an aligned instruction: lanes {missing:#x} are missing");
+        Some(self.fault(Kind::Divergence, text))
+    }
+
+    /// For an instruction with a member mask: None when all its lanes are here, otherwise what to
+    /// return.
+    pub fn gathered(&mut self, members: u32) -> Option<Flow> {
+        let gone = members & !self.warp.live;
+        if gone != 0 {
+            let text = format!("the mask {members:#x} names lanes {gone:#x}, which have ended");
+            return Some(self.fault(Kind::Divergence, text));
+        }
+        let outside = self.mask & !members;
+        if outside != 0 {
+            let text = format!("lanes {outside:#x} execute it, the mask {members:#x} lacks them");
+            return Some(self.fault(Kind::Divergence, text));
+        }
+        let missing = members & !self.mask;
+        (missing != 0).then_some(Flow::Wait(Waiting::Lanes(missing)))
+    }
+
+    /// The block of the warp.
+    pub fn block(&mut self) -> &mut crate::gang::Block {
+        &mut self.gang.blocks[self.warp.block]
+    }
+
+    /// Index in the gang of the block that a shared address names, and the address in it.
+    pub fn shared_target(&self, address: u32) -> Option<(usize, u32)> {
+        let rank = address >> crate::memory::RANK_SHIFT;
+        let local = address & ((1 << crate::memory::RANK_SHIFT) - 1);
+        if rank == 0 {
+            return Some((self.warp.block, local));
+        }
+        let cluster = self.gang.blocks[self.warp.block].cluster_first;
+        let size = self.grid.cluster_size();
+        (rank <= size).then(|| (cluster + rank as usize - 1, local))
+    }
+
+    /// Reports something about the whole warp instruction.
+    pub fn report(&mut self, kind: Kind, message: String) {
+        self.report_lane(kind, self.mask.trailing_zeros() & 31, message);
+    }
+
+    /// Reports something about one lane.
+    pub fn report_lane(&mut self, kind: Kind, lane: u32, message: String) {
+        self.report_at(kind, lane, message, None, None);
+    }
+
+    /// Reports with a place in memory and another access.
+    #[cold]
+    pub fn report_at(
+        &mut self,
+        kind: Kind,
+        lane: u32,
+        message: String,
+        address: Option<Place>,
+        other: Option<(u32, Location)>,
+    ) {
+        let at = self.grid.location(self.pc, self.warp.global, lane);
+        let (other_pc, other) = other.unzip();
+        let diagnostic = Diagnostic { kind, message, at, other, address, repeated: 1 };
+        self.gang.findings.add(self.pc, other_pc, diagnostic);
+    }
+
+    /// Reports something after which the launch cannot go on.
+    #[cold]
+    pub fn fault(&mut self, kind: Kind, message: String) -> Flow {
+        self.report(kind, message);
+        Flow::Fault
+    }
+
+    /// Reports a race found by the shadow of some memory.
+    #[cold]
+    pub fn report_race(&mut self, lane: u32, race: &Race, what: &str, place: Place) {
+        let kind = match race.conflict {
+            Conflict::PendingWrite => Kind::PendingWrite,
+            Conflict::PendingRead => Kind::PendingRead,
+            Conflict::MissingProxyFence => Kind::MissingProxyFence,
+            _ => Kind::Race,
+        };
+        let order = match race.conflict {
+            Conflict::ReadAfterWrite => "reads what another access wrote, without order between them",
+            Conflict::WriteAfterRead => "writes what another access reads, without order between them",
+            Conflict::WriteAfterWrite => "writes what another access wrote, without order between them",
+            Conflict::MissingProxyFence => {
+                "the other access was made in the other proxy, and no fence.proxy.async lies between"
+            }
+            Conflict::PendingWrite => "an asynchronous operation that has not been waited for writes it",
+            Conflict::PendingRead => {
+                "an asynchronous operation that has not been waited for still reads it"
+            }
+        };
+        let by = self.grid.actor(race.other.actor);
+        let other = self.grid.location_of(race.other_pc, &race.other);
+        let message = format!("{what}: {order} (the other: {by})");
+        self.report_at(kind, lane, message, Some(place), Some((race.other_pc, other)));
+    }
+}
+
+impl Grid<'_> {
+    /// Where a lane of a warp stands.
+    pub fn location(&self, pc: u32, warp: u32, lane: u32) -> Location {
+        let (ptx_line, source) = match self.kernel.instrs.get(pc as usize) {
+            None => (0, None),
+            Some(i) => (
+                i.line,
+                i.source.map(|(file, line)| {
+                    (self.kernel.files.get(&file).cloned().unwrap_or_default(), line)
+                }),
+            ),
+        };
+        let per_block = self.warps_per_block();
+        let block = self.block_index(warp / per_block);
+        Location { ptx_line, source, block, warp: warp % per_block, lane }
+    }
+
+    /// Where an epoch was made.
+    pub fn location_of(&self, pc: u32, e: &Epoch) -> Location {
+        let lane = e.lanes.trailing_zeros() & 31;
+        let warp = match e.actor.kind() {
+            ActorKind::Barrier => self.barrier_block(e.actor.index()) * self.warps_per_block(),
+            _ => e.actor.index(),
+        };
+        self.location(pc, warp, lane)
+    }
+
+    /// An actor in words.
+    pub fn actor(&self, actor: Actor) -> &'static str {
+        match actor.kind() {
+            ActorKind::Thread => "an ordinary access",
+            ActorKind::CpAsync => "a cp.async",
+            ActorKind::Bulk => "a bulk copy",
+            ActorKind::Wgmma => "a wgmma",
+            ActorKind::Barrier => "a bulk copy that completes on an mbarrier",
+        }
+    }
+}
+
+#[allow(unused)]
+type Unused = (Counters, Findings);

@@ -1,0 +1,346 @@
+//! The device: buffers, launches, several schedules of one launch.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use crate::arch::Arch;
+use crate::ast::{self, Init, ParseError, Space};
+use crate::decode;
+use crate::gang::Gang;
+use crate::launch::{FIRST_MODULE_VARIABLE, Grid, Launch, LaunchError, Options, Residency, Timing};
+use crate::memory::{GlobalBuffer, global_address};
+use crate::program::Kernel;
+use crate::report::Report;
+use crate::tensor_map::TensorMap;
+
+/// A parsed PTX module.
+pub struct Module {
+    ast: ast::Module,
+    /// Numbers and addresses of `.global` and `.const` variables.
+    addresses: BTreeMap<String, u64>,
+    kernels: Mutex<BTreeMap<String, Arc<Kernel>>>,
+}
+
+impl Module {
+    /// Parses PTX text.
+    ///
+    /// # Errors
+    /// [`ParseError`] with line and column.
+    pub fn parse(ptx: &str) -> Result<Self, ParseError> {
+        let ast = crate::parser::parse(ptx)?;
+        let variables = ast.variables.iter().filter(|v| v.space != Space::Shared);
+        let addresses = variables
+            .enumerate()
+            .map(|(i, v)| (v.name.clone(), global_address(FIRST_MODULE_VARIABLE + i)))
+            .collect();
+        Ok(Self { ast, addresses, kernels: Mutex::default() })
+    }
+
+    /// Names of the kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = &str> {
+        self.ast.functions.iter().filter(|f| f.entry).map(|f| f.name.as_str())
+    }
+
+    /// A kernel, decoded.
+    ///
+    /// # Errors
+    /// [`LaunchError::UnknownKernel`], or [`LaunchError::Decode`] for an instruction the simulator
+    /// does not know.
+    pub fn kernel(&self, name: &str) -> Result<Arc<Kernel>, LaunchError> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = kernels.get(name) {
+            return Ok(kernel.clone());
+        }
+        let function = self.ast.functions.iter().find(|f| f.entry && f.name == name);
+        let function = function.ok_or_else(|| LaunchError::UnknownKernel {
+            name: name.into(),
+            known: self.kernels().collect::<Vec<_>>().join(", "),
+        })?;
+        let kernel = decode::kernel(&self.ast, function, &self.addresses)
+            .map_err(|error| LaunchError::Decode { kernel: name.into(), error })?;
+        Ok(kernels.entry(name.into()).or_insert(Arc::new(kernel)).clone())
+    }
+
+    /// Fresh `.global` and `.const` variables.
+    fn variables(&self) -> Vec<GlobalBuffer> {
+        let variables = self.ast.variables.iter().filter(|v| v.space != Space::Shared);
+        variables.map(|v| self.variable(v)).collect()
+    }
+
+    fn variable(&self, v: &ast::Variable) -> GlobalBuffer {
+        let size = v.ty.size() * v.vector;
+        let count: u64 = v.dims.iter().map(|d| d.unwrap_or(v.init.len() as u64)).product();
+        let mut buffer = GlobalBuffer::new(&v.name, (count * u64::from(size)).min(1 << 30));
+        // Variables without an initialiser are zero.
+        let mut bytes = vec![0; buffer.bytes as usize];
+        for (chunk, init) in bytes.chunks_mut(v.ty.size() as usize).zip(&v.init) {
+            let bits = match init {
+                Init::Bits(bits) => *bits,
+                Init::Address { symbol, offset } => {
+                    let address = self.addresses.get(symbol).copied().unwrap_or_default();
+                    address.wrapping_add(*offset as u64)
+                }
+            };
+            let n = chunk.len();
+            chunk.copy_from_slice(&bits.to_le_bytes()[..n]);
+        }
+        buffer.copy_in(0, &bytes);
+        buffer.writable = v.space != Space::Const;
+        buffer
+    }
+}
+
+/// A buffer of a [`Device`].
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Buffer(usize);
+
+/// A kernel argument.
+#[derive(Clone, Debug)]
+pub enum Arg {
+    /// Address of a buffer.
+    Buffer(Buffer),
+    /// 32-bit integer.
+    I32(i32),
+    /// 32-bit integer.
+    U32(u32),
+    /// 64-bit integer, or an address.
+    I64(i64),
+    /// 64-bit integer, or an address.
+    U64(u64),
+    /// 32-bit float.
+    F32(f32),
+    /// A structure by value.
+    Bytes(Vec<u8>),
+    /// A tensor map by value.
+    TensorMap(TensorMap),
+}
+
+impl From<Buffer> for Arg {
+    fn from(b: Buffer) -> Self {
+        Self::Buffer(b)
+    }
+}
+
+/// Bytes that no kernel and no upload has written.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("byte {offset} of buffer {buffer} was never written")]
+pub struct Uninitialised {
+    /// Name of the buffer.
+    pub buffer: String,
+    /// First such byte.
+    pub offset: u64,
+}
+
+/// A simulated device.
+pub struct Device {
+    arch: Arch,
+    /// How launches are simulated.
+    pub options: Options,
+    buffers: Vec<GlobalBuffer>,
+}
+
+impl Device {
+    /// A device without buffers.
+    pub fn new(arch: Arch) -> Self {
+        Self { arch, options: Options::default(), buffers: Vec::new() }
+    }
+
+    /// A buffer that holds `data`.
+    pub fn buffer<T: bytemuck::Pod>(&mut self, name: &str, data: &[T]) -> Buffer {
+        self.upload(name, bytemuck::cast_slice(data))
+    }
+
+    /// A buffer that holds `bytes`.
+    pub fn upload(&mut self, name: &str, bytes: &[u8]) -> Buffer {
+        let buffer = self.uninitialised_bytes(name, bytes.len() as u64);
+        self.buffers[buffer.0].copy_in(0, bytes);
+        buffer
+    }
+
+    /// A buffer of `n` elements that nobody has written.
+    pub fn uninitialised<T: bytemuck::Pod>(&mut self, name: &str, n: usize) -> Buffer {
+        self.uninitialised_bytes(name, (n * size_of::<T>()) as u64)
+    }
+
+    /// A buffer of `bytes` bytes that nobody has written.
+    pub fn uninitialised_bytes(&mut self, name: &str, bytes: u64) -> Buffer {
+        self.buffers.push(GlobalBuffer::new(name, bytes));
+        Buffer(self.buffers.len() - 1)
+    }
+
+    /// Address of a buffer's first byte in the simulated machine.
+    pub fn address(&self, buffer: Buffer) -> u64 {
+        global_address(buffer.0)
+    }
+
+    /// Contents of a buffer.
+    ///
+    /// # Errors
+    /// [`Uninitialised`] when part of it was never written.
+    pub fn read<T: bytemuck::Pod>(&self, buffer: Buffer) -> Result<Vec<T>, Uninitialised> {
+        Ok(bytemuck::pod_collect_to_vec(&self.download(buffer)?))
+    }
+
+    /// Contents of a buffer as bytes.
+    ///
+    /// # Errors
+    /// [`Uninitialised`] when part of it was never written.
+    pub fn download(&self, buffer: Buffer) -> Result<Vec<u8>, Uninitialised> {
+        let b = &self.buffers[buffer.0];
+        match b.uninitialised(0, b.bytes) {
+            Some(offset) => Err(Uninitialised { buffer: b.name.clone(), offset }),
+            None => Ok(self.contents(buffer)),
+        }
+    }
+
+    /// Contents of a buffer; bytes that were never written are 0.
+    pub fn contents(&self, buffer: Buffer) -> Vec<u8> {
+        let b = &self.buffers[buffer.0];
+        let mut bytes = vec![0; b.bytes as usize];
+        b.copy_out(0, &mut bytes);
+        bytes
+    }
+
+    /// Runs a kernel once, by [`Device::options`].
+    ///
+    /// # Errors
+    /// [`LaunchError`]: nothing has run. What the kernel does wrong is in the report.
+    pub fn launch(
+        &mut self,
+        module: &Module,
+        kernel: &str,
+        launch: &Launch,
+        args: &[Arg],
+    ) -> Result<Report, LaunchError> {
+        let kernel = module.kernel(kernel)?;
+        let params = self.params(&kernel, args)?;
+        let variables = module.variables();
+        self.buffers.iter_mut().for_each(GlobalBuffer::reset_accesses);
+        let options = self.options.clone();
+        let grid =
+            Grid::new(&kernel, self.arch, *launch, params, &self.buffers, &variables, &options)?;
+        Ok(run(&grid))
+    }
+
+    fn params(&self, kernel: &Kernel, args: &[Arg]) -> Result<Vec<u8>, LaunchError> {
+        let name = || kernel.name.clone();
+        if args.len() != kernel.params.len() {
+            let (expected, given) = (kernel.params.len(), args.len());
+            return Err(LaunchError::ArgumentCount { kernel: name(), expected, given });
+        }
+        let end = kernel.params.last().map_or(0, |p| p.offset + p.bytes);
+        if end > self.arch.max_params() {
+            return Err(LaunchError::Limit {
+                what: "the size of the parameters".into(),
+                given: end.to_string(),
+                limit: self.arch.max_params().to_string(),
+            });
+        }
+        let mut block = vec![0; end as usize];
+        for (index, (param, arg)) in kernel.params.iter().zip(args).enumerate() {
+            let bytes = match arg {
+                Arg::Buffer(b) => self.address(*b).to_le_bytes().to_vec(),
+                Arg::I32(v) => v.to_le_bytes().to_vec(),
+                Arg::U32(v) => v.to_le_bytes().to_vec(),
+                Arg::I64(v) => v.to_le_bytes().to_vec(),
+                Arg::U64(v) => v.to_le_bytes().to_vec(),
+                Arg::F32(v) => v.to_le_bytes().to_vec(),
+                Arg::Bytes(v) => v.clone(),
+                Arg::TensorMap(map) => {
+                    map.validate().map_err(|error| LaunchError::TensorMap {
+                        kernel: name(),
+                        index,
+                        error,
+                    })?;
+                    map.encode().to_vec()
+                }
+            };
+            if bytes.len() != param.bytes as usize {
+                return Err(LaunchError::ArgumentSize {
+                    kernel: name(),
+                    index,
+                    name: param.name.clone(),
+                    expected: param.bytes,
+                    given: bytes.len(),
+                });
+            }
+            block[param.offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        Ok(block)
+    }
+
+    /// Runs a kernel under several schedules, from the same contents of all buffers, with
+    /// asynchronous operations eager and lazy in turn; the buffers then hold what the first left.
+    /// Outputs that differ in a bit are reported as schedule-dependent.
+    ///
+    /// # Errors
+    /// As [`Device::launch`].
+    pub fn explore(
+        &mut self,
+        module: &Module,
+        kernel: &str,
+        launch: &Launch,
+        args: &[Arg],
+        schedules: u32,
+    ) -> Result<Report, LaunchError> {
+        let before = self.save();
+        let (seed, timing) = (self.options.seed, self.options.timing);
+        let mut report = self.launch(module, kernel, launch, args)?;
+        let first = self.save();
+        for i in 1..schedules {
+            self.restore(&before);
+            self.options.seed = seed.wrapping_add(i.into());
+            self.options.timing = match (timing, i % 2) {
+                (Timing::Eager, 1) | (Timing::Lazy, 0) => Timing::Lazy,
+                _ => Timing::Eager,
+            };
+            let next = self.launch(module, kernel, launch, args);
+            (self.options.seed, self.options.timing) = (seed, timing);
+            report.merge(next?);
+            let second = self.save();
+            for (b, (x, y)) in self.buffers.iter().zip(first.iter().zip(&second)) {
+                if let Some(at) = (0..x.0.len()).find(|i| x.0[*i] != y.0[*i] || x.1[*i] != y.1[*i]) {
+                    report.schedule_dependent(&b.name, at as u64, i);
+                }
+            }
+        }
+        self.restore(&first);
+        Ok(report)
+    }
+
+    /// Contents and initialised bytes of all buffers.
+    fn save(&self) -> Vec<(Vec<u8>, Vec<bool>)> {
+        let save = |i| {
+            let written = self.buffers[i].initialised();
+            (self.contents(Buffer(i)), written)
+        };
+        (0..self.buffers.len()).map(save).collect()
+    }
+
+    fn restore(&mut self, saved: &[(Vec<u8>, Vec<bool>)]) {
+        for (buffer, (bytes, written)) in self.buffers.iter_mut().zip(saved) {
+            buffer.restore(bytes, written);
+        }
+    }
+}
+
+/// Runs every gang of a grid.
+fn run(grid: &Grid<'_>) -> Report {
+    let per_gang = match grid.options.residency {
+        Residency::Sequential => grid.cluster_size(),
+        Residency::CoResident => grid.blocks(),
+    };
+    let mut gangs: Vec<u32> = (0..grid.blocks() / per_gang).collect();
+    gangs.shuffle(&mut ChaCha8Rng::seed_from_u64(grid.options.seed));
+    let outcomes: Vec<_> = gangs
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|g| Gang::new(grid, g * per_gang..(g + 1) * per_gang).run())
+        .collect();
+    Report::new(grid, outcomes)
+}
