@@ -1,3 +1,5 @@
 //! A functional simulator of PTX, the virtual instruction set of NVIDIA GPUs.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
+
+pub mod ast;
