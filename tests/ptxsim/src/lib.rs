@@ -3,3 +3,5 @@
 #![warn(missing_docs)]
 
 pub mod ast;
+mod lexer;
+pub mod parser;
