@@ -102,7 +102,13 @@ impl Cx<'_, '_> {
 
     /// Loads `bytes` bytes per executing lane, the first in the lowest bits; 0 where the address
     /// is bad.
-    pub fn load(&mut self, window: Window, bytes: u32, at: &Lanes, strong: Option<Scope>) -> [u128; 32] {
+    pub fn load(
+        &mut self,
+        window: Window,
+        bytes: u32,
+        at: &Lanes,
+        strong: Option<Scope>,
+    ) -> [u128; 32] {
         self.count_access(window, bytes, at, Mode::Read);
         let mut out = [0; 32];
         for l in lanes(self.mask) {
@@ -149,14 +155,14 @@ impl Cx<'_, '_> {
             self.touch(region, bytes, Mode::Update, self.own(l, Some(scope)), "atomic");
             let mut data = [0; 16];
             let n = bytes as usize;
-            let apply = |data: &mut [u8; 16]| {
+            let mut apply = |data: &mut [u8; 16]| {
                 out[l] = u128::from_le_bytes(*data);
                 *data = f(l, out[l]).to_le_bytes();
             };
             match region {
                 // Under the lock of the page: other blocks may run at the same time.
                 Region::Global { buffer, offset } => {
-                    let mut page = self.grid.buffers[buffer].page(offset);
+                    let mut page = self.grid.existing(buffer).page(offset);
                     let at = (offset % PAGE) as usize;
                     data[..n].copy_from_slice(&page.data[at..at + n]);
                     apply(&mut data);
@@ -171,6 +177,9 @@ impl Cx<'_, '_> {
         }
         out
     }
+
+    /// Counts what an access costs, before anything is known of its addresses.
+    fn count_access(&mut self, _window: Window, _bytes: u32, _at: &Lanes, _mode: Mode) {}
 
     /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
     /// exist.
@@ -215,9 +224,14 @@ impl Cx<'_, '_> {
             (Window::Local, _) => within(address, self.frame_bytes()).map(Region::Local),
             (Window::Generic, Target::Local(o)) => within(o, self.frame_bytes()).map(Region::Local),
             (Window::Param, _) => within(address, self.grid.params.len()).map(Region::Param),
-            (Window::Generic, Target::Param(o)) => within(o, self.grid.params.len()).map(Region::Param),
-            (Window::Generic | Window::Global | Window::Const, Target::Global { buffer, offset }) => {
-                let b = self.grid.global.get(buffer)?;
+            (Window::Generic, Target::Param(o)) => {
+                within(o, self.grid.params.len()).map(Region::Param)
+            }
+            (
+                Window::Generic | Window::Global | Window::Const,
+                Target::Global { buffer, offset },
+            ) => {
+                let b = self.grid.buffer(buffer)?;
                 let offset = u64::try_from(offset).ok()?;
                 (offset.checked_add(bytes.into())? <= b.bytes)
                     .then_some(Region::Global { buffer, offset })
@@ -250,7 +264,7 @@ impl Cx<'_, '_> {
             (Window::Param, _) => named("param", "parameters", address as i64),
             (Window::Generic, Target::Param(o)) => named("param", "parameters", o as i64),
             (_, Target::Global { buffer, offset }) => {
-                named("global", &self.grid.global.get(buffer)?.name, offset)
+                named("global", &self.grid.buffer(buffer)?.name, offset)
             }
             _ => None,
         }
@@ -280,22 +294,40 @@ impl Cx<'_, '_> {
         }
         match region {
             Region::Global { buffer, offset } => {
-                let b = &self.grid.buffers[buffer];
+                let b = self.grid.existing(buffer);
                 if mode != Mode::Read && !b.writable {
                     let text = format!("{what} to constant memory");
-                    self.report_at(Kind::OutOfBounds, actor.lane, text, self.region_place(region), None);
+                    self.report_at(
+                        Kind::OutOfBounds,
+                        actor.lane,
+                        text,
+                        self.region_place(region),
+                        None,
+                    );
                 }
                 let (mut from, end) = (offset, offset + u64::from(bytes));
                 while from < end {
                     let to = end.min((from / PAGE + 1) * PAGE);
-                    self.touch_part(Region::Global { buffer, offset: from }, (to - from) as u32, mode, actor, what);
+                    self.touch_part(
+                        Region::Global { buffer, offset: from },
+                        (to - from) as u32,
+                        mode,
+                        actor,
+                        what,
+                    );
                     from = to;
                 }
             }
             Region::Shared { block, address } => {
                 if self.gang.blocks[block].shared.touches_mbarrier(address, bytes) {
                     let text = format!("{what} of an mbarrier object");
-                    self.report_at(Kind::Mbarrier, actor.lane, text, self.region_place(region), None);
+                    self.report_at(
+                        Kind::Mbarrier,
+                        actor.lane,
+                        text,
+                        self.region_place(region),
+                        None,
+                    );
                     return;
                 }
                 self.touch_part(region, bytes, mode, actor, what);
@@ -303,7 +335,13 @@ impl Cx<'_, '_> {
             Region::Local(o) => self.touch_local(o, bytes, mode, actor.lane),
             Region::Param(_) if mode != Mode::Read => {
                 let text = format!("{what} to the kernel's parameters");
-                self.report_at(Kind::OutOfBounds, actor.lane, text, self.region_place(region), None);
+                self.report_at(
+                    Kind::OutOfBounds,
+                    actor.lane,
+                    text,
+                    self.region_place(region),
+                    None,
+                );
             }
             Region::Param(_) => {}
         }
@@ -314,7 +352,13 @@ impl Cx<'_, '_> {
         let written = &mut self.warp.frame_written[at..at + bytes as usize];
         if mode == Mode::Read && written.contains(&false) {
             let text = format!("load of {bytes} bytes of local memory that were never written");
-            self.report_at(Kind::UninitialisedMemory, lane, text, self.region_place(Region::Local(o)), None);
+            self.report_at(
+                Kind::UninitialisedMemory,
+                lane,
+                text,
+                self.region_place(Region::Local(o)),
+                None,
+            );
         } else if mode != Mode::Read {
             written.fill(true);
         }
@@ -344,7 +388,7 @@ impl Cx<'_, '_> {
         let mut page;
         let shadow = match region {
             Region::Global { buffer, offset } => {
-                page = self.grid.buffers[buffer].page(offset);
+                page = self.grid.existing(buffer).page(offset);
                 &mut page.shadow
             }
             Region::Shared { block, .. } => &mut self.gang.blocks[block].shared.shadow,
@@ -385,7 +429,7 @@ impl Cx<'_, '_> {
     /// Copies bytes out of a region, unchecked.
     pub fn copy_out(&self, lane: usize, region: Region, out: &mut [u8]) {
         match region {
-            Region::Global { buffer, offset } => self.grid.buffers[buffer].copy_out(offset, out),
+            Region::Global { buffer, offset } => self.grid.existing(buffer).copy_out(offset, out),
             Region::Shared { block, address } => {
                 let shared = &self.gang.blocks[block].shared;
                 let at = shared.index(address);
@@ -402,7 +446,7 @@ impl Cx<'_, '_> {
     /// Copies bytes into a region, unchecked.
     pub fn copy_in(&mut self, lane: usize, region: Region, bytes: &[u8]) {
         match region {
-            Region::Global { buffer, offset } => self.grid.buffers[buffer].copy_in(offset, bytes),
+            Region::Global { buffer, offset } => self.grid.existing(buffer).copy_in(offset, bytes),
             Region::Shared { block, address } => {
                 self.gang.blocks[block].shared.write(address, bytes);
             }
@@ -415,7 +459,15 @@ impl Cx<'_, '_> {
     }
 
     /// What a strong store or atomic of a lane makes visible to those who read it.
-    pub fn publish(&mut self, lane: usize, window: Window, address: u64, scope: Scope, release: bool, rmw: bool) {
+    pub fn publish(
+        &mut self,
+        lane: usize,
+        window: Window,
+        address: u64,
+        scope: Scope,
+        release: bool,
+        rmw: bool,
+    ) {
         let k = self.warp.clock.publish(1 << lane, release);
         let b = &self.gang.blocks[self.warp.block];
         let (cta, cluster) = (b.linear, b.cluster);
@@ -429,7 +481,14 @@ impl Cx<'_, '_> {
     }
 
     /// What a strong load or atomic of a lane learns.
-    pub fn observe(&mut self, lane: usize, window: Window, address: u64, scope: Scope, acquire: bool) {
+    pub fn observe(
+        &mut self,
+        lane: usize,
+        window: Window,
+        address: u64,
+        scope: Scope,
+        acquire: bool,
+    ) {
         let b = &self.gang.blocks[self.warp.block];
         let (cta, cluster) = (b.linear, b.cluster);
         let k = match self.sync_key(window, address) {

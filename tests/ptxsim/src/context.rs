@@ -53,7 +53,9 @@ impl Cx<'_, '_> {
     /// Reports a register that must not be read now.
     #[inline]
     pub fn check_register(&mut self, slot: u32) {
-        if self.grid.options.checks && let Some(fault) = self.warp.check_read(slot, self.mask) {
+        if self.grid.options.checks
+            && let Some(fault) = self.warp.check_read(slot, self.mask)
+        {
             self.register_fault(slot, fault);
         }
     }
@@ -93,7 +95,13 @@ impl Cx<'_, '_> {
     #[inline]
     pub fn test(&mut self, pred: Pred) -> u32 {
         match pred {
-            Pred::Constant(v) => if v { u32::MAX } else { 0 },
+            Pred::Constant(v) => {
+                if v {
+                    u32::MAX
+                } else {
+                    0
+                }
+            }
             Pred::Reg { slot, negated } => {
                 if self.grid.options.checks {
                     let unwritten = self.warp.unwritten_predicate(slot, self.mask);
@@ -195,7 +203,8 @@ impl Cx<'_, '_> {
             return Some(Flow::Wait(Waiting::Lanes(self.warp.live & !self.mask)));
         }
         let missing = self.warp.live & !self.mask;
-        let text = format!("divergent lanes at an aligned instruction: lanes {missing:#x} are missing");
+        let text =
+            format!("divergent lanes at an aligned instruction: lanes {missing:#x} are missing");
         Some(self.fault(Kind::Divergence, text))
     }
 
@@ -276,13 +285,21 @@ impl Cx<'_, '_> {
             _ => Kind::Race,
         };
         let order = match race.conflict {
-            Conflict::ReadAfterWrite => "reads what another access wrote, without order between them",
-            Conflict::WriteAfterRead => "writes what another access reads, without order between them",
-            Conflict::WriteAfterWrite => "writes what another access wrote, without order between them",
+            Conflict::ReadAfterWrite => {
+                "reads what another access wrote, without order between them"
+            }
+            Conflict::WriteAfterRead => {
+                "writes what another access reads, without order between them"
+            }
+            Conflict::WriteAfterWrite => {
+                "writes what another access wrote, without order between them"
+            }
             Conflict::MissingProxyFence => {
                 "the other access was made in the other proxy, and no fence.proxy.async lies between"
             }
-            Conflict::PendingWrite => "an asynchronous operation that has not been waited for writes it",
+            Conflict::PendingWrite => {
+                "an asynchronous operation that has not been waited for writes it"
+            }
             Conflict::PendingRead => {
                 "an asynchronous operation that has not been waited for still reads it"
             }

@@ -66,7 +66,10 @@ pub fn kernel(
 }
 
 fn mnemonic(i: &ast::Instr) -> String {
-    std::iter::once(i.root.as_str()).chain(i.mods.iter().map(String::as_str)).collect::<Vec<_>>().join(".")
+    std::iter::once(i.root.as_str())
+        .chain(i.mods.iter().map(String::as_str))
+        .collect::<Vec<_>>()
+        .join(".")
 }
 
 #[derive(Default)]
@@ -181,8 +184,12 @@ impl Env<'_> {
     /// A value of type `ty`: register, special register, constant, or the address of a variable.
     pub fn src(&self, o: &Operand, ty: Type) -> Result<Src> {
         match o {
-            Operand::Int(v) if matches!(ty, Type::F32) => Ok(Src::imm(u64::from((*v as i64 as f32).to_bits()))),
-            Operand::Int(v) if matches!(ty, Type::F64) => Ok(Src::imm((*v as i64 as f64).to_bits())),
+            Operand::Int(v) if matches!(ty, Type::F32) => {
+                Ok(Src::imm(u64::from((*v as i64 as f32).to_bits())))
+            }
+            Operand::Int(v) if matches!(ty, Type::F64) => {
+                Ok(Src::imm((*v as i64 as f64).to_bits()))
+            }
             Operand::Int(v) => Ok(Src::imm(v & mask(ty.size()))),
             Operand::F32(bits) => Ok(Src::imm((*bits).into())),
             Operand::F64(bits) if ty == Type::F32 => {
@@ -210,7 +217,9 @@ impl Env<'_> {
 
     fn named(&self, name: &str, ty: Type) -> Result<Src> {
         match self.lookup(name) {
-            Some(Symbol::Register { slot, ty: declared }) if fits(declared, ty) => Ok(Src::Reg(slot)),
+            Some(Symbol::Register { slot, ty: declared }) if fits(declared, ty) => {
+                Ok(Src::Reg(slot))
+            }
             Some(Symbol::Register { ty: declared, .. }) => {
                 Err(format!("{name} is declared .{declared}, not fit for .{ty}"))
             }
@@ -242,7 +251,9 @@ impl Env<'_> {
                     Some(Symbol::Register { ty, .. }) => (ty, None),
                     Some(Symbol::Param(_)) => (Type::B64, Some(Space::Param)),
                     Some(Symbol::Frame(_)) => (Type::B64, Some(Space::Local)),
-                    Some(Symbol::Shared(_) | Symbol::DynamicShared) => (Type::B32, Some(Space::Shared)),
+                    Some(Symbol::Shared(_) | Symbol::DynamicShared) => {
+                        (Type::B32, Some(Space::Shared))
+                    }
                     Some(Symbol::Global(_, space)) => (Type::B64, Some(space)),
                     _ => return Err(format!("{name} is no address")),
                 };
@@ -344,7 +355,8 @@ impl<'a> Opcode<'a> {
 
     /// Takes all modifiers that start with `prefix`.
     pub fn take_prefixed(&mut self, prefix: &str) -> Vec<&'a str> {
-        let (taken, rest) = std::mem::take(&mut self.rest).into_iter().partition(|m| m.starts_with(prefix));
+        let (taken, rest) =
+            std::mem::take(&mut self.rest).into_iter().partition(|m| m.starts_with(prefix));
         self.rest = rest;
         taken
     }

@@ -183,7 +183,7 @@ impl Device {
     /// # Errors
     /// [`Uninitialised`] when part of it was never written.
     pub fn read<T: bytemuck::Pod>(&self, buffer: Buffer) -> Result<Vec<T>, Uninitialised> {
-        Ok(bytemuck::pod_collect_to_vec(&self.download(buffer)?))
+        Ok(bytemuck::allocation::pod_collect_to_vec(&self.download(buffer)?))
     }
 
     /// Contents of a buffer as bytes.
@@ -304,7 +304,8 @@ impl Device {
             report.merge(next?);
             let second = self.save();
             for (b, (x, y)) in self.buffers.iter().zip(first.iter().zip(&second)) {
-                if let Some(at) = (0..x.0.len()).find(|i| x.0[*i] != y.0[*i] || x.1[*i] != y.1[*i]) {
+                if let Some(at) = (0..x.0.len()).find(|i| x.0[*i] != y.0[*i] || x.1[*i] != y.1[*i])
+                {
                     report.schedule_dependent(&b.name, at as u64, i);
                 }
             }
@@ -315,7 +316,7 @@ impl Device {
 
     /// Contents and initialised bytes of all buffers.
     fn save(&self) -> Vec<(Vec<u8>, Vec<bool>)> {
-        let save = |i| {
+        let save = |i: usize| {
             let written = self.buffers[i].initialised();
             (self.contents(Buffer(i)), written)
         };

@@ -186,7 +186,9 @@ impl<'g> Gang<'g> {
                     continue;
                 }
                 stalled += 1;
-                order.extend((0..self.warps.len()).filter(|w| matches!(self.status[*w], Status::Polling(_))));
+                order.extend(
+                    (0..self.warps.len()).filter(|w| matches!(self.status[*w], Status::Polling(_))),
+                );
                 if order.is_empty() || stalled > STALLED_ROUNDS {
                     self.report_deadlock();
                     break false;
@@ -254,7 +256,8 @@ impl<'g> Gang<'g> {
         let version = self.state.version;
         let warp = &mut self.warps[w];
         warp.wake();
-        let mut cx = Cx { warp, gang: &mut self.state, grid: self.grid, mask: 0, pc: 0, note: None };
+        let mut cx =
+            Cx { warp, gang: &mut self.state, grid: self.grid, mask: 0, pc: 0, note: None };
         // Lanes that spin at a low program counter may wait for lanes further on.
         let high = self.stuck[w] >= STUCK_TURNS;
         for _ in 0..quantum {
@@ -266,7 +269,11 @@ impl<'g> Gang<'g> {
             let Some(g) = next else {
                 self.stuck[w] = 0;
                 let polls = cx.warp.groups.iter().any(|g| g.waiting == Some(Waiting::Poll));
-                return Some(if polls { Status::Polling(version) } else { Status::Blocked(version) });
+                return Some(if polls {
+                    Status::Polling(version)
+                } else {
+                    Status::Blocked(version)
+                });
             };
             match step(&mut cx, g) {
                 Step::On => {}
@@ -297,18 +304,25 @@ impl<'g> Gang<'g> {
         }
         for b in &self.state.blocks {
             for (address, cell) in &b.shared.mbarriers {
-                text += &format!("\n  block {}: mbarrier at shared {address:#x}: {}", b.linear, cell.state);
+                text += &format!(
+                    "\n  block {}: mbarrier at shared {address:#x}: {}",
+                    b.linear, cell.state
+                );
             }
         }
         if let Some((pc, at)) = first {
-            self.state.findings.add(pc, None, crate::diagnostic::Diagnostic {
-                kind: Kind::Deadlock,
-                message: text,
-                at,
-                other: None,
-                address: None,
-                repeated: 1,
-            });
+            self.state.findings.add(
+                pc,
+                None,
+                crate::diagnostic::Diagnostic {
+                    kind: Kind::Deadlock,
+                    message: text,
+                    at,
+                    other: None,
+                    address: None,
+                    repeated: 1,
+                },
+            );
         }
     }
 
@@ -318,14 +332,18 @@ impl<'g> Gang<'g> {
         };
         let at = self.grid.location(g.pc, warp.global, g.lanes.trailing_zeros() & 31);
         let text = format!("no end after {} warp instructions", self.grid.options.max_instructions);
-        self.state.findings.add(g.pc, None, crate::diagnostic::Diagnostic {
-            kind: Kind::Deadlock,
-            message: text,
-            at,
-            other: None,
-            address: None,
-            repeated: 1,
-        });
+        self.state.findings.add(
+            g.pc,
+            None,
+            crate::diagnostic::Diagnostic {
+                kind: Kind::Deadlock,
+                message: text,
+                at,
+                other: None,
+                address: None,
+                repeated: 1,
+            },
+        );
     }
 }
 

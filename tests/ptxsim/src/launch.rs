@@ -203,6 +203,8 @@ pub struct Grid<'g> {
     /// Options.
     pub options: &'g Options,
     sync: Mutex<SyncTable>,
+    /// Whether `sync` has been used at all.
+    synchronised: AtomicBool,
     /// Block of every mbarrier actor.
     actors: Mutex<Vec<u32>>,
     stop: AtomicBool,
@@ -232,6 +234,7 @@ impl<'g> Grid<'g> {
             variables,
             options,
             sync: Mutex::default(),
+            synchronised: AtomicBool::new(false),
             actors: Mutex::default(),
             stop: AtomicBool::new(false),
         })
@@ -242,6 +245,14 @@ impl<'g> Grid<'g> {
         match number.checked_sub(FIRST_MODULE_VARIABLE) {
             Some(i) => self.variables.get(i),
             None => self.buffers.get(number),
+        }
+    }
+
+    /// A buffer whose number is known to be right.
+    pub fn existing(&self, number: usize) -> &GlobalBuffer {
+        match number.checked_sub(FIRST_MODULE_VARIABLE) {
+            Some(i) => &self.variables[i],
+            None => &self.buffers[number],
         }
     }
 
@@ -280,7 +291,13 @@ impl<'g> Grid<'g> {
 
     /// Table of what atomics in global memory carry.
     pub fn sync(&self) -> MutexGuard<'_, SyncTable> {
+        self.synchronised.store(true, Ordering::Relaxed);
         self.sync.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether any atomic has been published.
+    pub fn has_sync(&self) -> bool {
+        self.synchronised.load(Ordering::Relaxed)
     }
 
     /// A number for a new mbarrier of a block.
@@ -414,14 +431,22 @@ fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), Laun
         return Err(limit("the grid", format!("{:?}", launch.grid), "[2147483647, 65535, 65535]"));
     }
     if product(launch.grid) * threads.div_ceil(32) >= 1 << 28 {
-        return Err(limit("the number of warps", product(launch.grid) * threads.div_ceil(32), 1 << 28));
+        return Err(limit(
+            "the number of warps",
+            product(launch.grid) * threads.div_ceil(32),
+            1 << 28,
+        ));
     }
     let d = &kernel.directives;
     if let Some(max) = d.max_threads.map(product).filter(|max| threads > *max) {
         return Err(limit("the number of threads (.maxntid)", threads, max));
     }
     if let Some(required) = d.required_threads.filter(|r| *r != launch.block) {
-        return Err(limit("the block (.reqntid)", format!("{:?}", launch.block), format!("{required:?}")));
+        return Err(limit(
+            "the block (.reqntid)",
+            format!("{:?}", launch.block),
+            format!("{required:?}"),
+        ));
     }
     if let Some(required) = d.cluster.filter(|r| product(*r) > 0 && *r != launch.cluster) {
         let given = format!("{:?}", launch.cluster);
@@ -433,7 +458,11 @@ fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), Laun
     }
     if (0..3).any(|i| !launch.grid[i].is_multiple_of(launch.cluster[i])) {
         let given = format!("{:?}", launch.grid);
-        return Err(limit("the grid", given, format!("a multiple of the cluster {:?}", launch.cluster)));
+        return Err(limit(
+            "the grid",
+            given,
+            format!("a multiple of the cluster {:?}", launch.cluster),
+        ));
     }
     if kernel.static_shared > 48 * 1024 {
         return Err(limit("static shared memory", kernel.static_shared, 48 * 1024));

@@ -5,6 +5,7 @@
 mod access;
 pub mod arch;
 pub mod ast;
+pub mod async_queue;
 pub mod bank;
 pub mod bound;
 pub mod clock;
@@ -29,7 +30,6 @@ mod scope;
 pub mod shadow;
 pub mod tensor_map;
 mod warp;
-pub mod async_queue;
 
 pub use arch::Arch;
 pub use device::{Arg, Buffer, Device, Module, Uninitialised};

@@ -6,9 +6,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::clock::Knowledge;
 use crate::mbarrier::Mbarrier;
 use crate::shadow::Shadow;
-use crate::clock::Knowledge;
 
 /// Bits of an address below the number of the allocation.
 const WINDOW_BITS: u32 = 40;
@@ -227,9 +227,8 @@ impl SharedMemory {
     #[inline]
     pub fn range(&self, address: u32, bytes: u32) -> Option<&SharedRange> {
         let end = u64::from(address) + u64::from(bytes);
-        let inside = |r: &&SharedRange| {
-            address >= r.start && end <= u64::from(r.start) + u64::from(r.bytes)
-        };
+        let inside =
+            |r: &&SharedRange| address >= r.start && end <= u64::from(r.start) + u64::from(r.bytes);
         self.ranges.iter().find(inside)
     }
 

@@ -204,7 +204,8 @@ impl<'a> Flat<'a> {
             self.predicates - count
         } else {
             let first = self.register_names.len() as u32;
-            let name = |i| if v.range.is_some() { format!("{}{i}", v.name) } else { v.name.clone() };
+            let name =
+                |i| if v.range.is_some() { format!("{}{i}", v.name) } else { v.name.clone() };
             self.register_names.extend((0..count).map(name));
             first
         };

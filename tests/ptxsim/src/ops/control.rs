@@ -1,9 +1,9 @@
 //! Branches, returns, ends, sleeping.
 
+use crate::ast::Type;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::diagnostic::Kind;
-use crate::ast::Type;
 use crate::program::{Decoded, Flow, Waiting};
 
 /// bra, ret, exit, trap, brkpt, nanosleep, pmevent.

@@ -5,6 +5,7 @@ pub mod bulk;
 pub mod cluster;
 pub mod control;
 pub mod cp_async;
+pub mod load_store;
 pub mod moves;
 pub mod wgmma;
 
@@ -18,6 +19,8 @@ fn family(root: &str) -> Option<Decoder> {
     Some(match root {
         "mov" | "cvta" | "mapa" => moves::decode,
         "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
+        "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
+        | "createpolicy" => load_store::decode,
         _ => return None,
     })
 }

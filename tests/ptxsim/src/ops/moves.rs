@@ -29,7 +29,12 @@ fn mov(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         }
         (Operand::Vector(d), a) => unpack(env, ty, d, a),
         (d, Operand::Vector(a)) => pack(env, ty, d, a),
-        (d, Operand::Name(name)) if matches!(name.as_str(), "%clock" | "%clock64" | "%clock_hi" | "%globaltimer" | "%globaltimer_lo") => {
+        (d, Operand::Name(name))
+            if matches!(
+                name.as_str(),
+                "%clock" | "%clock64" | "%clock_hi" | "%globaltimer" | "%globaltimer_lo"
+            ) =>
+        {
             let d = env.dst(d, ty)?;
             let high = name == "%clock_hi";
             Ok(Decoded::next(Class::Move, move |cx| {

@@ -1,0 +1,72 @@
+#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
+pub struct Actor(u32);
+#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+pub enum ActorKind {
+    Thread,
+    CpAsync,
+    Bulk,
+    Wgmma,
+    Barrier,
+}
+impl Actor {
+    pub fn kind(self) -> ActorKind {
+        ActorKind::Thread
+    }
+    pub fn index(self) -> u32 {
+        0
+    }
+    pub fn thread(w: u32) -> Self {
+        Self(w)
+    }
+}
+#[derive(Copy, Clone, Debug)]
+pub struct Epoch {
+    pub actor: Actor,
+    pub clock: u32,
+    pub lanes: u32,
+}
+#[derive(Clone, Default, Debug)]
+pub struct Knowledge;
+#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+pub enum ProxySpace {
+    Shared,
+    Global,
+}
+#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+pub enum Scope {
+    Cta,
+    Cluster,
+    Gpu,
+    Sys,
+}
+pub struct WarpClock(u32);
+impl WarpClock {
+    pub fn new(w: u32) -> Self {
+        Self(w)
+    }
+    pub fn epoch(&self, lanes: u32) -> Epoch {
+        Epoch { actor: Actor(self.0), clock: 1, lanes }
+    }
+    pub fn publish(&mut self, _l: u32, _r: bool) -> Option<Knowledge> {
+        None
+    }
+    pub fn observe(&mut self, _l: u32, _k: &Knowledge, _a: bool) {}
+}
+#[derive(Default)]
+pub struct SyncTable;
+impl SyncTable {
+    pub fn weak_store(&mut self, _a: u64, _b: u32) {}
+    pub fn publish(
+        &mut self,
+        _a: u64,
+        _s: Scope,
+        _cta: u32,
+        _c: u32,
+        _k: Option<Knowledge>,
+        _rmw: bool,
+    ) {
+    }
+    pub fn observe(&self, _a: u64, _s: Scope, _cta: u32, _cl: u32) -> Option<Knowledge> {
+        None
+    }
+}
