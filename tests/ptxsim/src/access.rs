@@ -138,42 +138,49 @@ impl Cx<'_, '_> {
         }
     }
 
-    /// Replaces, lane after lane, what stands at the address by `f(lane, old)`; returns the old
-    /// values.
+    /// Replaces, lane after lane, the `count` elements of `size` bytes at the address by
+    /// `f(lane, element, old)`; returns the old values.
     pub fn update(
         &mut self,
         window: Window,
-        bytes: u32,
+        size: u32,
+        count: u32,
         at: &Lanes,
         scope: Scope,
-        mut f: impl FnMut(usize, u128) -> u128,
+        mut f: impl FnMut(usize, usize, u64) -> u64,
     ) -> [u128; 32] {
+        let bytes = size * count;
         self.count_access(window, bytes, at, Mode::Update);
         let mut out = [0; 32];
         for l in lanes(self.mask) {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
             self.touch(region, bytes, Mode::Update, self.own(l, Some(scope)), "atomic");
-            let mut data = [0; 16];
-            let n = bytes as usize;
-            let mut apply = |data: &mut [u8; 16]| {
-                out[l] = u128::from_le_bytes(*data);
-                *data = f(l, out[l]).to_le_bytes();
+            let mut old = [0; 16];
+            let mut apply = |data: &mut [u8]| {
+                old[..data.len()].copy_from_slice(data);
+                for (i, element) in data.chunks_exact_mut(size as usize).enumerate() {
+                    let mut word = [0; 8];
+                    word[..element.len()].copy_from_slice(element);
+                    let new = f(l, i, u64::from_le_bytes(word)).to_le_bytes();
+                    element.copy_from_slice(&new[..element.len()]);
+                }
             };
             match region {
                 // Under the lock of the page: other blocks may run at the same time.
                 Region::Global { buffer, offset } => {
                     let mut page = self.grid.existing(buffer).page(offset);
                     let at = (offset % PAGE) as usize;
-                    data[..n].copy_from_slice(&page.data[at..at + n]);
-                    apply(&mut data);
-                    page.data[at..at + n].copy_from_slice(&data[..n]);
+                    apply(&mut page.data[at..at + bytes as usize]);
                 }
                 region => {
-                    self.copy_out(l, region, &mut data[..n]);
-                    apply(&mut data);
-                    self.copy_in(l, region, &data[..n]);
+                    let mut data = [0; 16];
+                    let data = &mut data[..bytes as usize];
+                    self.copy_out(l, region, data);
+                    apply(data);
+                    self.copy_in(l, region, data);
                 }
             }
+            out[l] = u128::from_le_bytes(old);
         }
         out
     }

@@ -41,6 +41,9 @@ pub enum Scope {
 }
 pub struct WarpClock(u32);
 impl WarpClock {
+    pub fn fence(&mut self, _l: u32) {}
+    pub fn proxy_fence(&mut self, _l: u32, _s: Option<ProxySpace>) {}
+    pub fn sync_lanes(&mut self, _l: u32) {}
     pub fn new(w: u32) -> Self {
         Self(w)
     }

@@ -1,5 +1,6 @@
 //! The instruction families: each file decodes its mnemonics and holds their semantics.
 
+pub mod atomic;
 pub mod barrier;
 pub mod bulk;
 pub mod cluster;
@@ -7,6 +8,7 @@ pub mod control;
 pub mod cp_async;
 pub mod load_store;
 pub mod moves;
+pub mod warp;
 pub mod wgmma;
 
 use crate::decode::{Env, Opcode, Result};
@@ -21,6 +23,8 @@ fn family(root: &str) -> Option<Decoder> {
         "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
+        "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,
+        "atom" | "red" | "fence" | "membar" => atomic::decode,
         _ => return None,
     })
 }
