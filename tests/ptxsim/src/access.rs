@@ -354,6 +354,13 @@ impl Cx<'_, '_> {
         }
     }
 
+    /// The same for an mbarrier object, by the instructions that may.
+    pub fn touch_object(&mut self, region: Region, bytes: u32, mode: Mode, actor: Actor, what: &str) {
+        if self.grid.options.checks {
+            self.touch_part(region, bytes, mode, actor, what);
+        }
+    }
+
     fn touch_local(&mut self, o: usize, bytes: u32, mode: Mode, lane: u32) {
         let at = lane as usize * self.frame_bytes() + o;
         let written = &mut self.warp.frame_written[at..at + bytes as usize];

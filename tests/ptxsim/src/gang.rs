@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::clock::SyncTable;
 use crate::context::Cx;
 use crate::count::Counters;
-use crate::diagnostic::{Findings, Kind};
+use crate::diagnostic::{Diagnostic, Findings, Kind};
 use crate::launch::Grid;
 use crate::memory::SharedMemory;
 use crate::ops;
@@ -84,6 +84,15 @@ impl State {
     /// Says that something happened that others may wait for.
     pub fn progress(&mut self) {
         self.version += 1;
+    }
+
+    /// Reports something that no instruction under way has caused: `by` is the program counter,
+    /// warp and lane of the one that once did.
+    pub fn report(&mut self, grid: &Grid<'_>, kind: Kind, by: (u32, u32, u32), message: String) {
+        let (pc, warp, lane) = by;
+        let at = grid.location(pc, warp, lane);
+        let (other, address, repeated) = (None, None, 1);
+        self.findings.add(pc, None, Diagnostic { kind, message, at, other, address, repeated });
     }
 
     /// Performs an operation now, or puts it off when asynchronous operations are lazy.
@@ -314,7 +323,7 @@ impl<'g> Gang<'g> {
             self.state.findings.add(
                 pc,
                 None,
-                crate::diagnostic::Diagnostic {
+                Diagnostic {
                     kind: Kind::Deadlock,
                     message: text,
                     at,
@@ -335,7 +344,7 @@ impl<'g> Gang<'g> {
         self.state.findings.add(
             g.pc,
             None,
-            crate::diagnostic::Diagnostic {
+            Diagnostic {
                 kind: Kind::Deadlock,
                 message: text,
                 at,

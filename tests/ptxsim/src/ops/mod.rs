@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod control;
 pub mod cp_async;
 pub mod load_store;
+pub mod mbarrier;
 pub mod moves;
 pub mod warp;
 pub mod wgmma;
@@ -23,6 +24,7 @@ fn family(root: &str) -> Option<Decoder> {
         "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
+        "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,
         "atom" | "red" | "fence" | "membar" => atomic::decode,
         _ => return None,
