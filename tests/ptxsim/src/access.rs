@@ -355,7 +355,14 @@ impl Cx<'_, '_> {
     }
 
     /// The same for an mbarrier object, by the instructions that may.
-    pub fn touch_object(&mut self, region: Region, bytes: u32, mode: Mode, actor: Actor, what: &str) {
+    pub fn touch_object(
+        &mut self,
+        region: Region,
+        bytes: u32,
+        mode: Mode,
+        actor: Actor,
+        what: &str,
+    ) {
         if self.grid.options.checks {
             self.touch_part(region, bytes, mode, actor, what);
         }

@@ -8,7 +8,13 @@ pub enum ActorKind {
     Wgmma,
     Barrier,
 }
-impl Actor { pub fn barrier(w:u32)->Self{Self(w)} pub fn cp_async(w:u32)->Self{Self(w)}
+impl Actor {
+    pub fn barrier(w: u32) -> Self {
+        Self(w)
+    }
+    pub fn cp_async(w: u32) -> Self {
+        Self(w)
+    }
     pub fn kind(self) -> ActorKind {
         ActorKind::Thread
     }
@@ -26,7 +32,17 @@ pub struct Epoch {
     pub lanes: u32,
 }
 #[derive(Clone, Default, Debug)]
-pub struct Knowledge{pub generic:Clock} impl Knowledge{pub fn join(&mut self,_k:&Self){}} #[derive(Clone,Default,Debug)] pub struct Clock; impl Clock{pub fn learn(&mut self,_e:&Epoch){}}
+pub struct Knowledge {
+    pub generic: Clock,
+}
+impl Knowledge {
+    pub fn join(&mut self, _k: &Self) {}
+}
+#[derive(Clone, Default, Debug)]
+pub struct Clock;
+impl Clock {
+    pub fn learn(&mut self, _e: &Epoch) {}
+}
 #[derive(Copy, Clone, Eq, PartialEq, Debug)]
 pub enum ProxySpace {
     Shared,
@@ -40,7 +56,15 @@ pub enum Scope {
     Sys,
 }
 pub struct WarpClock(u32);
-impl WarpClock { pub fn known(&self,_l:u32,_a:Actor)->u32{0} pub fn acquire(&mut self,_l:u32,_k:&Knowledge){} pub fn release(&mut self,_l:u32)->Knowledge{Knowledge::default()} pub fn learn(&mut self,_l:u32,_e:&Epoch){}
+impl WarpClock {
+    pub fn known(&self, _l: u32, _a: Actor) -> u32 {
+        0
+    }
+    pub fn acquire(&mut self, _l: u32, _k: &Knowledge) {}
+    pub fn release(&mut self, _l: u32) -> Knowledge {
+        Knowledge::default()
+    }
+    pub fn learn(&mut self, _l: u32, _e: &Epoch) {}
     pub fn fence(&mut self, _l: u32) {}
     pub fn proxy_fence(&mut self, _l: u32, _s: Option<ProxySpace>) {}
     pub fn sync_lanes(&mut self, _l: u32) {}

@@ -197,12 +197,10 @@ impl Env<'_> {
             }
             Operand::F64(bits) => Ok(Src::imm(*bits)),
             Operand::Name(name) => self.named(name, ty),
-            Operand::Address { base: Base::Name(name), offset, coordinates: None } => {
-                match self.named(name, ty)? {
-                    Src::Imm(v) => Ok(Src::imm(v[0].wrapping_add(*offset as u64))),
-                    Src::Reg(_) => Err(format!("{name}{offset:+} as a value is not supported")),
-                }
-            }
+            Operand::Sum(name, offset) => match self.named(name, ty)? {
+                Src::Imm(v) => Ok(Src::imm(v[0].wrapping_add(*offset as u64))),
+                Src::Reg(_) => Err(format!("{name}{offset:+} as a value is not supported")),
+            },
             _ => Err("the operand is no value".into()),
         }
     }

@@ -252,12 +252,8 @@ impl Device {
                 Arg::F32(v) => v.to_le_bytes().to_vec(),
                 Arg::Bytes(v) => v.clone(),
                 Arg::TensorMap(map) => {
-                    map.validate().map_err(|error| LaunchError::TensorMap {
-                        kernel: name(),
-                        index,
-                        error,
-                    })?;
-                    map.encode().to_vec()
+                    let refused = |error| LaunchError::TensorMap { kernel: name(), index, error };
+                    map.encode().map_err(refused)?.to_vec()
                 }
             };
             if bytes.len() != param.bytes as usize {

@@ -30,8 +30,15 @@ pub struct At {
 /// mbarrier.*
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let forms = [
-        "init", "inval", "expect_tx", "complete_tx", "arrive", "arrive_drop", "test_wait",
-        "try_wait", "pending_count",
+        "init",
+        "inval",
+        "expect_tx",
+        "complete_tx",
+        "arrive",
+        "arrive_drop",
+        "test_wait",
+        "try_wait",
+        "pending_count",
     ];
     // `arrive.expect_tx` has both words: the first one written is the operation.
     let first = op.rest().first().copied().unwrap_or_default();
@@ -282,13 +289,20 @@ impl Wait {
             Some((place, phase)) => {
                 let what = if self.parity { "parity" } else { "token" };
                 let state = &cell(cx.gang, place).state;
-                let text = format!("mbarrier at shared {:#x}, {what} {phase} ({state})", place.address);
+                let text =
+                    format!("mbarrier at shared {:#x}, {what} {phase} ({state})", place.address);
                 Flow::Spin(Waiting::On(text))
             }
         }
     }
 
-    fn test(&self, cx: &mut Cx<'_, '_>, l: usize, at: At, phase: u64) -> Result<bool, MbarrierError> {
+    fn test(
+        &self,
+        cx: &mut Cx<'_, '_>,
+        l: usize,
+        at: At,
+        phase: u64,
+    ) -> Result<bool, MbarrierError> {
         let actor = clock::Actor::barrier(cell(cx.gang, at).actor);
         let known = cx.warp.clock.known(l as u32, actor).checked_sub(1).map(u64::from);
         let state = &cell(cx.gang, at).state;
@@ -374,7 +388,14 @@ pub fn settle_phase(state: &mut State, at: At, completed: Option<u64>) {
 }
 
 /// A copy issued in `phase` has delivered `bytes` bytes.
-pub fn deliver(state: &mut State, grid: &Grid<'_>, at: At, bytes: u64, phase: u64, issuer: (u32, u32, u32)) {
+pub fn deliver(
+    state: &mut State,
+    grid: &Grid<'_>,
+    at: At,
+    bytes: u64,
+    phase: u64,
+    issuer: (u32, u32, u32),
+) {
     if !state.blocks[at.block].shared.mbarriers.contains_key(&at.address) {
         return;
     }

@@ -24,6 +24,7 @@ fn family(root: &str) -> Option<Decoder> {
         "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
+        "bar" | "barrier" => barrier::decode,
         "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,
         "atom" | "red" | "fence" | "membar" => atomic::decode,
