@@ -116,7 +116,7 @@ fn functions_have_parameters_and_directives() {
         explicit_cluster: true,
     };
     assert_eq!(kernel.directives, expected);
-    assert_eq!(kernel.pos, Pos { line: 10, column: 26 });
+    assert_eq!(kernel.pos, Pos { line: 11, column: 26 });
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn literals_of_every_kind() {
         ("0d3FF0", "4: expected 16 hexadecimal digits after `0d`, found 4"),
         ("0x", "4: expected digits of base 16"),
         ("0b2", "4: expected digits of base 2"),
-        ("08", "4: expected a number, found `08`"),
+        ("08", "4: expected digits of base 8"),
         ("0129", "4: expected a number, found `0129`"),
         ("12ab", "4: expected a number, found `12ab`"),
         ("1.5f", "4: expected a number, found `1.5f`"),
