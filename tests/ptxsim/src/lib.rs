@@ -17,7 +17,7 @@ pub mod diagnostic;
 mod gang;
 pub mod launch;
 pub mod layout;
-pub mod lexer;
+mod lexer;
 pub mod mbarrier;
 mod memory;
 pub mod named_barrier;
