@@ -186,7 +186,7 @@ impl Cx<'_, '_> {
     }
 
     /// Counts what an access costs, before anything is known of its addresses.
-    fn count_access(&mut self, _window: Window, _bytes: u32, _at: &Lanes, _mode: Mode) {}
+    pub fn count_access(&mut self, _window: Window, _bytes: u32, _at: &Lanes, _mode: Mode) {}
 
     /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
     /// exist.

@@ -11,3 +11,11 @@ pub struct GangState;
 pub fn perform_one(_state: &mut State, _grid: &Grid<'_>) -> bool {
     false
 }
+
+/// cp.async.bulk.*
+pub fn decode(
+    _op: &mut crate::decode::Opcode<'_>,
+    _env: &crate::decode::Env<'_>,
+) -> crate::decode::Result<crate::program::Decoded> {
+    Err("unknown opcode".into())
+}

@@ -331,7 +331,7 @@ impl Wait {
 
 /// The live object at an address; reports when there is none, or when its initialisation is not
 /// ordered before this.
-fn find(cx: &mut Cx<'_, '_>, lane: usize, window: Window, address: u64) -> Option<At> {
+pub fn find(cx: &mut Cx<'_, '_>, lane: usize, window: Window, address: u64) -> Option<At> {
     find_by(cx, lane, window, address, Proxy::Generic)
 }
 

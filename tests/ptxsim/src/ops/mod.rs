@@ -25,6 +25,7 @@ fn family(root: &str) -> Option<Decoder> {
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
         "bar" | "barrier" => barrier::decode,
+        "cp" => cp_async::decode,
         "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,
         "atom" | "red" | "fence" | "membar" => atomic::decode,
