@@ -54,11 +54,11 @@ impl<T> AsyncQueue<T> {
     /// once. Their groups stay pending until [`wait`](Self::wait) covers them.
     pub fn wait_read(&mut self, n: usize) -> impl Iterator<Item = &mut T> {
         let done = self.groups.len().saturating_sub(n);
-        self.groups
-            .iter_mut()
-            .take(done)
-            .filter(|group| !std::mem::replace(&mut group.sources_read, true))
-            .flat_map(|group| group.operations.iter_mut())
+        let covered = self.groups.iter_mut().take(done).filter(|group| !group.sources_read);
+        covered.flat_map(|group| {
+            group.sources_read = true;
+            group.operations.iter_mut()
+        })
     }
 
     /// Commits, then waits for every group.
