@@ -8,6 +8,8 @@ pub const ENCODED_BYTES: usize = 128;
 
 const MAGIC: [u8; 8] = *b"ptxsimTM";
 const MAX_RANK: usize = 5;
+/// Shared memory a block can have.
+const MAX_BOX_BYTES: u64 = 227 << 10;
 const DTYPES: [Dtype; 11] = [
     Dtype::U8,
     Dtype::U16,
@@ -42,6 +44,9 @@ pub enum TensorMapError {
     /// The row of the box is not the width of the swizzle.
     #[error("swizzle: the box row has {row} bytes; the swizzle needs {width}")]
     SwizzleWidth { row: u64, width: u64 },
+    /// The box cannot fit in shared memory.
+    #[error("box: {bytes} bytes; at most {max} fit in shared memory")]
+    BoxBytes { bytes: u64, max: u64 },
     /// NaN fill of integers.
     #[error("oob: fill with nan needs a floating-point dtype, not {dtype:?}")]
     NanOfInteger { dtype: Dtype },
@@ -301,6 +306,10 @@ impl TensorMap {
         range("element_strides", self.element_strides.iter().map(|n| u64::from(*n)), 1, 8)?;
         let row = u64::from(self.box_dims[0] * self.dtype.bytes());
         multiple("bytes of the box row", row, 16)?;
+        let (bytes, max) = (self.box_bytes(), MAX_BOX_BYTES);
+        if bytes > max {
+            return Err(E::BoxBytes { bytes, max });
+        }
         let width = u64::from(u32::from(self.swizzle));
         if width > 0 && row != width {
             return Err(E::SwizzleWidth { row, width });
@@ -481,3 +490,6 @@ fn range(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
