@@ -362,10 +362,10 @@ impl TensorMap {
     /// Offset of a row of the box in the tensor; `None` outside.
     fn row_offset(&self, coordinates: &[i32], row: u32) -> Option<u64> {
         let (mut rest, mut offset) = (row, 0);
-        for d in 1..self.rank() {
+        for (d, coordinate) in coordinates.iter().enumerate().skip(1) {
             let i = rest % self.box_dims[d];
             rest /= self.box_dims[d];
-            offset += self.position(coordinates[d], i, d)? * self.strides[d - 1];
+            offset += self.position(*coordinate, i, d)? * self.strides[d - 1];
         }
         Some(offset)
     }

@@ -149,8 +149,8 @@ fn cases() -> impl Strategy<Value = (TensorMap, Vec<i32>)> {
             map.box_dims[0] = 16 / dtype.bytes() * list[0].1.min(2);
             map.dims[0] += 4;
             let mut stride = map.dims[0] * u64::from(dtype.bytes());
-            for d in 1..map.rank() {
-                stride = stride.next_multiple_of(16) + 16 * list[d].4;
+            for (d, dimension) in list.iter().enumerate().skip(1) {
+                stride = stride.next_multiple_of(16) + 16 * dimension.4;
                 map.strides[d - 1] = stride;
                 stride *= map.dims[d];
             }
@@ -165,10 +165,10 @@ fn naive(map: &TensorMap, coordinates: &[i32]) -> Vec<Option<u64>> {
     let total: u32 = map.box_dims.iter().product();
     let element = |linear: u32| {
         let (mut rest, mut offset, mut inside) = (linear, 0, true);
-        for d in 0..map.rank() {
+        for (d, coordinate) in coordinates.iter().enumerate() {
             let i = rest % map.box_dims[d];
             rest /= map.box_dims[d];
-            let x = i64::from(coordinates[d]) + i64::from(i * map.element_strides[d]);
+            let x = i64::from(*coordinate) + i64::from(i * map.element_strides[d]);
             let stride = if d == 0 { map.dtype.bytes().into() } else { map.strides[d - 1] };
             inside &= x >= 0 && x < map.dims[d] as i64;
             offset += x * stride as i64;
