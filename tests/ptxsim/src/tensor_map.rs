@@ -8,11 +8,8 @@ pub const ENCODED_BYTES: usize = 128;
 
 const MAGIC: [u8; 8] = *b"ptxsimTM";
 const MAX_RANK: usize = 5;
-<<<<<<< HEAD
-=======
 /// Shared memory a block can have.
 const MAX_BOX_BYTES: u64 = 227 << 10;
->>>>>>> state
 const DTYPES: [Dtype; 11] = [
     Dtype::U8,
     Dtype::U16,
@@ -47,12 +44,9 @@ pub enum TensorMapError {
     /// The row of the box is not the width of the swizzle.
     #[error("swizzle: the box row has {row} bytes; the swizzle needs {width}")]
     SwizzleWidth { row: u64, width: u64 },
-<<<<<<< HEAD
-=======
     /// The box cannot fit in shared memory.
     #[error("box: {bytes} bytes; at most {max} fit in shared memory")]
     BoxBytes { bytes: u64, max: u64 },
->>>>>>> state
     /// NaN fill of integers.
     #[error("oob: fill with nan needs a floating-point dtype, not {dtype:?}")]
     NanOfInteger { dtype: Dtype },
@@ -312,13 +306,10 @@ impl TensorMap {
         range("element_strides", self.element_strides.iter().map(|n| u64::from(*n)), 1, 8)?;
         let row = u64::from(self.box_dims[0] * self.dtype.bytes());
         multiple("bytes of the box row", row, 16)?;
-<<<<<<< HEAD
-=======
         let (bytes, max) = (self.box_bytes(), MAX_BOX_BYTES);
         if bytes > max {
             return Err(E::BoxBytes { bytes, max });
         }
->>>>>>> state
         let width = u64::from(u32::from(self.swizzle));
         if width > 0 && row != width {
             return Err(E::SwizzleWidth { row, width });
@@ -371,17 +362,10 @@ impl TensorMap {
     /// Offset of a row of the box in the tensor; `None` outside.
     fn row_offset(&self, coordinates: &[i32], row: u32) -> Option<u64> {
         let (mut rest, mut offset) = (row, 0);
-<<<<<<< HEAD
-        for d in 1..self.rank() {
-            let i = rest % self.box_dims[d];
-            rest /= self.box_dims[d];
-            offset += self.position(coordinates[d], i, d)? * self.strides[d - 1];
-=======
         for (d, coordinate) in coordinates.iter().enumerate().skip(1) {
             let i = rest % self.box_dims[d];
             rest /= self.box_dims[d];
             offset += self.position(*coordinate, i, d)? * self.strides[d - 1];
->>>>>>> state
         }
         Some(offset)
     }
@@ -506,9 +490,6 @@ fn range(
     }
     Ok(())
 }
-<<<<<<< HEAD
-=======
 
 #[cfg(test)]
 mod tests;
->>>>>>> state
