@@ -188,6 +188,9 @@ impl Cx<'_, '_> {
     /// Counts what an access costs, before anything is known of its addresses.
     pub fn count_access(&mut self, _window: Window, _bytes: u32, _at: &Lanes, _mode: Mode) {}
 
+    /// Counts bytes a bulk copy moves.
+    pub fn count_range(&mut self, _region: Region, _bytes: u32, _mode: Mode) {}
+
     /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
     /// exist.
     pub fn locate(

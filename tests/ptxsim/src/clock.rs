@@ -9,6 +9,12 @@ pub enum ActorKind {
     Barrier,
 }
 impl Actor {
+    pub fn bulk(w: u32) -> Self {
+        Self(w)
+    }
+    pub fn bulk_read(w: u32) -> Self {
+        Self(w)
+    }
     pub fn barrier(w: u32) -> Self {
         Self(w)
     }

@@ -123,6 +123,20 @@ impl GlobalBuffer {
         }
     }
 
+    /// Changes bytes in place, `f(offset in the range, bytes)` page by page, under the page's lock.
+    pub fn update(&self, offset: u64, bytes: usize, mut f: impl FnMut(usize, &mut [u8])) {
+        let mut done = 0;
+        while done < bytes {
+            let at = offset + done as u64;
+            let mut page = self.page(at);
+            let from = (at % PAGE) as usize;
+            let n = (bytes - done).min(page.data.len() - from);
+            f(done, &mut page.data[from..from + n]);
+            page.shadow.mark_initialised(from as u64, n as u32);
+            done += n;
+        }
+    }
+
     /// First byte of a range that nobody has written.
     pub fn uninitialised(&self, offset: u64, bytes: u64) -> Option<u64> {
         let end = offset + bytes;

@@ -58,9 +58,10 @@ fn proxy_fence(op: &mut Opcode<'_>) -> Result<Decoded> {
 }
 
 /// New value of a word from the old one and the operands.
-type Operation = Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>;
+pub type Operation = Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>;
 
-fn operation(name: &str, ty: Type) -> Result<Operation> {
+/// The update of this name for this type.
+pub fn operation(name: &str, ty: Type) -> Result<Operation> {
     let m = mask(ty.size());
     let bits = 8 * ty.size();
     let signed = move |v: u64| (v << (64 - bits)) as i64 >> (64 - bits);
@@ -99,7 +100,8 @@ fn float(name: &str, ty: Type) -> Result<Operation> {
     numeric::atomic(name, ty).ok_or_else(|| format!("{name} of .{ty} is not supported"))
 }
 
-const OPERATIONS: [&str; 10] =
+/// Names of the operations.
+pub const OPERATIONS: [&str; 10] =
     ["exch", "cas", "and", "or", "xor", "inc", "dec", "add", "min", "max"];
 
 fn atomic(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {

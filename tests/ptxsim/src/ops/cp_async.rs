@@ -61,7 +61,7 @@ impl Copy {
 /// cp.async.* but the bulk copies.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     op.expect("async")?;
-    if op.rest().first() == Some(&"bulk") {
+    if op.rest().contains(&"bulk") {
         return super::bulk::decode(op, env);
     }
     if op.take("commit_group") {

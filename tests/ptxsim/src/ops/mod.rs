@@ -5,6 +5,7 @@ pub mod barrier;
 pub mod bulk;
 pub mod cluster;
 pub mod control;
+pub mod copy;
 pub mod cp_async;
 pub mod load_store;
 pub mod mbarrier;
