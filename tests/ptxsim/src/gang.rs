@@ -37,6 +37,8 @@ pub struct Block {
     pub barriers: ops::barrier::BlockState,
     /// What atomics in its shared memory carry.
     pub sync: SyncTable,
+    /// Registers per thread of each warp; 0 where the launch does not tell.
+    pub registers: Vec<u32>,
     /// Warps that have not ended.
     pub running: u32,
 }
@@ -165,6 +167,10 @@ impl<'g> Gang<'g> {
                 shared: SharedMemory::new(&grid.shared),
                 barriers: ops::barrier::BlockState::new(grid.threads()),
                 sync: SyncTable::default(),
+                registers: vec![
+                    grid.launch.registers.unwrap_or(0);
+                    grid.warps_per_block() as usize
+                ],
                 running: grid.warps_per_block(),
             });
             warps.extend((0..grid.warps_per_block()).map(|w| grid.warp(block, linear, w)));

@@ -72,12 +72,8 @@ pub struct Warp {
     pub frame_written: Vec<bool>,
     /// wgmma groups not waited for, and the like.
     pub wgmma: crate::ops::wgmma::WarpState,
-    /// Registers per thread after setmaxnreg, 0 before the first.
-    pub max_registers: u32,
     /// What the last failed poll was for.
     pub last_wait: Option<String>,
-    /// Last observed phase of each mbarrier, by address.
-    pub observed: std::collections::BTreeMap<u64, u64>,
 }
 
 impl Warp {
@@ -100,9 +96,7 @@ impl Warp {
             frame: vec![0; frame],
             frame_written: vec![false; frame],
             wgmma: Default::default(),
-            max_registers: 0,
             last_wait: None,
-            observed: Default::default(),
         }
     }
 

@@ -9,6 +9,7 @@ pub mod copy;
 pub mod cp_async;
 pub mod load_store;
 pub mod mbarrier;
+pub mod misc;
 pub mod moves;
 pub mod warp;
 pub mod wgmma;
@@ -26,6 +27,7 @@ fn family(root: &str) -> Option<Decoder> {
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
         "bar" | "barrier" => barrier::decode,
+        "setmaxnreg" | "griddepcontrol" | "getctarank" => misc::decode,
         "cp" => cp_async::decode,
         "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,
