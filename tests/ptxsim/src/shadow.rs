@@ -106,14 +106,13 @@ struct Recent {
 }
 
 impl Recent {
+    #[inline]
     fn knows(&mut self, a: &Access, e: &Epoch) -> bool {
-        match self.found {
-            Some((warp, actor, clock))
-                if warp == a.clock.warp() && actor == e.actor && e.clock <= clock =>
-            {
-                return true;
-            }
-            _ => {}
+        let recent = self.found.is_some_and(|(warp, actor, clock)| {
+            warp == a.clock.warp() && actor == e.actor && e.clock <= clock
+        });
+        if recent || a.clock.is_own(a.lane, e) {
+            return true;
         }
         if a.clock.all_know(e.actor, e.clock) {
             self.found = Some((a.clock.warp(), e.actor, e.clock));

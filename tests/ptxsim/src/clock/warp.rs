@@ -102,8 +102,13 @@ impl WarpClock {
 
     /// Whether the epoch happens before the lane's next access.
     pub fn knows(&self, lane: u32, e: &Epoch) -> bool {
-        let own = e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane;
-        own || self.covers(lane, GENERIC, e)
+        self.is_own(lane, e) || self.covers(lane, GENERIC, e)
+    }
+
+    /// Whether the lane itself, and no other, made these accesses.
+    #[inline]
+    pub(crate) fn is_own(&self, lane: u32, e: &Epoch) -> bool {
+        e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane
     }
 
     /// Whether it happens before and a proxy fence of that space lies between.
@@ -284,10 +289,10 @@ impl WarpClock {
             }
         }
         for lane in bits(lanes) {
-            if let Some(extra) = self.lanes.as_mut().and_then(|lanes| lanes[lane].as_mut()) {
-                if let Some(k) = extra.observed.take() {
-                    extra.known.join(&k);
-                }
+            let extra = self.lanes.as_mut().and_then(|lanes| lanes[lane].as_mut());
+            let Some(extra) = extra else { continue };
+            if let Some(k) = extra.observed.take() {
+                extra.known.join(&k);
             }
         }
     }

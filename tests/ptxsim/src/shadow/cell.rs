@@ -84,6 +84,7 @@ impl Mark {
 #[derive(Clone, Debug, Default)]
 struct Marks {
     first: Option<Mark>,
+    #[expect(clippy::box_collection, reason = "a cell stays small")]
     more: Option<Box<Vec<Mark>>>,
 }
 

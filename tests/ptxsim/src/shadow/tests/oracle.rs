@@ -136,17 +136,18 @@ fn step(w: &mut World, oracle: &mut Oracle, op: &Op) -> (bool, bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn same_verdict_as_the_full_history(ops in prop::collection::vec(op(), 1..60)) {
+    fn same_verdict_as_the_full_history(ops in prop::collection::vec(op(), 1..200)) {
         let (mut w, mut oracle) = (World::new(WARPS as u32), Oracle::new());
         for (i, op) in ops.iter().enumerate() {
             let (found, race) = step(&mut w, &mut oracle, op);
             prop_assert_eq!(found, race, "step {}: {:?}", i, op);
-            // After a race the cells hold what came later; the first verdict is what counts.
+            // After a race the cells hold only what came later: start over, the clocks go on.
             if race {
-                break;
+                w.shadow.reset_accesses();
+                oracle.bytes.iter_mut().for_each(Vec::clear);
             }
         }
     }
