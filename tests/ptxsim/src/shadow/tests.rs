@@ -410,3 +410,46 @@ fn initialised_bits() {
     shadow.reset_accesses();
     assert!(shadow.is_initialised(0, 200) && !shadow.is_initialised(0, 201));
 }
+
+#[test]
+fn scopes_of_two_atomics_must_include_each_other() {
+    for (first, second) in [(Scope::Cta, Scope::Gpu), (Scope::Gpu, Scope::Cta)] {
+        let mut w = World::new(2);
+        w.access((0, 0), (0, 4), Some(first), true).unwrap();
+        let found = w.access((1, 0), (0, 4), Some(second), true);
+        assert_eq!(found, Err(Conflict::WriteAfterWrite), "{first:?}, {second:?}");
+        let mut w = World::new(2);
+        w.access((0, 0), (0, 4), Some(first), true).unwrap();
+        assert_eq!(w.access((0, 1), (0, 4), Some(second), true), Ok(()), "within a block");
+    }
+}
+
+#[test]
+fn elected_lane_fences_its_own_cp_async() {
+    for fence in [false, true] {
+        let mut w = World::new(1);
+        let e = epoch(Actor::cp_async(0), 1, LANE_0);
+        w.by((0, 0), e, (0, 16), Proxy::Generic, None, true).unwrap();
+        w.warps[0].learn(ALL_LANES, &epoch(Actor::cp_async(0), 1, ALL_LANES));
+        if fence {
+            w.warps[0].proxy_fence(LANE_0, Some(SHARED));
+        }
+        let expected = if fence { Ok(()) } else { Err(Conflict::MissingProxyFence) };
+        assert_eq!(w.issue(0, epoch(Actor::bulk(0), 1, LANE_0), false), expected);
+    }
+}
+
+#[test]
+fn relaxed_store_releases_up_to_the_fence() {
+    for (late, acquire) in [(false, true), (true, true), (false, false)] {
+        let mut w = World::new(2);
+        w.write((0, 0), 0).unwrap();
+        w.warps[0].fence(ALL_LANES);
+        if late {
+            w.write((0, 0), 0).unwrap();
+        }
+        let k = w.warps[0].publish(LANE_0, false).unwrap();
+        w.warps[1].observe(LANE_0, &k, acquire);
+        assert_eq!(w.read((1, 0), 0).is_ok(), !late && acquire);
+    }
+}
