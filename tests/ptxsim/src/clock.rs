@@ -1,105 +1,268 @@
-#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
-pub struct Actor(u32);
-#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+//! Who knows what: vector clocks of lanes, proxies and asynchronous operations.
+//!
+//! An access is an [`Epoch`]: an actor, some of its lanes, and a time of that actor's clock. It
+//! happens before a lane's next access iff the lane's clock of that actor has reached that time.
+//! Knowledge only grows; it moves by [`WarpClock::release`] and [`WarpClock::acquire`].
+//!
+//! A converged warp costs as much as one thread: what all lanes know is kept once, and a lane has
+//! knowledge of its own only until the next synchronisation of the whole warp.
+
+use std::cmp::Ordering;
+
+mod sync;
+mod warp;
+
+pub(crate) use sync::Block;
+pub use sync::{Scope, SyncTable};
+pub use warp::WarpClock;
+
+/// All lanes of a warp.
+pub const ALL_LANES: u32 = !0;
+
+/// What kind of agent accesses memory.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, Ord, PartialOrd, Hash)]
 pub enum ActorKind {
+    /// The threads of a warp.
     Thread,
+    /// The `cp.async` groups of a warp's lanes; generic proxy.
     CpAsync,
+    /// The bulk copy groups of a warp's lanes; async proxy.
     Bulk,
+    /// The `wgmma` groups of a warp; async proxy.
     Wgmma,
+    /// The bulk copies that complete at one mbarrier; async proxy.
     Barrier,
 }
+
+/// One agent that accesses memory.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, Ord, PartialOrd, Hash)]
+pub struct Actor(u32);
+
 impl Actor {
-    pub fn bulk(w: u32) -> Self {
-        Self(w)
+    const KIND_BITS: u32 = 3;
+
+    const fn new(kind: ActorKind, index: u32) -> Self {
+        Self(index << Self::KIND_BITS | kind as u32)
     }
-    pub fn bulk_read(w: u32) -> Self {
-        Self(w)
+
+    /// The threads of a warp, by its index in the grid.
+    pub const fn thread(warp: u32) -> Self {
+        Self::new(ActorKind::Thread, warp)
     }
-    pub fn barrier(w: u32) -> Self {
-        Self(w)
+
+    /// The `cp.async` operations of a warp.
+    pub const fn cp_async(warp: u32) -> Self {
+        Self::new(ActorKind::CpAsync, warp)
     }
-    pub fn cp_async(w: u32) -> Self {
-        Self(w)
+
+    /// The bulk copies of a warp that complete by groups.
+    pub const fn bulk(warp: u32) -> Self {
+        Self::new(ActorKind::Bulk, warp)
     }
-    pub fn kind(self) -> ActorKind {
-        ActorKind::Thread
+
+    /// The `wgmma` operations of a warp.
+    pub const fn wgmma(warp: u32) -> Self {
+        Self::new(ActorKind::Wgmma, warp)
     }
-    pub fn index(self) -> u32 {
-        0
+
+    /// The bulk copies that complete at an mbarrier, by its number in the launch.
+    pub const fn barrier(id: u32) -> Self {
+        Self::new(ActorKind::Barrier, id)
     }
-    pub fn thread(w: u32) -> Self {
-        Self(w)
+
+    /// What the actor is.
+    pub const fn kind(self) -> ActorKind {
+        match self.0 & ((1 << Self::KIND_BITS) - 1) {
+            0 => ActorKind::Thread,
+            1 => ActorKind::CpAsync,
+            2 => ActorKind::Bulk,
+            3 => ActorKind::Wgmma,
+            _ => ActorKind::Barrier,
+        }
+    }
+
+    /// The warp in the grid, or the number of the barrier.
+    pub const fn index(self) -> u32 {
+        self.0 >> Self::KIND_BITS
     }
 }
-#[derive(Copy, Clone, Debug)]
+
+/// Accesses of some lanes of an actor at one time; times start at 1.
+#[derive(Copy, Clone, Debug, Eq, PartialEq)]
 pub struct Epoch {
+    /// Who.
     pub actor: Actor,
+    /// When, on the actor's own clock.
     pub clock: u32,
+    /// Which of its lanes.
     pub lanes: u32,
 }
-#[derive(Clone, Default, Debug)]
-pub struct Knowledge {
-    pub generic: Clock,
-}
-impl Knowledge {
-    pub fn join(&mut self, _k: &Self) {}
-}
-#[derive(Clone, Default, Debug)]
-pub struct Clock;
-impl Clock {
-    pub fn learn(&mut self, _e: &Epoch) {}
-}
-#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+
+/// State spaces that a proxy fence tells apart.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, Hash)]
 pub enum ProxySpace {
+    /// Shared memory.
     Shared,
+    /// Global memory.
     Global,
 }
-#[derive(Copy, Clone, Eq, PartialEq, Debug)]
-pub enum Scope {
-    Cta,
-    Cluster,
-    Gpu,
-    Sys,
+
+/// The time of one actor that is known for all lanes, and what is known beyond it of single lanes.
+#[derive(Clone, Debug)]
+struct Entry {
+    actor: Actor,
+    all: u32,
+    single: Option<Box<[u32; 32]>>,
 }
-pub struct WarpClock(u32);
-impl WarpClock {
-    pub fn known(&self, _l: u32, _a: Actor) -> u32 {
-        0
+
+impl Entry {
+    fn raise(&mut self, lanes: u32, clock: u32) {
+        if clock <= self.all {
+            return;
+        }
+        if lanes == ALL_LANES {
+            self.all = clock;
+        } else {
+            let single = self.single.get_or_insert_with(|| Box::new([0; 32]));
+            for lane in bits(lanes) {
+                single[lane] = single[lane].max(clock);
+            }
+        }
+        self.fold();
     }
-    pub fn acquire(&mut self, _l: u32, _k: &Knowledge) {}
-    pub fn release(&mut self, _l: u32) -> Knowledge {
-        Knowledge::default()
+
+    fn join(&mut self, other: &Self) {
+        self.all = self.all.max(other.all);
+        if let Some(theirs) = &other.single {
+            let single = self.single.get_or_insert_with(|| Box::new([0; 32]));
+            single
+                .iter_mut()
+                .zip(theirs.iter())
+                .for_each(|(mine, &their)| *mine = their.max(*mine));
+        }
+        self.fold();
     }
-    pub fn learn(&mut self, _l: u32, _e: &Epoch) {}
-    pub fn fence(&mut self, _l: u32) {}
-    pub fn proxy_fence(&mut self, _l: u32, _s: Option<ProxySpace>) {}
-    pub fn sync_lanes(&mut self, _l: u32) {}
-    pub fn new(w: u32) -> Self {
-        Self(w)
+
+    /// Moves what all single lanes share into the common clock.
+    fn fold(&mut self) {
+        let Some(single) = &self.single else { return };
+        let (least, most) =
+            single.iter().fold((u32::MAX, 0), |(least, most), &c| (c.min(least), c.max(most)));
+        self.all = self.all.max(least);
+        if most <= self.all {
+            self.single = None;
+        }
     }
-    pub fn epoch(&self, lanes: u32) -> Epoch {
-        Epoch { actor: Actor(self.0), clock: 1, lanes }
+
+    fn known_lanes(&self, clock: u32) -> u32 {
+        match &self.single {
+            _ if clock <= self.all => ALL_LANES,
+            None => 0,
+            Some(single) => (0..32).fold(0, |mask, l| mask | u32::from(single[l] >= clock) << l),
+        }
     }
-    pub fn publish(&mut self, _l: u32, _r: bool) -> Option<Knowledge> {
-        None
-    }
-    pub fn observe(&mut self, _l: u32, _k: &Knowledge, _a: bool) {}
 }
-#[derive(Default)]
-pub struct SyncTable;
-impl SyncTable {
-    pub fn weak_store(&mut self, _a: u64, _b: u32) {}
-    pub fn publish(
-        &mut self,
-        _a: u64,
-        _s: Scope,
-        _cta: u32,
-        _c: u32,
-        _k: Option<Knowledge>,
-        _rmw: bool,
-    ) {
+
+/// A vector clock: for every actor the time up to which its accesses are known.
+#[derive(Clone, Debug, Default)]
+pub struct Clock {
+    entries: Vec<Entry>,
+}
+
+impl Clock {
+    /// Whether all accesses of the epoch are known.
+    pub fn knows(&self, e: &Epoch) -> bool {
+        e.lanes & !self.known_lanes(e.actor, e.clock) == 0
     }
-    pub fn observe(&self, _a: u64, _s: Scope, _cta: u32, _cl: u32) -> Option<Knowledge> {
-        None
+
+    /// The lanes of an actor that are known up to a time.
+    fn known_lanes(&self, actor: Actor, clock: u32) -> u32 {
+        match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
+            Ok(i) => self.entries[i].known_lanes(clock),
+            Err(_) => 0,
+        }
+    }
+
+    /// Adds all that another clock knows.
+    pub fn join(&mut self, other: &Clock) {
+        let mut i = 0;
+        for theirs in &other.entries {
+            while i < self.entries.len() && self.entries[i].actor < theirs.actor {
+                i += 1;
+            }
+            match self.entries.get_mut(i).map(|mine| mine.actor.cmp(&theirs.actor)) {
+                Some(Ordering::Equal) => self.entries[i].join(theirs),
+                _ => self.entries.insert(i, theirs.clone()),
+            }
+        }
+    }
+
+    /// Adds the accesses of an epoch and all before them of the same lanes.
+    pub fn learn(&mut self, e: &Epoch) {
+        if e.clock == 0 || e.lanes == 0 {
+            return;
+        }
+        let i = match self.entries.binary_search_by_key(&e.actor, |entry| entry.actor) {
+            Ok(i) => i,
+            Err(i) => {
+                self.entries.insert(i, Entry { actor: e.actor, all: 0, single: None });
+                i
+            }
+        };
+        self.entries[i].raise(e.lanes, e.clock);
     }
 }
+
+/// What happens before, and what of it has passed a proxy fence.
+#[derive(Clone, Debug, Default)]
+pub struct Knowledge {
+    /// All that happens before.
+    pub generic: Clock,
+    /// What an asynchronous access to shared memory may rely on.
+    pub shared: Clock,
+    /// What an asynchronous access to global memory may rely on.
+    pub global: Clock,
+}
+
+impl Knowledge {
+    /// Adds all that another knows.
+    pub fn join(&mut self, other: &Knowledge) {
+        self.generic.join(&other.generic);
+        self.shared.join(&other.shared);
+        self.global.join(&other.global);
+    }
+
+    /// Adds the completion of an asynchronous operation. Completion of the async proxy carries
+    /// its own fence; `cp.async` belongs to the generic proxy and has none.
+    pub fn learn(&mut self, e: &Epoch) {
+        self.generic.learn(e);
+        if completes_with_fence(e.actor.kind()) {
+            self.shared.learn(e);
+            self.global.learn(e);
+        }
+    }
+
+    fn clocks(&self) -> [&Clock; 3] {
+        [&self.generic, &self.shared, &self.global]
+    }
+
+    fn clocks_mut(&mut self) -> [&mut Clock; 3] {
+        [&mut self.generic, &mut self.shared, &mut self.global]
+    }
+}
+
+fn completes_with_fence(kind: ActorKind) -> bool {
+    matches!(kind, ActorKind::Bulk | ActorKind::Wgmma | ActorKind::Barrier)
+}
+
+/// The positions of the set bits.
+fn bits(mut mask: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lane = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
+}
+
+#[cfg(test)]
+mod tests;

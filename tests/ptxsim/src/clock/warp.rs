@@ -1,0 +1,377 @@
+//! What the lanes of one warp know.
+
+use super::{
+    ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, bits, completes_with_fence,
+};
+
+/// Index of a clock in [`Knowledge`]: all, or what passed a fence of a space.
+const GENERIC: usize = 0;
+
+fn fenced(space: ProxySpace) -> usize {
+    match space {
+        ProxySpace::Shared => 1,
+        ProxySpace::Global => 2,
+    }
+}
+
+/// What a lane knows of its own thread, `cp.async` and bulk operations, per clock. The same
+/// numbers serve all lanes though each stands for another access: lane 3 knows those of lane 3.
+#[derive(Copy, Clone, Debug, Default)]
+struct Own([[u32; 3]; 3]);
+
+impl Own {
+    fn join(&mut self, other: &Self) {
+        for (mine, theirs) in self.0.as_flattened_mut().iter_mut().zip(other.0.as_flattened()) {
+            *mine = (*mine).max(*theirs);
+        }
+    }
+
+    /// What passed a fence of that space: all so far.
+    fn fence(&mut self, clock: usize, now: u32) {
+        self.0[clock] = self.0[GENERIC];
+        self.0[clock][0] = now;
+    }
+}
+
+/// What one lane knows beyond the others.
+#[derive(Clone, Debug, Default)]
+struct Lane {
+    known: Knowledge,
+    own: Own,
+    /// What a relaxed store of the lane releases, if it fenced apart from the others.
+    snapshot: Option<Knowledge>,
+    /// What relaxed loads saw and the next fence acquires.
+    observed: Option<Knowledge>,
+}
+
+/// What all lanes knew at a fence they executed together.
+#[derive(Clone, Debug)]
+struct Snapshot {
+    known: Knowledge,
+    own: Own,
+    at: u32,
+}
+
+/// What each lane of a warp knows: common to all, plus what single lanes know while they differ.
+#[derive(Clone, Debug)]
+pub struct WarpClock {
+    warp: u32,
+    now: u32,
+    /// Lanes that have not ended; "all lanes" below means all of these.
+    live: u32,
+    common: Knowledge,
+    own: Own,
+    lanes: Option<Box<[Option<Box<Lane>>; 32]>>,
+    snapshot: Option<Box<Snapshot>>,
+    observed: Option<Box<Knowledge>>,
+}
+
+impl WarpClock {
+    /// A warp that knows nothing yet, by its index in the grid.
+    pub fn new(warp: u32) -> Self {
+        Self {
+            warp,
+            now: 1,
+            live: ALL_LANES,
+            common: Knowledge::default(),
+            own: Own::default(),
+            lanes: None,
+            snapshot: None,
+            observed: None,
+        }
+    }
+
+    /// The warp's index in the grid.
+    pub fn warp(&self) -> u32 {
+        self.warp
+    }
+
+    /// These lanes have ended, or never were: what the others share counts as common.
+    pub fn retire(&mut self, lanes: u32) {
+        self.live &= !lanes;
+    }
+
+    fn all(&self, lanes: u32) -> bool {
+        self.live & !lanes == 0
+    }
+
+    /// The epoch of an access that these lanes make now.
+    pub fn epoch(&self, lanes: u32) -> Epoch {
+        Epoch { actor: Actor::thread(self.warp), clock: self.now, lanes }
+    }
+
+    /// Whether the epoch happens before the lane's next access.
+    pub fn knows(&self, lane: u32, e: &Epoch) -> bool {
+        self.is_own(lane, e) || self.covers(lane, GENERIC, e)
+    }
+
+    /// Whether the lane itself, and no other, made these accesses.
+    #[inline]
+    pub(crate) fn is_own(&self, lane: u32, e: &Epoch) -> bool {
+        e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane
+    }
+
+    /// Whether it happens before and a proxy fence of that space lies between.
+    pub fn knows_async(&self, lane: u32, space: ProxySpace, e: &Epoch) -> bool {
+        self.covers(lane, fenced(space), e)
+    }
+
+    /// Whether every lane knows all of the actor's lanes up to that time.
+    pub(crate) fn all_know(&self, actor: Actor, clock: u32) -> bool {
+        self.common.generic.known_lanes(actor, clock) == ALL_LANES
+    }
+
+    fn covers(&self, lane: u32, clock: usize, e: &Epoch) -> bool {
+        let mut rest = e.lanes & !self.common.clocks()[clock].known_lanes(e.actor, e.clock);
+        if rest == 0 {
+            return true;
+        }
+        let extra = self.lane(lane as usize);
+        if let Some(of) = self.own_slot(e.actor) {
+            let mut reached = self.own.0[clock][of];
+            if let Some(extra) = extra {
+                reached = reached.max(extra.own.0[clock][of]);
+            }
+            if clock == GENERIC && of == 0 {
+                reached = self.now;
+            }
+            if e.clock <= reached {
+                rest &= !(1 << lane);
+            }
+        }
+        if let Some(extra) = extra {
+            rest &= !extra.known.clocks()[clock].known_lanes(e.actor, e.clock);
+        }
+        rest == 0
+    }
+
+    /// Everything these lanes know or did so far, for others; the time moves on.
+    pub fn release(&mut self, lanes: u32) -> Knowledge {
+        let mut k = Knowledge::default();
+        self.release_into(lanes, &mut k);
+        k
+    }
+
+    /// [`release`](Self::release) into what others released already.
+    pub fn release_into(&mut self, lanes: u32, k: &mut Knowledge) {
+        self.add_known(lanes, k);
+        self.now += 1;
+    }
+
+    /// These lanes know what another released.
+    pub fn acquire(&mut self, lanes: u32, k: &Knowledge) {
+        if self.all(lanes) {
+            return self.common.join(k);
+        }
+        bits(lanes).for_each(|lane| self.lane_mut(lane).known.join(k));
+    }
+
+    /// `bar.warp.sync`: these lanes know all that each of them knows or did.
+    pub fn sync_lanes(&mut self, lanes: u32) {
+        if self.all(lanes) && self.lanes.is_none() {
+            let (warp, now, own) = (self.warp, self.now, self.own);
+            add_own(&mut self.common, warp, lanes, now, &own);
+        } else {
+            let mut k = Knowledge::default();
+            self.add_lanes(lanes, &mut k);
+            self.acquire(lanes, &k);
+            if self.all(lanes) {
+                self.drop_extras();
+            }
+        }
+        self.now += 1;
+    }
+
+    /// An asynchronous operation has completed for these lanes. Groups of `cp.async` and of bulk
+    /// copies complete only for the lane that issued them: each lane learns of its own.
+    pub fn learn(&mut self, lanes: u32, e: &Epoch) {
+        let Some(of) = self.own_slot(e.actor) else {
+            if self.all(lanes) {
+                return self.common.learn(e);
+            }
+            return bits(lanes).for_each(|lane| self.lane_mut(lane).known.learn(e));
+        };
+        let clocks = if completes_with_fence(e.actor.kind()) { 0..3 } else { GENERIC..1 };
+        let lanes = lanes & e.lanes;
+        for clock in clocks {
+            let raise = |own: &mut Own| own.0[clock][of] = own.0[clock][of].max(e.clock);
+            if self.all(lanes) {
+                raise(&mut self.own);
+            } else {
+                bits(lanes).for_each(|lane| raise(&mut self.lane_mut(lane).own));
+            }
+        }
+    }
+
+    /// `fence.proxy.async`: asynchronous accesses may rely on what these lanes know or did; of
+    /// one space, or of all.
+    pub fn proxy_fence(&mut self, lanes: u32, space: Option<ProxySpace>) {
+        let (now, together) = (self.now, self.all(lanes));
+        for clock in space.map_or(1..3, |space| fenced(space)..fenced(space) + 1) {
+            if together {
+                copy_generic(&mut self.common, clock);
+                self.own.fence(clock, now);
+                let extras = self.lanes.iter_mut().flat_map(|lanes| lanes.iter_mut().flatten());
+                for extra in extras {
+                    copy_generic(&mut extra.known, clock);
+                    extra.own.fence(clock, now);
+                }
+                continue;
+            }
+            for lane in bits(lanes) {
+                let (common, own) = (self.common.generic.clone(), self.own);
+                let extra = self.lane_mut(lane);
+                extra.known.generic.join(&common);
+                copy_generic(&mut extra.known, clock);
+                extra.own.join(&own);
+                extra.own.fence(clock, now);
+            }
+        }
+        self.now += 1;
+    }
+
+    /// `fence.acq_rel`, `fence.sc`, `membar`: acquires what relaxed loads of these lanes saw, and
+    /// lets their later relaxed stores release all up to here.
+    pub fn fence(&mut self, lanes: u32) {
+        self.acquire_observed(lanes);
+        let together = self.all(lanes);
+        for lane in bits(lanes) {
+            if !together || self.lane(lane).is_some() {
+                let mut k = Knowledge::default();
+                self.add_known(1 << lane, &mut k);
+                self.lane_mut(lane).snapshot = Some(k);
+            }
+        }
+        if together {
+            let (known, own, at) = (self.common.clone(), self.own, self.now);
+            self.snapshot = Some(Box::new(Snapshot { known, own, at }));
+        }
+        self.now += 1;
+    }
+
+    /// A strong store or read-modify-write of these lanes: what it hands on, which is all so far
+    /// with release semantics, else all up to the lanes' last fence.
+    pub fn publish(&mut self, lanes: u32, release: bool) -> Option<Knowledge> {
+        if release {
+            return Some(self.release(lanes));
+        }
+        let mut sum = None;
+        for lane in bits(lanes) {
+            if let Some(snapshot) = self.lane(lane).and_then(|extra| extra.snapshot.as_ref()) {
+                sum.get_or_insert_with(Knowledge::default).join(snapshot);
+            } else if let Some(snapshot) = &self.snapshot {
+                let sum = sum.get_or_insert_with(Knowledge::default);
+                sum.join(&snapshot.known);
+                add_own(sum, self.warp, 1 << lane, snapshot.at, &snapshot.own);
+            }
+        }
+        sum
+    }
+
+    /// A strong load or read-modify-write of these lanes saw what another published: known now
+    /// with acquire semantics, else from their next fence on.
+    pub fn observe(&mut self, lanes: u32, k: &Knowledge, acquire: bool) {
+        if acquire {
+            return self.acquire(lanes, k);
+        }
+        if self.all(lanes) {
+            return self.observed.get_or_insert_default().join(k);
+        }
+        bits(lanes).for_each(|lane| self.lane_mut(lane).observed.get_or_insert_default().join(k));
+    }
+
+    /// What the warp saw together stays for lanes that have not fenced yet.
+    fn acquire_observed(&mut self, lanes: u32) {
+        if let Some(k) = &self.observed.clone() {
+            self.acquire(lanes, k);
+            if self.all(lanes) {
+                self.observed = None;
+            }
+        }
+        for lane in bits(lanes) {
+            let extra = self.lanes.as_mut().and_then(|lanes| lanes[lane].as_mut());
+            let Some(extra) = extra else { continue };
+            if let Some(k) = extra.observed.take() {
+                extra.known.join(&k);
+            }
+        }
+    }
+
+    /// Adds what these lanes know, themselves included.
+    fn add_known(&self, lanes: u32, k: &mut Knowledge) {
+        k.join(&self.common);
+        self.add_lanes(lanes, k);
+    }
+
+    /// Adds what these lanes know beyond the common knowledge.
+    fn add_lanes(&self, lanes: u32, k: &mut Knowledge) {
+        add_own(k, self.warp, lanes, self.now, &self.own);
+        if self.lanes.is_none() {
+            return;
+        }
+        for lane in bits(lanes) {
+            if let Some(extra) = self.lane(lane) {
+                k.join(&extra.known);
+                add_own(k, self.warp, 1 << lane, self.now, &extra.own);
+            }
+        }
+    }
+
+    fn lane(&self, lane: usize) -> Option<&Lane> {
+        self.lanes.as_ref()?[lane].as_deref()
+    }
+
+    fn lane_mut(&mut self, lane: usize) -> &mut Lane {
+        self.lanes.get_or_insert_default()[lane].get_or_insert_default()
+    }
+
+    /// After a synchronisation of all lanes only the state of relaxed accesses is left apart.
+    fn drop_extras(&mut self) {
+        let Some(lanes) = &mut self.lanes else { return };
+        for slot in lanes.iter_mut() {
+            let Some(lane) = slot else { continue };
+            if lane.snapshot.is_none() && lane.observed.is_none() {
+                *slot = None;
+            } else {
+                lane.known = Knowledge::default();
+                lane.own = Own::default();
+            }
+        }
+        if lanes.iter().all(Option::is_none) {
+            self.lanes = None;
+        }
+    }
+
+    /// Position in [`Own`] of an actor whose lanes are this warp's.
+    fn own_slot(&self, actor: Actor) -> Option<usize> {
+        if actor.index() != self.warp {
+            return None;
+        }
+        match actor.kind() {
+            ActorKind::Thread => Some(0),
+            ActorKind::CpAsync => Some(1),
+            ActorKind::Bulk => Some(2),
+            ActorKind::Wgmma | ActorKind::Barrier => None,
+        }
+    }
+}
+
+fn copy_generic(k: &mut Knowledge, clock: usize) {
+    let [generic, rest @ ..] = k.clocks_mut();
+    rest[clock - 1].join(generic);
+}
+
+/// Adds what lanes know of themselves.
+fn add_own(k: &mut Knowledge, warp: u32, lanes: u32, now: u32, own: &Own) {
+    let actors = [Actor::thread(warp), Actor::cp_async(warp), Actor::bulk(warp)];
+    for (i, (clock, own)) in k.clocks_mut().into_iter().zip(own.0).enumerate() {
+        let times = if i == GENERIC { [now, own[1], own[2]] } else { own };
+        add_times(clock, actors, lanes, times);
+    }
+}
+
+fn add_times(clock: &mut Clock, actors: [Actor; 3], lanes: u32, times: [u32; 3]) {
+    for (actor, time) in actors.into_iter().zip(times) {
+        clock.learn(&Epoch { actor, clock: time, lanes });
+    }
+}
