@@ -80,7 +80,7 @@ impl Int {
         let top = (start + length - 1).min(self.bits - 1);
         let a = u128::from(self.mask(a));
         let sign = self.signed && a >> top & 1 == 1;
-        let field = a >> start & ((1u128 << length.min(self.bits)) - 1);
+        let field = a >> start.min(64) & ((1u128 << length.min(self.bits)) - 1);
         // Bits beyond the register or the field are copies of the sign.
         let inside = if start > top { 0 } else { top + 1 - start };
         let extension = if sign { u64::MAX.checked_shl(inside).unwrap_or(0) } else { 0 };
