@@ -193,7 +193,7 @@ impl Descriptor {
         swizzle: Swizzle,
     ) -> Result<Self, DescriptorError> {
         let encode = |field, value: u32| match value {
-            _ if value % 16 != 0 => Err(DescriptorError::Unaligned { field, value }),
+            _ if !value.is_multiple_of(16) => Err(DescriptorError::Unaligned { field, value }),
             _ if value > 0x3FFFF => Err(DescriptorError::TooLarge { field, value }),
             _ => Ok(u64::from(value >> 4)),
         };

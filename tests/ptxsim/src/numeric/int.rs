@@ -50,7 +50,7 @@ impl Int {
     pub fn mul_hi(self, a: u64, b: u64) -> u64 {
         let product = match self.signed {
             true => (self.value(a).wrapping_mul(self.value(b)) >> self.bits) as u64,
-            false => (u128::from(self.mask(a)) * u128::from(self.mask(b)) >> self.bits) as u64,
+            false => ((u128::from(self.mask(a)) * u128::from(self.mask(b))) >> self.bits) as u64,
         };
         self.mask(product)
     }
