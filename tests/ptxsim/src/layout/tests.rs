@@ -102,14 +102,14 @@ fn value(r: usize, c: usize) -> i16 {
 fn product(a: &[[i16; 8]], b: &[[i16; 8]], tile: usize) -> Vec<i32> {
     let shape = MmaShape::M16n8k16;
     let (mut am, mut bm) = ([[0; 16]; 16], [[0; 16]; 8]);
-    for lane in 0..32 {
-        for i in 0..8 {
+    for (lane, (a, b)) in a.iter().zip(b).enumerate() {
+        for (i, &a) in a.iter().enumerate() {
             let (m, k) = shape.a(lane, i);
-            am[m][k] = i32::from(a[lane][i]);
+            am[m][k] = i32::from(a);
         }
         for i in 0..4 {
             let (k, n) = shape.b(lane, i);
-            bm[n][k] = i32::from(b[lane][4 * tile + i]);
+            bm[n][k] = i32::from(b[4 * tile + i]);
         }
     }
     let entries = am.iter().flat_map(|a| bm.iter().map(move |b| (a, b)));

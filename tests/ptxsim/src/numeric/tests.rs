@@ -157,7 +157,7 @@ proptest! {
         let [s, u] = [Int::signed(64), Int::unsigned(64)];
         let wide = i128::from(a as i64) * i128::from(b as i64);
         prop_assert_eq!(s.mul_hi(a, b), (wide >> 64) as u64);
-        prop_assert_eq!(u.mul_hi(a, b), (u128::from(a) * u128::from(b) >> 64) as u64);
+        prop_assert_eq!(u.mul_hi(a, b), ((u128::from(a) * u128::from(b)) >> 64) as u64);
         prop_assert_eq!(u.add_carry(a, b, false), a.overflowing_add(b));
         prop_assert_eq!(u.sub_borrow(a, b, false), a.overflowing_sub(b));
         prop_assert_eq!(u.brev(a), a.reverse_bits());
