@@ -400,12 +400,12 @@ impl Cx<'_, '_> {
         let access = Access {
             offset,
             bytes,
-            lanes: actor.epoch.lanes,
             epoch: actor.epoch,
             pc: self.pc,
             proxy: actor.proxy,
             strong: actor.strong,
             cta: self.gang.blocks[self.warp.block].linear,
+            cluster: self.gang.blocks[self.warp.block].cluster,
             clock: &self.warp.clock,
             lane: actor.lane,
         };

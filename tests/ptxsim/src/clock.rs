@@ -28,6 +28,8 @@ pub enum ActorKind {
     CpAsync,
     /// The bulk copy groups of a warp's lanes; async proxy.
     Bulk,
+    /// The source reads of a warp's bulk copies; async proxy.
+    BulkRead,
     /// The `wgmma` groups of a warp; async proxy.
     Wgmma,
     /// The bulk copies that complete at one mbarrier; async proxy.
@@ -60,6 +62,11 @@ impl Actor {
         Self::new(ActorKind::Bulk, warp)
     }
 
+    /// What those copies read, which a wait may cover without the writes.
+    pub const fn bulk_read(warp: u32) -> Self {
+        Self::new(ActorKind::BulkRead, warp)
+    }
+
     /// The `wgmma` operations of a warp.
     pub const fn wgmma(warp: u32) -> Self {
         Self::new(ActorKind::Wgmma, warp)
@@ -76,7 +83,8 @@ impl Actor {
             0 => ActorKind::Thread,
             1 => ActorKind::CpAsync,
             2 => ActorKind::Bulk,
-            3 => ActorKind::Wgmma,
+            3 => ActorKind::BulkRead,
+            4 => ActorKind::Wgmma,
             _ => ActorKind::Barrier,
         }
     }
@@ -183,6 +191,12 @@ impl Clock {
         }
     }
 
+    /// The time up to which all lanes of an actor are known; 0: not at all.
+    pub fn time(&self, actor: Actor) -> u32 {
+        let found = self.entries.binary_search_by_key(&actor, |entry| entry.actor);
+        found.map_or(0, |i| self.entries[i].all)
+    }
+
     /// Adds all that another clock knows.
     pub fn join(&mut self, other: &Clock) {
         let mut i = 0;
@@ -252,7 +266,7 @@ impl Knowledge {
 }
 
 fn completes_with_fence(kind: ActorKind) -> bool {
-    matches!(kind, ActorKind::Bulk | ActorKind::Wgmma | ActorKind::Barrier)
+    !matches!(kind, ActorKind::Thread | ActorKind::CpAsync)
 }
 
 /// The positions of the set bits.

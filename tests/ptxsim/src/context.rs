@@ -343,7 +343,7 @@ impl Grid<'_> {
         match actor.kind() {
             ActorKind::Thread => "an ordinary access",
             ActorKind::CpAsync => "a cp.async",
-            ActorKind::Bulk => "a bulk copy",
+            ActorKind::Bulk | ActorKind::BulkRead => "a bulk copy",
             ActorKind::Wgmma => "a wgmma",
             ActorKind::Barrier => "a bulk copy that completes on an mbarrier",
         }

@@ -7,7 +7,7 @@ use crate::arch::Arch;
 use crate::clock::SyncTable;
 use crate::decode::DecodeError;
 use crate::memory::{GlobalBuffer, RANK_SHIFT, SharedRange};
-use crate::numeric::Accumulation;
+use crate::numeric::tensor::Accumulation;
 use crate::program::{Kernel, Preset};
 use crate::warp::Warp;
 

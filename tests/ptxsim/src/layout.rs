@@ -71,10 +71,15 @@ pub fn matrix_element(lane: usize, high: bool, trans: bool) -> (usize, usize) {
     if trans { (element, g) } else { (g, element) }
 }
 
+pub(crate) const SWIZZLES: [Swizzle; 4] =
+    [Swizzle::None, Swizzle::B32, Swizzle::B64, Swizzle::B128];
+
 /// Permutation of 16-byte granules of shared memory.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(try_from = "u32", into = "u32")]
 pub enum Swizzle {
     /// Addresses as they are.
+    #[default]
     None,
     /// Rows of 32 bytes, repeating every 256.
     B32,
@@ -82,6 +87,25 @@ pub enum Swizzle {
     B64,
     /// Rows of 128 bytes, repeating every 1024.
     B128,
+}
+
+impl From<Swizzle> for u32 {
+    fn from(swizzle: Swizzle) -> u32 {
+        match swizzle {
+            Swizzle::None => 0,
+            Swizzle::B32 => 32,
+            Swizzle::B64 => 64,
+            Swizzle::B128 => 128,
+        }
+    }
+}
+
+impl TryFrom<u32> for Swizzle {
+    type Error = String;
+    fn try_from(width: u32) -> Result<Self, String> {
+        let found = SWIZZLES.into_iter().find(|swizzle| u32::from(*swizzle) == width);
+        found.ok_or_else(|| format!("swizzle {width}; 0, 32, 64 and 128 are possible"))
+    }
 }
 
 impl Swizzle {

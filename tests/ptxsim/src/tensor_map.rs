@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::layout::{SWIZZLES, Swizzle};
+
 /// Bytes of an encoded tensor map.
 pub const ENCODED_BYTES: usize = 128;
 
@@ -23,7 +25,6 @@ const DTYPES: [Dtype; 11] = [
     Dtype::Bf16,
     Dtype::Tf32,
 ];
-const SWIZZLES: [Swizzle; 4] = [Swizzle::None, Swizzle::B32, Swizzle::B64, Swizzle::B128];
 
 /// What is wrong with a tensor map or its use.
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
@@ -104,40 +105,6 @@ impl Dtype {
             Self::F64 => Some(0x7fff_ffff_ffff_ffff),
             _ => None,
         }
-    }
-}
-
-/// Permutation of the 16-byte granules of a tile in shared memory.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(try_from = "u32", into = "u32")]
-pub enum Swizzle {
-    /// Rows lie as they are.
-    #[default]
-    None,
-    /// Rows of 32 bytes.
-    B32,
-    /// Rows of 64 bytes.
-    B64,
-    /// Rows of 128 bytes.
-    B128,
-}
-
-impl From<Swizzle> for u32 {
-    fn from(swizzle: Swizzle) -> u32 {
-        match swizzle {
-            Swizzle::None => 0,
-            Swizzle::B32 => 32,
-            Swizzle::B64 => 64,
-            Swizzle::B128 => 128,
-        }
-    }
-}
-
-impl TryFrom<u32> for Swizzle {
-    type Error = String;
-    fn try_from(width: u32) -> Result<Self, String> {
-        let found = SWIZZLES.into_iter().find(|swizzle| u32::from(*swizzle) == width);
-        found.ok_or_else(|| format!("swizzle {width}; 0, 32, 64 and 128 are possible"))
     }
 }
 

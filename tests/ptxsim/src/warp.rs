@@ -80,6 +80,8 @@ impl Warp {
     /// A warp before its first instruction, with `lanes` lanes.
     pub fn new(kernel: &Kernel, block: usize, index: u32, global: u32, lanes: u32) -> Self {
         let frame = 32 * kernel.frame as usize;
+        let mut clock = WarpClock::new(global);
+        clock.retire(!lanes);
         Self {
             block,
             index,
@@ -92,7 +94,7 @@ impl Warp {
             predicates_written: vec![0; kernel.predicates as usize],
             in_flight: 0,
             fence_stamp: 1,
-            clock: WarpClock::new(global),
+            clock,
             frame: vec![0; frame],
             frame_written: vec![false; frame],
             wgmma: Default::default(),
@@ -270,6 +272,7 @@ impl Warp {
     pub fn exit(&mut self, g: usize, lanes: u32) {
         let group = self.groups.remove(g);
         self.live &= !lanes;
+        self.clock.retire(lanes);
         let rest = group.lanes & !lanes;
         if rest != 0 {
             self.insert(group.pc + 1, rest);

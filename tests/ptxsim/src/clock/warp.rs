@@ -14,10 +14,10 @@ fn fenced(space: ProxySpace) -> usize {
     }
 }
 
-/// What a lane knows of its own thread, `cp.async` and bulk operations, per clock. The same
+/// What a lane knows of its own thread, `cp.async` and bulk operations (writes, reads), per clock. The same
 /// numbers serve all lanes though each stands for another access: lane 3 knows those of lane 3.
 #[derive(Copy, Clone, Debug, Default)]
-struct Own([[u32; 3]; 3]);
+struct Own([[u32; 4]; 3]);
 
 impl Own {
     fn join(&mut self, other: &Self) {
@@ -109,6 +109,12 @@ impl WarpClock {
     #[inline]
     pub(crate) fn is_own(&self, lane: u32, e: &Epoch) -> bool {
         e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane
+    }
+
+    /// The time up to which a lane knows all lanes of an actor; 0: not at all.
+    pub fn known(&self, lane: u32, actor: Actor) -> u32 {
+        let extra = self.lane(lane as usize).map_or(0, |l| l.known.generic.time(actor));
+        self.common.generic.time(actor).max(extra)
     }
 
     /// Whether it happens before and a proxy fence of that space lies between.
@@ -351,6 +357,7 @@ impl WarpClock {
             ActorKind::Thread => Some(0),
             ActorKind::CpAsync => Some(1),
             ActorKind::Bulk => Some(2),
+            ActorKind::BulkRead => Some(3),
             ActorKind::Wgmma | ActorKind::Barrier => None,
         }
     }
@@ -363,14 +370,15 @@ fn copy_generic(k: &mut Knowledge, clock: usize) {
 
 /// Adds what lanes know of themselves.
 fn add_own(k: &mut Knowledge, warp: u32, lanes: u32, now: u32, own: &Own) {
-    let actors = [Actor::thread(warp), Actor::cp_async(warp), Actor::bulk(warp)];
+    let actors =
+        [Actor::thread(warp), Actor::cp_async(warp), Actor::bulk(warp), Actor::bulk_read(warp)];
     for (i, (clock, own)) in k.clocks_mut().into_iter().zip(own.0).enumerate() {
-        let times = if i == GENERIC { [now, own[1], own[2]] } else { own };
+        let times = if i == GENERIC { [now, own[1], own[2], own[3]] } else { own };
         add_times(clock, actors, lanes, times);
     }
 }
 
-fn add_times(clock: &mut Clock, actors: [Actor; 3], lanes: u32, times: [u32; 3]) {
+fn add_times(clock: &mut Clock, actors: [Actor; 4], lanes: u32, times: [u32; 4]) {
     for (actor, time) in actors.into_iter().zip(times) {
         clock.learn(&Epoch { actor, clock: time, lanes });
     }

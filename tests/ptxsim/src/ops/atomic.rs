@@ -6,7 +6,6 @@ use crate::clock::{ProxySpace, Scope};
 use crate::context::lanes;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result, mask};
-use crate::numeric;
 use crate::ops::load_store::{hints, scope, window};
 use crate::program::{Decoded, Src};
 
@@ -97,7 +96,30 @@ pub fn operation(name: &str, ty: Type) -> Result<Operation> {
 
 /// Floating-point updates, as the arithmetic instructions compute them.
 fn float(name: &str, ty: Type) -> Result<Operation> {
-    numeric::atomic(name, ty).ok_or_else(|| format!("{name} of .{ty} is not supported"))
+    use crate::numeric::half::Half;
+    use crate::numeric::{Rounding, add_f32, max_f64, min_f64};
+    let f32s = |f: fn(f32, f32) -> f32| -> Operation {
+        Box::new(move |old, b, _| {
+            f(f32::from_bits(old as u32), f32::from_bits(b as u32)).to_bits().into()
+        })
+    };
+    let f64s = |f: fn(f64, f64) -> f64| -> Operation {
+        Box::new(move |old, b, _| f(f64::from_bits(old), f64::from_bits(b)).to_bits())
+    };
+    let halves = |kind: Half, f: fn(Half, u16, u16) -> u16| -> Operation {
+        Box::new(move |old, b, _| f(kind, old as u16, b as u16).into())
+    };
+    let kind = if ty == Type::F16 { Half::F16 } else { Half::Bf16 };
+    Ok(match (name, ty) {
+        ("add", Type::F32) => f32s(|a, b| add_f32(a, b, Rounding::Nearest)),
+        ("add", Type::F64) => f64s(|a, b| a + b),
+        ("min", Type::F64) => f64s(min_f64),
+        ("max", Type::F64) => f64s(max_f64),
+        ("add", Type::F16 | Type::Bf16) => halves(kind, Half::add),
+        ("min", Type::F16 | Type::Bf16) => halves(kind, |k, a, b| k.min(a, b, false)),
+        ("max", Type::F16 | Type::Bf16) => halves(kind, |k, a, b| k.max(a, b, false)),
+        _ => return Err(format!("{name} of .{ty} is not supported")),
+    })
 }
 
 /// Names of the operations.

@@ -149,10 +149,9 @@ impl Barrier {
             Ok(release) => release,
             Err(error) => return cx.fault(Kind::BarrierMismatch, error.to_string()),
         };
-        let k = cx.warp.clock.release(cx.mask);
-        let barriers = &mut cx.block().barriers;
+        let barriers = &mut cx.gang.blocks[cx.warp.block].barriers;
         let round = &mut barriers.rounds[id as usize];
-        round.gathering.join(&k);
+        cx.warp.clock.release_into(cx.mask, &mut round.gathering);
         let number = round.completed;
         if let Some(release) = release {
             barriers.release(&release);

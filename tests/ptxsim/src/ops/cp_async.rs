@@ -114,10 +114,8 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) {
         }
     }
     let actor = clock::Actor::cp_async(cx.warp.global);
-    for (clock, group) in learnt {
-        for l in lanes(group) {
-            cx.warp.clock.learn(1 << l, &Epoch { actor, clock, lanes: 1 << l });
-        }
+    for (clock, lanes) in learnt {
+        cx.warp.clock.learn(lanes, &Epoch { actor, clock, lanes });
     }
 }
 
@@ -242,7 +240,7 @@ fn deferred_arrive(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
                 }
                 let cell = cell(state, place);
                 // The copies are what the waiter learns of, not what else the thread did.
-                cell.gathering.generic.learn(&epoch);
+                cell.gathering.learn(&epoch);
                 match cell.state.trigger(arrive) {
                     Ok(arrival) => settle_phase(state, place, arrival.completed),
                     Err(error) => state.report(grid, Kind::Mbarrier, by, error.to_string()),

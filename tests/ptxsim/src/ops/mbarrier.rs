@@ -213,8 +213,8 @@ impl Released {
         }
         let same = lanes(cx.mask).filter(|l| at[*l] == at[lane]).fold(0, |m, l| m | 1 << l);
         self.done |= same;
-        let k = cx.warp.clock.release(same);
-        cell(cx.gang, place).gathering.join(&k);
+        let gathering = &mut cell(cx.gang, place).gathering;
+        cx.warp.clock.release_into(same, gathering);
     }
 }
 
@@ -383,7 +383,7 @@ pub fn settle_phase(state: &mut State, at: At, completed: Option<u64>) {
     let cell = cell(state, at);
     cell.completed = std::mem::take(&mut cell.gathering);
     let actor = clock::Actor::barrier(cell.actor);
-    cell.completed.generic.learn(&Epoch { actor, clock: phase as u32 + 1, lanes: u32::MAX });
+    cell.completed.learn(&Epoch { actor, clock: phase as u32 + 1, lanes: u32::MAX });
     state.progress();
 }
 
