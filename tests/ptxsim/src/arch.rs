@@ -1,23 +1,123 @@
-pub use self::Arch::*;
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+//! Architectures: limits of a launch, and the rates the coarse bound is made of.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A GPU architecture.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Arch {
+    /// A100.
     Sm80,
+    /// A10, RTX 30.
+    Sm86,
+    /// L4, RTX 40.
+    Sm89,
+    /// H100, H200, without the instructions of `sm_90a`.
+    Sm90,
+    /// H100, H200.
     Sm90a,
 }
+
+const NAMES: [(&str, Arch); 5] = [
+    ("sm_80", Arch::Sm80),
+    ("sm_86", Arch::Sm86),
+    ("sm_89", Arch::Sm89),
+    ("sm_90", Arch::Sm90),
+    ("sm_90a", Arch::Sm90a),
+];
+
+/// No architecture of that name.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("architecture {0}; sm_80, sm_86, sm_89, sm_90 and sm_90a are possible")]
+pub struct UnknownArch(String);
+
+impl FromStr for Arch {
+    type Err = UnknownArch;
+
+    fn from_str(name: &str) -> Result<Self, UnknownArch> {
+        let found = NAMES.iter().find(|(n, _)| *n == name);
+        found.map(|(_, arch)| *arch).ok_or_else(|| UnknownArch(name.into()))
+    }
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let found = NAMES.iter().find(|(_, arch)| arch == self);
+        f.write_str(found.map_or("", |(name, _)| name))
+    }
+}
+
+/// What one multiprocessor does per cycle, and what the device has of everything: fixed published
+/// figures, not tuned to anything.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Multiprocessors of the device.
+    pub multiprocessors: u32,
+    /// Cycles per second.
+    pub clock: f64,
+    /// Bytes per second of device memory.
+    pub bandwidth: f64,
+    /// Dense 16-bit flop per cycle of the tensor cores.
+    pub tensor: f64,
+    /// Results per cycle of the special function unit.
+    pub special: f64,
+    /// Warp instructions issued per cycle.
+    pub issue: f64,
+    /// Bytes per cycle of shared memory.
+    pub shared: f64,
+}
+
 impl Arch {
+    /// Whether it has clusters, mbarrier transactions and tensor copies.
+    pub fn is_hopper(self) -> bool {
+        matches!(self, Self::Sm90 | Self::Sm90a)
+    }
+
+    /// Most bytes of shared memory of a block.
     pub fn shared_per_block(self) -> u32 {
-        232448
+        match self {
+            Self::Sm80 => 166_912,
+            Self::Sm86 | Self::Sm89 => 101_376,
+            Self::Sm90 | Self::Sm90a => 232_448,
+        }
     }
+
+    /// Most blocks of a cluster; 16 need the kernel's consent, which PTX does not show.
     pub fn max_cluster(self) -> u32 {
-        8
+        if self.is_hopper() { 16 } else { 1 }
     }
+
+    /// 32-bit registers of a multiprocessor, all of which one block may use.
     pub fn registers(self) -> u32 {
-        65536
+        65_536
     }
-    pub fn multiprocessors(self) -> u32 {
-        132
-    }
+
+    /// Most bytes of kernel parameters.
     pub fn max_params(self) -> u32 {
-        4096
+        if self.is_hopper() { 32_764 } else { 4_096 }
+    }
+
+    /// Multiprocessors of the device the bound is made for.
+    pub fn multiprocessors(self) -> u32 {
+        self.rates().multiprocessors
+    }
+
+    /// Rates of the device the bound is made for: H200, A100, A10, L4.
+    pub fn rates(self) -> Rates {
+        let (multiprocessors, clock, bandwidth, tensor) = match self {
+            Self::Sm80 => (108, 1.41e9, 1.555e12, 2048.0),
+            Self::Sm86 => (72, 1.695e9, 0.6e12, 1024.0),
+            Self::Sm89 => (58, 2.04e9, 0.3e12, 1024.0),
+            Self::Sm90 | Self::Sm90a => (132, 1.755e9, 4.2e12, 4096.0),
+        };
+        Rates {
+            multiprocessors,
+            clock,
+            bandwidth,
+            tensor,
+            special: 16.0,
+            issue: 4.0,
+            shared: 128.0,
+        }
     }
 }

@@ -297,12 +297,14 @@ impl Device {
             };
             let next = self.launch(module, kernel, launch, args);
             (self.options.seed, self.options.timing) = (seed, timing);
-            report.merge(next?);
+            let next = next?;
+            let schedule = next.schedules[0];
+            report.merge(next);
             let second = self.save();
             for (b, (x, y)) in self.buffers.iter().zip(first.iter().zip(&second)) {
                 if let Some(at) = (0..x.0.len()).find(|i| x.0[*i] != y.0[*i] || x.1[*i] != y.1[*i])
                 {
-                    report.schedule_dependent(&b.name, at as u64, i);
+                    report.schedule_dependent(&b.name, at as u64, &schedule);
                 }
             }
         }
@@ -334,10 +336,12 @@ fn run(grid: &Grid<'_>) -> Report {
     };
     let mut gangs: Vec<u32> = (0..grid.blocks() / per_gang).collect();
     gangs.shuffle(&mut ChaCha8Rng::seed_from_u64(grid.options.seed));
-    let outcomes: Vec<_> = gangs
+    let mut outcomes: Vec<_> = gangs
         .into_par_iter()
         .with_max_len(1)
-        .map(|g| Gang::new(grid, g * per_gang..(g + 1) * per_gang).run())
+        .map(|g| (g, Gang::new(grid, g * per_gang..(g + 1) * per_gang).run()))
         .collect();
-    Report::new(grid, outcomes)
+    // Findings are merged in the order of the blocks, whatever the order they ran in.
+    outcomes.sort_by_key(|(g, _)| *g);
+    Report::new(grid, outcomes.into_iter().map(|(_, outcome)| outcome).collect())
 }

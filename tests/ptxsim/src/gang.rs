@@ -147,7 +147,7 @@ impl<'g> Gang<'g> {
         let mut warps = Vec::new();
         let mut state = State {
             blocks: Vec::new(),
-            counters: Counters::new(grid.kernel.instrs.len(), &grid.buffer_sizes()),
+            counters: Counters::new(grid.kernel.instrs.len()),
             findings: Findings::default(),
             version: 1,
             pending: Vec::new(),

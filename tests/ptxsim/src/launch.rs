@@ -371,16 +371,6 @@ impl<'g> Grid<'g> {
         };
         value.into()
     }
-
-    /// Sizes of all buffers, for the counters.
-    pub fn buffer_sizes(&self) -> Vec<(usize, u64)> {
-        let device = self.buffers.iter().enumerate();
-        let module = self.variables.iter().enumerate();
-        device
-            .chain(module.map(|(i, b)| (FIRST_MODULE_VARIABLE + i, b)))
-            .map(|(i, b)| (i, b.bytes))
-            .collect()
-    }
 }
 
 fn unflatten(i: u32, dims: [u32; 3]) -> [u32; 3] {

@@ -1,12 +1,303 @@
-pub struct Report {
-    pub d: Vec<crate::diagnostic::Diagnostic>,
-    pub n: u64,
+//! What a launch did: findings, counts, traffic, the coarse bound; as text and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+use serde_json::json;
+
+use crate::bound::{Bound, Work};
+use crate::count::{Class, Counters, SharedPhases, Traffic};
+use crate::diagnostic::{Diagnostic, Findings, Kind, Location};
+use crate::gang::Outcome;
+use crate::launch::{Grid, Timing};
+
+/// What one line of the PTX text did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Line {
+    /// Line of the PTX text.
+    pub ptx_line: u32,
+    /// CUDA source file and line.
+    pub source: Option<(String, u32)>,
+    /// Mnemonic.
+    pub mnemonic: String,
+    /// Class.
+    pub class: Class,
+    /// Warp instructions executed.
+    pub executed: u64,
+    /// Shared-memory wavefronts.
+    pub shared: SharedPhases,
+    /// Tensor-core flop.
+    pub flops: u64,
+    /// Global traffic.
+    pub global: Traffic,
 }
-impl Report {
-    pub(crate) fn new(_g: &crate::launch::Grid<'_>, o: Vec<crate::gang::Outcome>) -> Self {
-        let n = o.iter().map(|o| o.counters.executed.iter().sum::<u64>()).sum();
-        Self { d: o.into_iter().flat_map(|o| o.findings.0).collect(), n }
+
+/// Traffic of one buffer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BufferTraffic {
+    /// Name.
+    pub name: String,
+    /// All traffic.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    /// Distinct bytes read.
+    pub distinct_read: u64,
+    /// Distinct bytes written.
+    pub distinct_written: u64,
+}
+
+impl BufferTraffic {
+    /// Bytes moved over distinct bytes; 1 where nothing was touched.
+    pub fn ratio(&self) -> f64 {
+        match self.distinct_read + self.distinct_written {
+            0 => 1.0,
+            distinct => (self.traffic.read + self.traffic.written) as f64 / distinct as f64,
+        }
     }
-    pub fn merge(&mut self, _o: Self) {}
-    pub fn schedule_dependent(&mut self, _b: &str, _a: u64, _i: u32) {}
+}
+
+/// How one run was scheduled.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub struct Schedule {
+    /// Seed.
+    pub seed: u64,
+    /// Timing of asynchronous operations.
+    pub timing: Timing,
+}
+
+/// The report of a launch, or of several schedules of it.
+#[derive(Clone, Debug)]
+pub struct Report {
+    findings: Findings,
+    /// Lines that were executed, in the order of the text.
+    pub lines: Vec<Line>,
+    /// Buffers that were touched.
+    pub buffers: Vec<BufferTraffic>,
+    /// The coarse bound.
+    pub bound: Bound,
+    /// The runs; counts are those of the first.
+    pub schedules: Vec<Schedule>,
+    /// Whether every run came to its end.
+    pub complete: bool,
+}
+
+impl Report {
+    pub(crate) fn new(grid: &Grid<'_>, outcomes: Vec<Outcome>) -> Self {
+        let mut counters = Counters::new(grid.kernel.instrs.len());
+        let mut findings = Findings::default();
+        let mut complete = true;
+        for outcome in outcomes {
+            counters.merge(outcome.counters);
+            findings.merge(outcome.findings);
+            complete &= outcome.complete;
+        }
+        let lines = lines(grid, &counters);
+        let buffers = buffers(grid, &counters);
+        let of = |class| lines.iter().filter(|l| l.class == class).map(|l| l.executed).sum();
+        let work = Work {
+            blocks: grid.blocks().into(),
+            flops: counters.flops.values().sum(),
+            instructions: counters.executed.iter().sum(),
+            special: of(Class::Special),
+            wavefronts: counters.shared.values().map(|p| p.phases).sum(),
+            distinct: buffers.iter().map(|b| b.distinct_read + b.distinct_written).sum(),
+        };
+        let bound = Bound::new(grid.arch, &work);
+        let schedule = Schedule { seed: grid.options.seed, timing: grid.options.timing };
+        Self { findings, lines, buffers, bound, schedules: vec![schedule], complete }
+    }
+
+    /// Whether nothing was found and every run came to its end.
+    pub fn is_clean(&self) -> bool {
+        self.findings.is_empty() && self.complete
+    }
+
+    /// What was found.
+    pub fn diagnostics(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.findings.iter()
+    }
+
+    /// Whether something of this kind was found.
+    pub fn has(&self, kind: Kind) -> bool {
+        self.diagnostics().any(|d| d.kind == kind)
+    }
+
+    /// Warp instructions executed of a class.
+    pub fn executed(&self, class: Class) -> u64 {
+        self.lines.iter().filter(|l| l.class == class).map(|l| l.executed).sum()
+    }
+
+    /// All warp instructions executed.
+    pub fn instructions(&self) -> u64 {
+        self.lines.iter().map(|l| l.executed).sum()
+    }
+
+    /// Tensor-core flop.
+    pub fn tensor_flops(&self) -> u64 {
+        self.lines.iter().map(|l| l.flops).sum()
+    }
+
+    /// Shared-memory wavefronts.
+    pub fn shared_phases(&self) -> SharedPhases {
+        self.lines.iter().fold(SharedPhases::default(), |mut sum, l| {
+            sum += l.shared;
+            sum
+        })
+    }
+
+    /// Traffic of a buffer, by name.
+    pub fn buffer(&self, name: &str) -> Option<&BufferTraffic> {
+        self.buffers.iter().find(|b| b.name == name)
+    }
+
+    /// Adds the findings of another schedule of the same launch.
+    pub fn merge(&mut self, other: Self) {
+        self.findings.merge(other.findings);
+        self.schedules.extend(other.schedules);
+        self.complete &= other.complete;
+    }
+
+    /// Notes that a run left another byte in a buffer than the first.
+    pub(crate) fn schedule_dependent(&mut self, buffer: &str, at: u64, run: &Schedule) {
+        let first = self.schedules[0];
+        let message = format!(
+            "byte {at} of {buffer} depends on the schedule: seed {} {:?} and seed {} {:?} differ",
+            first.seed, first.timing, run.seed, run.timing
+        );
+        let at = Location { ptx_line: 0, source: None, block: [0; 3], warp: 0, lane: 0 };
+        let kind = Kind::ScheduleDependent;
+        let (other, address, repeated) = (None, None, 1);
+        let diagnostic = Diagnostic { kind, message, at, other, address, repeated };
+        self.findings.add(u32::MAX, None, diagnostic);
+    }
+}
+
+fn lines(grid: &Grid<'_>, counters: &Counters) -> Vec<Line> {
+    let mut traffic: BTreeMap<u32, Traffic> = BTreeMap::new();
+    for ((pc, _), t) in &counters.traffic {
+        *traffic.entry(*pc).or_default() += *t;
+    }
+    let executed = counters.executed.iter().enumerate().filter(|(_, n)| **n > 0);
+    executed
+        .map(|(pc, executed)| {
+            let instr = &grid.kernel.instrs[pc];
+            let pc = pc as u32;
+            Line {
+                ptx_line: instr.line,
+                source: grid.location(pc, 0, 0).source,
+                mnemonic: instr.mnemonic.clone(),
+                class: instr.class,
+                executed: *executed,
+                shared: counters.shared.get(&pc).copied().unwrap_or_default(),
+                flops: counters.flops.get(&pc).copied().unwrap_or_default(),
+                global: traffic.get(&pc).copied().unwrap_or_default(),
+            }
+        })
+        .collect()
+}
+
+fn buffers(grid: &Grid<'_>, counters: &Counters) -> Vec<BufferTraffic> {
+    let mut traffic: BTreeMap<usize, Traffic> = BTreeMap::new();
+    for ((_, buffer), t) in &counters.traffic {
+        *traffic.entry(*buffer).or_default() += *t;
+    }
+    traffic
+        .into_iter()
+        .map(|(number, traffic)| {
+            let touched = counters.touched.get(&number);
+            BufferTraffic {
+                name: grid.buffer(number).map_or_else(String::new, |b| b.name.clone()),
+                traffic,
+                distinct_read: touched.map_or(0, |t| t.read.len()),
+                distinct_written: touched.map_or(0, |t| t.written.len()),
+            }
+        })
+        .collect()
+}
+
+fn is_race(kind: Kind) -> bool {
+    matches!(kind, Kind::Race | Kind::PendingRead | Kind::PendingWrite | Kind::MissingProxyFence)
+}
+
+impl Serialize for Report {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (races, errors): (Vec<_>, Vec<_>) = self.diagnostics().partition(|d| is_race(d.kind));
+        let mut classes: BTreeMap<Class, u64> = BTreeMap::new();
+        self.lines.iter().for_each(|l| *classes.entry(l.class).or_default() += l.executed);
+        let conflicts: Vec<_> = self.lines.iter().filter(|l| l.shared.phases > 0).collect();
+        let conflict = |l: &&Line| {
+            json!({
+                "ptx_line": l.ptx_line, "source": l.source, "mnemonic": l.mnemonic,
+                "phases": l.shared.phases, "excess": l.shared.excess,
+            })
+        };
+        let shared = self.shared_phases();
+        let bytes: serde_json::Map<_, _> = (self.buffers.iter())
+            .map(|b| {
+                let mut value = json!(b);
+                value["ratio"] = json!(b.ratio());
+                (b.name.clone(), value)
+            })
+            .collect();
+        let report = json!({
+            "clean": self.is_clean(),
+            "complete": self.complete,
+            "errors": errors,
+            "races": races,
+            "findings_dropped": self.findings.dropped(),
+            "counts": {
+                "warp_instructions": self.instructions(),
+                "tensor_flops": self.tensor_flops(),
+                "barriers": self.executed(Class::Barrier),
+                "classes": classes,
+                "lines": self.lines,
+            },
+            "bank_conflicts": {
+                "phases": shared.phases,
+                "excess": shared.excess,
+                "lines": conflicts.iter().map(conflict).collect::<Vec<_>>(),
+            },
+            "global_bytes": bytes,
+            "bound": self.bound,
+            "schedules": self.schedules,
+        });
+        report.serialize(serializer)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for diagnostic in self.diagnostics() {
+            writeln!(f, "{diagnostic}")?;
+        }
+        if self.findings.dropped() > 0 {
+            writeln!(f, "{} further findings were only counted", self.findings.dropped())?;
+        }
+        let shared = self.shared_phases();
+        writeln!(
+            f,
+            "{} warp instructions, {} tensor flop, {} shared wavefronts ({} by conflicts)",
+            self.instructions(),
+            self.tensor_flops(),
+            shared.phases,
+            shared.excess
+        )?;
+        for b in &self.buffers {
+            writeln!(
+                f,
+                "{}: {} bytes read, {} written, {:.2} x the distinct bytes",
+                b.name,
+                b.traffic.read,
+                b.traffic.written,
+                b.ratio()
+            )?;
+        }
+        write!(f, "limited by {}:", self.bound.limiter)?;
+        self.bound
+            .named()
+            .iter()
+            .try_for_each(|(name, s)| write!(f, " {name} {:.2} us", s * 1e6))?;
+        writeln!(f)
+    }
 }
