@@ -121,6 +121,17 @@ impl Env<'_> {
         }
     }
 
+    /// Bytes of the register an operand names.
+    pub fn width(&self, o: &Operand) -> Result<u32> {
+        match o {
+            Operand::Name(name) => match self.lookup(name) {
+                Some(Symbol::Register { ty, .. }) => Ok(ty.size()),
+                _ => Err(format!("{name} is no register")),
+            },
+            _ => Ok(8),
+        }
+    }
+
     /// Registers of a vector, or of a single operand.
     pub fn dsts(&self, o: &Operand, ty: Type) -> Result<Vec<Dst>> {
         match o {

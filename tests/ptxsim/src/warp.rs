@@ -72,6 +72,8 @@ pub struct Warp {
     pub frame_written: Vec<bool>,
     /// wgmma groups not waited for, and the like.
     pub wgmma: crate::ops::wgmma::WarpState,
+    /// Carry flags of the lanes.
+    pub carry: u32,
     /// What the last failed poll was for.
     pub last_wait: Option<String>,
 }
@@ -98,6 +100,7 @@ impl Warp {
             frame: vec![0; frame],
             frame_written: vec![false; frame],
             wgmma: Default::default(),
+            carry: 0,
             last_wait: None,
         }
     }

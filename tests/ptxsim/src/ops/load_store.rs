@@ -6,9 +6,8 @@ use crate::clock::Scope;
 use crate::context::lanes;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result, mask};
-use crate::diagnostic::Kind;
 use crate::memory::{SHARED_WINDOW, Target, target};
-use crate::program::{Address, Decoded, Dst, Lanes, Src};
+use crate::program::{Address, Decoded, Lanes, Src};
 
 /// Modifiers that only advise the caches.
 const HINTS: [&str; 16] = [
@@ -140,6 +139,8 @@ fn load(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     policy(env, rest, hint)?;
     let address = env.address(a)?;
     let (window, ty, count) = shape(op, &address)?;
+    let first = if let Operand::Vector(v) = d { v.first().unwrap_or(d) } else { d };
+    let width = mask(env.width(first).unwrap_or(8));
     let d = env.dsts(d, ty)?;
     if d.len() != count {
         return Err(format!("{} destinations for {count} elements", d.len()));
@@ -150,7 +151,7 @@ fn load(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let (bits, keep) = (8 * ty.size(), mask(ty.size()));
     let extend = move |v: u64| {
         let shift = 64 - bits;
-        if signed { ((v << shift) as i64 >> shift) as u64 } else { v }
+        if signed { ((v << shift) as i64 >> shift) as u64 & width } else { v }
     };
     Ok(Decoded::next(class(window, false), move |cx| {
         let at = cx.addresses(&address);
@@ -280,6 +281,3 @@ impl crate::context::Cx<'_, '_> {
         }
     }
 }
-
-#[allow(unused)]
-fn unused(_: Dst, _: Kind) {}

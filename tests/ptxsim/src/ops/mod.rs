@@ -4,16 +4,23 @@ pub mod atomic;
 pub mod barrier;
 pub mod bulk;
 pub mod cluster;
+pub mod compare;
 pub mod control;
+pub mod convert;
 pub mod copy;
 pub mod cp_async;
+pub mod float;
+pub mod half;
+pub mod integer;
 pub mod load_store;
+pub mod logic;
 pub mod mbarrier;
 pub mod misc;
 pub mod moves;
 pub mod warp;
 pub mod wgmma;
 
+use crate::ast::Type;
 use crate::decode::{Env, Opcode, Result};
 use crate::program::{Decoded, Preset};
 
@@ -22,6 +29,17 @@ type Decoder = fn(&mut Opcode<'_>, &Env<'_>) -> Result<Decoded>;
 /// The family of a mnemonic's first part.
 fn family(root: &str) -> Option<Decoder> {
     Some(match root {
+        "add" | "sub" | "mul" | "mad" | "fma" | "div" | "rem" | "min" | "max" | "abs" | "neg"
+        | "copysign" => arithmetic,
+        "addc" | "subc" | "madc" => integer::with_carry,
+        "mul24" | "mad24" => integer::product24,
+        "popc" | "clz" | "brev" | "bfind" | "bfe" | "bfi" | "szext" | "prmt" | "shf" | "sad"
+        | "dp4a" | "dp2a" => integer::bits,
+        "and" | "or" | "xor" | "not" | "cnot" | "lop3" | "shl" | "shr" => logic::decode,
+        "setp" | "set" | "selp" | "slct" => compare::decode,
+        "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "tanh" | "sin" | "cos" => float::special,
+        "testp" => float::testp,
+        "cvt" => convert::decode,
         "mov" | "cvta" | "mapa" => moves::decode,
         "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
@@ -34,6 +52,16 @@ fn family(root: &str) -> Option<Decoder> {
         "atom" | "red" | "fence" | "membar" => atomic::decode,
         _ => return None,
     })
+}
+
+/// Arithmetic by the type it works on.
+fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    let ty = op.ty()?;
+    match ty {
+        Type::F32 | Type::F64 => float::arithmetic(op, env, ty),
+        Type::F16 | Type::Bf16 | Type::F16x2 | Type::Bf16x2 => half::arithmetic(op, env, ty),
+        _ => integer::arithmetic(op, env, ty),
+    }
 }
 
 /// Decodes one instruction.

@@ -1,0 +1,102 @@
+//! Logic and shifts, of registers and of predicates.
+
+use crate::ast::Type;
+use crate::count::Class;
+use crate::decode::{Env, Opcode, Result, mask};
+use crate::numeric::int;
+use crate::ops::integer;
+use crate::program::Decoded;
+
+/// and, or, xor, not, cnot, lop3, shl, shr.
+pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    match op.root() {
+        "lop3" => lop3(op, env),
+        "shl" | "shr" => shift(op, env),
+        "not" | "cnot" => complement(op, env),
+        root => {
+            let ty = op.ty()?;
+            type Rule = fn(u64, u64) -> u64;
+            let f: Rule = match root {
+                "and" => |a, b| a & b,
+                "or" => |a, b| a | b,
+                _ => |a, b| a ^ b,
+            };
+            let [d, a, b] = op.operands()?;
+            if ty == Type::Pred {
+                let (d, a, b) = (env.pred_dst(d)?, env.pred(a)?, env.pred(b)?);
+                return Ok(Decoded::next(Class::Predicate, move |cx| {
+                    let (a, b) = (cx.test(a), cx.test(b));
+                    cx.set(d, f(a.into(), b.into()) as u32);
+                }));
+            }
+            let (d, a, b) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(b, ty)?);
+            let m = mask(ty.size());
+            // Spelled out so that each is a loop of its own.
+            Ok(match root {
+                "and" => {
+                    Decoded::next(Class::Integer, move |cx| cx.map2(d, &a, &b, |a, b| a & b & m))
+                }
+                "or" => {
+                    Decoded::next(Class::Integer, move |cx| cx.map2(d, &a, &b, |a, b| (a | b) & m))
+                }
+                _ => {
+                    Decoded::next(Class::Integer, move |cx| cx.map2(d, &a, &b, |a, b| (a ^ b) & m))
+                }
+            })
+        }
+    }
+}
+
+fn complement(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    let logical = op.root() == "cnot";
+    let ty = op.ty()?;
+    let [d, a] = op.operands()?;
+    if ty == Type::Pred {
+        let (d, a) = (env.pred_dst(d)?, env.pred(a)?);
+        return Ok(Decoded::next(Class::Predicate, move |cx| {
+            let a = cx.test(a);
+            cx.set(d, !a);
+        }));
+    }
+    let (d, a, m) = (env.dst(d, ty)?, env.src(a, ty)?, mask(ty.size()));
+    Ok(Decoded::next(Class::Integer, move |cx| {
+        cx.map1(d, &a, |a| if logical { u64::from(a & m == 0) } else { !a & m });
+    }))
+}
+
+fn lop3(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    op.expect("b32")?;
+    let [d, a, b, c, table] = op.operands()?;
+    let ty = Type::B32;
+    let (d, a, b, c) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(b, ty)?, env.src(c, ty)?);
+    let table = env.src(table, Type::B32)?.constant().ok_or("the table is no constant")? as u8;
+    Ok(Decoded::next(Class::Integer, move |cx| {
+        cx.map3(d, &a, &b, &c, |a, b, c| int::lop3(a as u32, b as u32, c as u32, table).into());
+    }))
+}
+
+/// Amounts beyond the width give 0, or the sign.
+fn shift(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    let left = op.root() == "shl";
+    let ty = op.ty()?;
+    let i = integer::int(ty)?;
+    let [d, a, b] = op.operands()?;
+    let (d, a, b) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(b, Type::U32)?);
+    Ok(match (left, b.constant()) {
+        // A constant amount inside the width: the common case, without a branch per lane.
+        (true, Some(n)) if n < i.bits.into() => {
+            let m = mask(ty.size());
+            Decoded::next(Class::Integer, move |cx| cx.map1(d, &a, |a| a << n & m))
+        }
+        (false, Some(n)) if n < i.bits.into() && !i.signed => {
+            let m = mask(ty.size());
+            Decoded::next(Class::Integer, move |cx| cx.map1(d, &a, |a| (a & m) >> n))
+        }
+        (true, _) => {
+            Decoded::next(Class::Integer, move |cx| cx.map2(d, &a, &b, |a, n| i.shl(a, n as u32)))
+        }
+        (false, _) => {
+            Decoded::next(Class::Integer, move |cx| cx.map2(d, &a, &b, |a, n| i.shr(a, n as u32)))
+        }
+    })
+}
