@@ -10,7 +10,8 @@ parameters, and the `reference` the outputs are to be compared with. An argument
     {"tensor_map": {"buffer", "dtype", "dims", "strides", "box", "element_strides", "swizzle", "oob"}}
     {"scratch": BYTES_PER_BLOCK, "align": ALIGN}     # 0 bytes: a null pointer
 (tensor maps: dimensions and box innermost first, strides in bytes without the innermost one.)
-A buffer's `role` is "input" (to be filled by the caller), "output" (starts uninitialised) or "zero".
+A buffer's `role` is "input" (to be filled by the caller), "steps" (to be filled with multiples of 1/1024,
+whose sum is exact in any order), "output" (starts uninitialised) or "zero".
 """
 
 import json
@@ -322,7 +323,7 @@ def launches():
         "sum_atomic",
         sum_atomic,
         grid=(10, 1, 1),
-        buffers={"x": buffer("f32", 5000), "total": buffer("f32", 1, role="zero")},
+        buffers={"x": buffer("f32", 5000, role="steps"), "total": buffer("f32", 1, role="zero")},
         scalars={"n": ("i32", 5000)},
         constants={"BLOCK": 512},
         options={"num_warps": 4, "num_stages": 1},
