@@ -56,7 +56,13 @@ fn assert_within(case: &str, got: f32, want: f64, ulps: f64, absolute: f64) {
 
 /// Minimum or maximum: a number wins over a NaN.
 fn extreme(x: f64, y: f64, pick: fn(f64, f64) -> f64) -> f64 {
-    if x.is_nan() { y } else if y.is_nan() { x } else { pick(x, y) }
+    if x.is_nan() {
+        y
+    } else if y.is_nan() {
+        x
+    } else {
+        pick(x, y)
+    }
 }
 
 #[test]

@@ -46,14 +46,12 @@ fn transposes() {
     let (rows, columns) = (50usize, 70usize);
     let data: Vec<f32> = steps(&mut generator("transposes"), rows * columns);
     let input = device.buffer("in", &data);
-    let want: Vec<f32> =
-        (0..rows * columns).map(|i| data[i % rows * columns + i / rows]).collect();
+    let want: Vec<f32> = (0..rows * columns).map(|i| data[i % rows * columns + i / rows]).collect();
     for kernel in ["transpose_shared", "transpose_conflicts"] {
         let out = device.uninitialised::<f32>("out", rows * columns);
         let grid = [columns.div_ceil(32) as u32, rows.div_ceil(32) as u32, 1];
         let launch = Launch { grid, block: [32, 8, 1], ..Launch::linear(1, 1) };
-        let args =
-            [input.into(), out.into(), Arg::I32(rows as i32), Arg::I32(columns as i32)];
+        let args = [input.into(), out.into(), Arg::I32(rows as i32), Arg::I32(columns as i32)];
         clean(&mut device, &module, kernel, launch, &args);
         assert_eq!(device.read::<f32>(out), Ok(want.clone()), "{kernel}");
     }

@@ -63,8 +63,7 @@ impl Tile {
     }
 
     fn arguments(&self, map: TensorMap, other: Buffer) -> Vec<Arg> {
-        let mut args =
-            vec![Arg::TensorMap(map), other.into(), Arg::I32(self.words() as i32)];
+        let mut args = vec![Arg::TensorMap(map), other.into(), Arg::I32(self.words() as i32)];
         args.extend(self.at.iter().map(|c| Arg::I32(*c)));
         args
     }

@@ -61,8 +61,7 @@ fn naive_product() {
 fn pipelined<T: Element>(arch: &str, kernel: &str, sizes: [usize; 3]) {
     let (module, mut device) = compiled("matmul_sm80", arch);
     let case = format!("{kernel} {sizes:?} {arch}");
-    let Product { a, b, want } =
-        product::<T>(&mut device, &case, sizes, kernel.ends_with("_nt"));
+    let Product { a, b, want } = product::<T>(&mut device, &case, sizes, kernel.ends_with("_nt"));
     let [m, n, k] = sizes;
     let c = device.uninitialised::<f32>("c", m * n);
     let launch = Launch {
@@ -133,8 +132,7 @@ fn wgmma_products() {
 #[test]
 fn attention_d128() {
     for (tokens, heads, causal) in [(256, 2, true), (100, 1, true), (129, 1, false), (1, 1, true)] {
-        let shape =
-            Attention { heads, tokens, d: 128, scale: 128f64.sqrt().recip(), causal };
+        let shape = Attention { heads, tokens, d: 128, scale: 128f64.sqrt().recip(), causal };
         let (module, mut device) = compiled("attention_sm80", "sm_80");
         let case = format!("attention of {tokens} tokens, causal {causal}");
         let mut rng = generator(&case);

@@ -31,9 +31,9 @@ element!(bf16, bf16::from_f64);
 
 /// A generator that depends on the name of the case only.
 pub fn generator(name: &str) -> ChaCha8Rng {
-    let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-    });
+    let seed = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     ChaCha8Rng::seed_from_u64(seed)
 }
 
