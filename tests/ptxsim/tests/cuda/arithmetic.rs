@@ -81,19 +81,22 @@ fn f32_operations() {
                 let case = format!("{arch}: {what} of {x:e}, {y:e}");
                 assert_within(&case, out[row][i], want, ulps, absolute);
             };
-            check(0, "x + y", x + y, 0.5, 0.0);
+            // Half a unit, and a little for the rounding of the reference itself.
+            check(0, "x + y", x + y, 0.501, 0.0);
             check(1, "x * y", x * y, 0.5, 0.0);
-            check(2, "x / y", x / y, 0.5, 0.0);
-            check(3, "fdividef", x / y, 2.0, 0.0);
-            check(4, "sqrt", x.abs().sqrt(), 0.5, 0.0);
-            check(5, "rsqrt", y.abs().sqrt().recip(), 2.0, 0.0);
+            check(2, "x / y", x / y, 0.501, 0.0);
+            if y == 0.0 || !(y.abs() < f64::from(f32::MIN_POSITIVE)) {
+                check(3, "fdividef", x / y, 2.0, 0.0); // no bound for subnormal divisors
+            }
+            check(4, "sqrt", x.abs().sqrt(), 0.501, 0.0);
+            check(5, "rsqrt", y.abs().sqrt().recip(), 2.2, 0.0);
             check(6, "exp", x.exp(), 2.0, 0.0);
             check(7, "log", y.abs().ln(), 2.0, 0.0);
             check(8, "tanh.approx", x.tanh(), 0.0, x.tanh().abs() * 2f64.powi(-11) + 1e-44);
             check(9, "fma", x.mul_add(y, x), 0.501, 0.0);
             check(10, "min", extreme(x, y, f64::min), 0.0, 0.0);
             check(11, "max", extreme(x, y, f64::max), 0.0, 0.0);
-            check(12, "1 / y", y.recip(), 0.5, 0.0);
+            check(12, "1 / y", y.recip(), 0.501, 0.0);
             check(13, "floor", x.floor(), 0.0, 0.0);
             if !x.is_nan() {
                 check(14, "copysign", x.copysign(y), 0.0, 0.0);

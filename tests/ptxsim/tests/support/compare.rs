@@ -26,8 +26,19 @@ macro_rules! element {
     };
 }
 element!(f32, |x| x as f32);
-element!(f16, f16::from_f64);
-element!(bf16, bf16::from_f64);
+element!(f16, |x| f16::from_f32(to_odd(x)));
+element!(bf16, |x| bf16::from_f32(to_odd(x)));
+
+/// The f32 next to `x` that is exact or has an odd last bit, so that a second rounding to 16 bits
+/// gives what one would have.
+fn to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) == x || !nearest.is_finite() {
+        return nearest;
+    }
+    let away = f64::from(nearest).abs() > x.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(away)) | 1)
+}
 
 /// A generator that depends on the name of the case only.
 pub fn generator(name: &str) -> ChaCha8Rng {
