@@ -1,8 +1,9 @@
 // Elementwise arithmetic, one row of n results per operation, in the order written. Launch: block
 // 128, grid (ceil(n / 128)).
-//   math_f32     out [16][n] f32 from x, y: x + y, x * y, x / y, fdividef(x, y), sqrt|x|, rsqrt|y|,
+//   math_f32     out [18][n] f32 from x, y: x + y, x * y, x / y, fdividef(x, y), sqrt|x|, rsqrt|y|,
 //                exp(x), log|y|, tanh.approx(x), fma(x, y, x), min, max, 1 / y (rn), floor(x),
-//                copysign(x, y), exp2(x) (approximate, flushed)
+//                copysign(x, y), exp2(x) (approximate, flushed), log2|y|
+//                and 1 / y (approximate)
 //   math_round   out [8][n] i32 from x: bits of x as f16, as bf16, int towards zero, int nearest,
 //   as
 //                u32 (saturating), int down, int up, bits of saturate(x)
@@ -61,6 +62,8 @@ extern "C" __global__ void math_f32(const float* xs, const float* ys, float* out
   put(floorf(x));
   put(copysignf(x, y));
   put(ptx::ex2_approx_ftz(x));
+  put(ptx::lg2_approx(fabsf(y)));
+  put(ptx::rcp_approx(y));
 }
 
 extern "C" __global__ void math_round(const float* xs, int* out, int n) {

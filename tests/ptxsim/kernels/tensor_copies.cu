@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(256)
   __shared__ __align__(128) float buffer[256];
   __shared__ __align__(8) uint64_t full;
   const uint32_t barrier = ptx::shared_address(&full), at = ptx::shared_address(buffer);
+  ptx::griddepcontrol_wait();  // nothing to wait for: the launch has no predecessor
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
@@ -119,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   __syncthreads();  // the barrier exists
   ptx::mbarrier_wait_parity(barrier, 0);
+  ptx::griddepcontrol_launch_dependents();
   buffer[threadIdx.x] *= factor;
   ptx::fence_proxy_async_shared();
   __syncthreads();

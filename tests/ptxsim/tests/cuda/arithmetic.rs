@@ -74,7 +74,7 @@ fn f32_operations() {
         let (xs, mut ys) = (floats(&mut rng, n), floats(&mut rng, n));
         ys.reverse();
         let inputs = [device.buffer("x", &xs), device.buffer("y", &ys)];
-        let out = rows::<f32>(&mut device, arch, "math_f32", &inputs, [16, n]);
+        let out = rows::<f32>(&mut device, arch, "math_f32", &inputs, [18, n]);
         for i in 0..n {
             let (x, y) = (f64::from(xs[i]), f64::from(ys[i]));
             let check = |row: usize, what: &str, want: f64, ulps: f64, absolute: f64| {
@@ -102,6 +102,8 @@ fn f32_operations() {
                 check(14, "copysign", x.copysign(y), 0.0, 0.0);
             }
             check(15, "ex2", x.exp2(), 2.0, f64::from(f32::MIN_POSITIVE));
+            check(16, "lg2", y.abs().log2(), 0.0, y.abs().log2().abs().max(1.0) * 2f64.powi(-22));
+            check(17, "rcp", y.recip(), 1.0, 0.0);
         }
     }
 }

@@ -152,3 +152,34 @@ fn attention_d128() {
         assert_close(&case, &read::<bf16>(&device, o), &want, 2.0 * BF16);
     }
 }
+
+/// One product of a warpgroup in each form of operands.
+#[test]
+fn wgmma_operand_forms() {
+    let transpose =
+        |x: &[f16]| -> Vec<f16> { (0..4096).map(|i| x[i % 64 * 64 + i / 64]).collect() };
+    for (kernel, a_transposed, b_transposed) in [
+        ("wgmma_registers", false, true),
+        ("wgmma_registers_t", false, false),
+        ("wgmma_shared_tt", true, false),
+        ("wgmma_add", false, true),
+    ] {
+        let (module, mut device) = compiled("wgmma", "sm_90a");
+        let mut rng = generator(kernel);
+        let (a, b): (Vec<f16>, Vec<f16>) =
+            (random(&mut rng, 4096, 1.0), random(&mut rng, 4096, 1.0));
+        let before: Vec<f32> = random(&mut rng, 4096, 10.0);
+        let mut want = reference::matmul(&values(&a), &values(&b), [64; 3], b_transposed);
+        let a = device.buffer("a", &if a_transposed { transpose(&a) } else { a });
+        let b = device.buffer("b", &b);
+        let d = if kernel == "wgmma_add" {
+            want.iter_mut().zip(&before).for_each(|(w, b)| *w += f64::from(*b));
+            device.buffer("d", &before)
+        } else {
+            device.uninitialised::<f32>("d", 4096)
+        };
+        let launch = Launch::linear(1, 128).shared(16384);
+        clean(&mut device, &module, kernel, launch, &[a.into(), b.into(), d.into()]);
+        assert_close(kernel, &read::<f32>(&device, d), &want, 1e-6);
+    }
+}
