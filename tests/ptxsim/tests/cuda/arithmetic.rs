@@ -154,7 +154,7 @@ fn i32_operations() {
             let want = [
                 x.wrapping_add(y),
                 x.wrapping_mul(y),
-                (i64::from(x) * i64::from(y) >> 32) as i32,
+                ((i64::from(x) * i64::from(y)) >> 32) as i32,
                 x.wrapping_div(y),
                 x.wrapping_rem(y),
                 (ux / uy) as i32,
@@ -194,7 +194,7 @@ fn i64_operations() {
             let want = [
                 x.wrapping_add(y),
                 x.wrapping_mul(y),
-                (i128::from(x) * i128::from(y) >> 64) as i64,
+                ((i128::from(x) * i128::from(y)) >> 64) as i64,
                 x.wrapping_div(y),
                 x.wrapping_rem(y),
                 x >> (y & 63),

@@ -1,6 +1,7 @@
 //! Tensor copies of every rank and swizzle, bulk copies, cp.async with an mbarrier.
 
-use ptxsim::tensor_map::{Dtype, OobFill, Swizzle, TensorMap};
+use ptxsim::layout::Swizzle;
+use ptxsim::tensor_map::{Dtype, OobFill, TensorMap};
 use ptxsim::{Arg, Buffer, Device, Launch, Module};
 use rand::prelude::*;
 

@@ -1,7 +1,8 @@
 //! Matrix products and attention.
 
 use half::{bf16, f16};
-use ptxsim::tensor_map::{Dtype, Swizzle, TensorMap};
+use ptxsim::layout::Swizzle;
+use ptxsim::tensor_map::{Dtype, TensorMap};
 use ptxsim::{Arg, Buffer, Device, Launch};
 
 use crate::support::compare::{Element, assert_close, generator, random, values};
