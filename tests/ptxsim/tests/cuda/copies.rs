@@ -28,8 +28,15 @@ impl Tile {
         self.dims.iter().product::<u64>() as usize
     }
 
+    /// Elements that are copied along a dimension: those of the box that the steps meet. Dimension
+    /// 0 has no steps.
+    fn count(&self, d: usize) -> usize {
+        let step = if d == 0 { 1 } else { self.element_strides[d] };
+        self.tile[d].div_ceil(step) as usize
+    }
+
     fn words(&self) -> usize {
-        self.tile.iter().product::<u32>() as usize
+        (0..self.tile.len()).map(|d| self.count(d)).product()
     }
 
     fn map(&self, dtype: Dtype, device: &Device, tensor: Buffer) -> TensorMap {
@@ -53,8 +60,8 @@ impl Tile {
         let shared = (byte ^ ((byte >> 7 & bits) << 4)) / 4;
         let (mut rest, mut pitch, mut element) = (word, 1, Some(0));
         for (d, extent) in self.dims.iter().enumerate() {
-            let inside = rest % self.tile[d] as usize;
-            rest /= self.tile[d] as usize;
+            let inside = rest % self.count(d);
+            rest /= self.count(d);
             let x = i64::from(self.at[d]) + inside as i64 * i64::from(self.element_strides[d]);
             let x = usize::try_from(x).ok().filter(|x| *x < *extent as usize);
             element = element.zip(x).map(|(e, x)| e + x * pitch);
@@ -135,7 +142,7 @@ fn loads_with_swizzle() {
 
 #[test]
 fn loads_with_element_strides() {
-    let tile = Tile::new(&[40, 30], &[8, 5], &[4, 17]);
+    let tile = Tile::new(&[40, 30], &[8, 14], &[4, 17]); // 5 rows, two of them outside
     Tile { element_strides: vec![1, 3], ..tile }.check_load();
 }
 
