@@ -114,7 +114,14 @@ fn find_nvcc() -> Result<PathBuf, Vec<String>> {
     candidates.extend(env::split_paths(&path).map(|folder| folder.join("nvcc")));
     candidates.push("/usr/local/cuda/bin/nvcc".into());
     candidates.iter().find(|candidate| candidate.is_file()).cloned().ok_or_else(|| {
-        let places = ["$NVCC", "target/cuda-venv", "$CUDA_HOME/bin", "$CUDA_PATH/bin", "$PATH"];
+        let places = [
+            "$NVCC",
+            "target/cuda-venv",
+            "$CUDA_HOME/bin",
+            "$CUDA_PATH/bin",
+            "$PATH",
+            "/usr/local/cuda/bin",
+        ];
         places.iter().map(|place| (*place).into()).collect()
     })
 }
