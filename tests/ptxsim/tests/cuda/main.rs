@@ -1,0 +1,11 @@
+//! CUDA C++ kernels, compiled by nvcc, against float64 or integer references.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod arithmetic;
+mod blocks;
+mod clusters;
+mod copies;
+mod products;
+mod warps;

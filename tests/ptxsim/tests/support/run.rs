@@ -1,0 +1,39 @@
+//! Launches that must be clean.
+
+use ptxsim::{Arch, Arg, Device, Launch, Module};
+
+use super::tools;
+
+/// How many schedules every launch runs under.
+pub const SCHEDULES: u32 = 3;
+
+/// The architecture of a name such as `sm_90a`.
+pub fn arch(name: &str) -> Arch {
+    match name {
+        "sm_80" => Arch::Sm80,
+        "sm_90a" => Arch::Sm90a,
+        _ => panic!("no architecture {name}"),
+    }
+}
+
+/// Parses PTX; a failure names the case.
+#[track_caller]
+pub fn parse(case: &str, ptx: &str) -> Module {
+    Module::parse(ptx).unwrap_or_else(|e| panic!("{case}: {e}"))
+}
+
+/// A compiled file of `kernels/` and a device to run it on.
+#[track_caller]
+pub fn compiled(file: &str, arch_name: &str) -> (Module, Device) {
+    let module = parse(file, &tools::kernel(file, arch_name));
+    (module, Device::new(arch(arch_name)))
+}
+
+/// Runs a kernel under several schedules; whatever is reported fails the test.
+#[track_caller]
+pub fn clean(device: &mut Device, module: &Module, kernel: &str, launch: Launch, args: &[Arg]) {
+    let report = device
+        .explore(module, kernel, &launch, args, SCHEDULES)
+        .unwrap_or_else(|e| panic!("{kernel}: {e}"));
+    assert!(report.is_clean(), "{kernel}:\n{report}");
+}
