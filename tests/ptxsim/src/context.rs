@@ -21,6 +21,8 @@ pub struct Cx<'a, 'g> {
     pub mask: u32,
     /// Its program counter.
     pub pc: u32,
+    /// Lanes in which the operands taken so far hold values: those of the result that will.
+    pub defined: u32,
     /// What a waiting instruction remembers of its first attempt; None at the first.
     pub note: Option<u64>,
 }
@@ -38,46 +40,57 @@ pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
 }
 
 impl Cx<'_, '_> {
-    /// Value of an operand in all lanes; reports the lanes that were never written.
+    /// Value of an operand whose every executing lane must hold one.
     #[inline]
     pub fn read(&mut self, src: &Src) -> Lanes {
-        match src {
-            Src::Imm(v) => **v,
-            Src::Reg(slot) => {
-                self.check_register(*slot);
-                *self.warp.register(*slot)
+        self.require(src);
+        *self.value(src)
+    }
+
+    /// Value of an operand for a result: what the instruction then writes holds a value only where
+    /// the operand does. Compilers compute with undefined lanes whose results nobody uses.
+    #[inline]
+    pub fn take(&mut self, src: &Src) -> Lanes {
+        self.check(src);
+        *self.value(src)
+    }
+
+    /// Reports an operand that does not hold a value in some executing lane, or must not be read.
+    #[inline]
+    pub fn require(&mut self, src: &Src) {
+        if let Src::Reg(slot) = src {
+            let missing = self.mask & !self.warp.written(*slot);
+            if missing != 0 && self.grid.options.checks {
+                self.report_missing(*slot, missing);
+            }
+            if let Some(fault) = self.warp.check_read(*slot) {
+                self.register_fault(*slot, fault);
             }
         }
     }
 
-    /// Reports a register that must not be read now.
-    #[inline]
-    pub fn check_register(&mut self, slot: u32) {
-        if self.grid.options.checks
-            && let Some(fault) = self.warp.check_read(slot, self.mask)
-        {
-            self.register_fault(slot, fault);
-        }
+    #[cold]
+    fn report_missing(&mut self, slot: u32, missing: u32) {
+        let name = &self.grid.kernel.names[slot as usize];
+        let text = format!(
+            "register {name} holds no value in lanes {missing:#x}: it, or what it \
+                            was computed from, was never written"
+        );
+        self.report_lane(Kind::UninitialisedRegister, missing.trailing_zeros(), text);
     }
 
     #[cold]
     fn register_fault(&mut self, slot: u32, fault: RegisterFault) {
-        let name = self.grid.kernel.names[slot as usize].clone();
-        match fault {
-            RegisterFault::Uninitialised(lanes) => self.report_lane(
-                Kind::UninitialisedRegister,
-                lanes.trailing_zeros(),
-                format!("register {name} was never written in lanes {lanes:#x}"),
-            ),
-            RegisterFault::Accumulating => self.report(
-                Kind::AccumulatorInFlight,
-                format!("{name} is an accumulator of a wgmma that has not been waited for"),
-            ),
-            RegisterFault::Reading => self.report(
-                Kind::AccumulatorInFlight,
-                format!("{name} is still read by a wgmma that has not been waited for"),
-            ),
-        }
+        let name = &self.grid.kernel.names[slot as usize];
+        let text = match fault {
+            RegisterFault::Accumulating => {
+                format!("{name} is an accumulator of a wgmma that has not been waited for")
+            }
+            RegisterFault::Reading => {
+                format!("{name} is still read by a wgmma that has not been waited for")
+            }
+        };
+        self.report(Kind::AccumulatorInFlight, text);
     }
 
     /// Writes a register in the executing lanes.
@@ -87,13 +100,38 @@ impl Cx<'_, '_> {
             if let Some(fault) = self.warp.check_write(slot) {
                 self.register_fault(slot, fault);
             }
-            self.warp.set(slot, self.mask, value);
+            self.warp.set(slot, self.mask, self.defined, value);
         }
     }
 
-    /// Lanes in which a predicate operand is true; all 32 bits, whatever the mask.
+    /// Lanes in which a predicate is true, which every executing lane must hold; all 32 bits,
+    /// whatever the mask.
     #[inline]
     pub fn test(&mut self, pred: Pred) -> u32 {
+        if let Pred::Reg { slot, .. } = pred {
+            let missing = self.mask & !self.warp.predicate_written(slot);
+            if missing != 0 && self.grid.options.checks {
+                let text = format!(
+                    "a predicate holds no value in lanes {missing:#x}: it, or what it was computed \
+                     from, was never written"
+                );
+                self.report_lane(Kind::UninitialisedRegister, missing.trailing_zeros(), text);
+            }
+        }
+        self.predicate(pred)
+    }
+
+    /// Lanes in which a predicate is true, for a result, as [`Cx::take`].
+    #[inline]
+    pub fn take_predicate(&mut self, pred: Pred) -> u32 {
+        if let Pred::Reg { slot, .. } = pred {
+            self.defined &= self.warp.predicate_written(slot);
+        }
+        self.predicate(pred)
+    }
+
+    #[inline]
+    fn predicate(&self, pred: Pred) -> u32 {
         match pred {
             Pred::Constant(v) => {
                 if v {
@@ -103,16 +141,6 @@ impl Cx<'_, '_> {
                 }
             }
             Pred::Reg { slot, negated } => {
-                if self.grid.options.checks {
-                    let unwritten = self.warp.unwritten_predicate(slot, self.mask);
-                    if unwritten != 0 {
-                        self.report_lane(
-                            Kind::UninitialisedRegister,
-                            unwritten.trailing_zeros(),
-                            format!("a predicate was never written in lanes {unwritten:#x}"),
-                        );
-                    }
-                }
                 self.warp.predicate(slot) ^ if negated { u32::MAX } else { 0 }
             }
         }
@@ -122,7 +150,7 @@ impl Cx<'_, '_> {
     #[inline]
     pub fn set(&mut self, dst: PredDst, value: u32) {
         if let PredDst(Some(slot)) = dst {
-            self.warp.set_predicate(slot, self.mask, value);
+            self.warp.set_predicate(slot, self.mask, self.defined, value);
         }
     }
 
@@ -135,11 +163,14 @@ impl Cx<'_, '_> {
         }
     }
 
-    /// Reports an operand that must not be read now.
+    /// Notes where an operand holds a value, and reports one that must not be read now.
     #[inline]
     pub fn check(&mut self, src: &Src) {
         if let Src::Reg(slot) = src {
-            self.check_register(*slot);
+            self.defined &= self.warp.written(*slot);
+            if let Some(fault) = self.warp.check_read(*slot) {
+                self.register_fault(*slot, fault);
+            }
         }
     }
 

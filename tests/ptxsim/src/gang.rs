@@ -271,8 +271,15 @@ impl<'g> Gang<'g> {
         let version = self.state.version;
         let warp = &mut self.warps[w];
         warp.wake();
-        let mut cx =
-            Cx { warp, gang: &mut self.state, grid: self.grid, mask: 0, pc: 0, note: None };
+        let mut cx = Cx {
+            warp,
+            gang: &mut self.state,
+            grid: self.grid,
+            mask: 0,
+            pc: 0,
+            defined: u32::MAX,
+            note: None,
+        };
         // Lanes that spin at a low program counter may wait for lanes further on.
         let high = self.stuck[w] >= STUCK_TURNS;
         for _ in 0..quantum {
@@ -373,7 +380,7 @@ enum Step {
 fn step(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     let group = &cx.warp.groups[g];
     let (pc, all) = (group.pc, group.lanes);
-    (cx.pc, cx.mask, cx.note) = (pc, all, group.note);
+    (cx.pc, cx.mask, cx.note, cx.defined) = (pc, all, group.note, u32::MAX);
     let kernel = cx.grid.kernel;
     let Some(instr) = kernel.instrs.get(pc as usize) else {
         return end(cx, g);

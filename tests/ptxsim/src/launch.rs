@@ -333,7 +333,7 @@ impl<'g> Grid<'g> {
         let mut warp = Warp::new(self.kernel, block, index, global, lanes);
         for (preset, slot) in &self.kernel.presets {
             let value = std::array::from_fn(|l| self.preset(*preset, linear, index, l as u32));
-            warp.set(*slot, u32::MAX, &value);
+            warp.set(*slot, u32::MAX, u32::MAX, &value);
         }
         warp
     }

@@ -240,9 +240,14 @@ impl TensorMap {
 
     /// Bytes of a full box, which a load reports complete even where it is outside the tensor.
     pub fn box_bytes(&self) -> u64 {
-        self.box_dims
-            .iter()
-            .fold(u64::from(self.dtype.bytes()), |b, n| b.saturating_mul((*n).into()))
+        (0..self.rank())
+            .fold(u64::from(self.dtype.bytes()), |b, d| b.saturating_mul(self.count(d).into()))
+    }
+
+    /// Elements of a tile in dimension `d`: every `element_strides[d]`-th of the box. The driver
+    /// ignores the stride of dimension 0.
+    fn count(&self, d: usize) -> u32 {
+        if d == 0 { self.box_dims[0] } else { self.box_dims[d].div_ceil(self.element_strides[d]) }
     }
 
     /// The bits of an element outside the tensor.
@@ -308,8 +313,8 @@ impl TensorMap {
 
     /// The runs of the box at these coordinates, in the order of the tile.
     ///
-    /// Element `i` of a box lies at `coordinate + i * element stride`; every element of the box
-    /// has its place in the tile, inside the tensor or not.
+    /// Element `i` of a tile lies at `coordinate + i * element stride`; every element of the tile
+    /// has its place in it, inside the tensor or not.
     pub fn runs(&self, coordinates: &[i32]) -> Result<Vec<Run>, TensorMapError> {
         self.validate()?;
         let (got, rank) = (coordinates.len(), self.rank());
@@ -317,7 +322,7 @@ impl TensorMap {
             return Err(TensorMapError::Coordinates { got, rank });
         }
         let row_bytes = self.box_dims[0] * self.dtype.bytes();
-        let rows: u32 = self.box_dims[1..].iter().product();
+        let rows: u32 = (1..rank).map(|d| self.count(d)).product();
         let mut runs = Vec::new();
         for row in 0..rows {
             let offset = self.row_offset(coordinates, row);
@@ -330,8 +335,8 @@ impl TensorMap {
     fn row_offset(&self, coordinates: &[i32], row: u32) -> Option<u64> {
         let (mut rest, mut offset) = (row, 0);
         for (d, coordinate) in coordinates.iter().enumerate().skip(1) {
-            let i = rest % self.box_dims[d];
-            rest /= self.box_dims[d];
+            let i = rest % self.count(d);
+            rest /= self.count(d);
             offset += self.position(*coordinate, i, d)? * self.strides[d - 1];
         }
         Some(offset)
@@ -339,7 +344,8 @@ impl TensorMap {
 
     /// Position of element `i` of the box in dimension `d`; `None` outside the tensor.
     fn position(&self, coordinate: i32, i: u32, d: usize) -> Option<u64> {
-        let x = i64::from(coordinate) + i64::from(i) * i64::from(self.element_strides[d]);
+        let step = if d == 0 { 1 } else { self.element_strides[d] };
+        let x = i64::from(coordinate) + i64::from(i) * i64::from(step);
         u64::try_from(x).ok().filter(|x| *x < self.dims[d])
     }
 

@@ -37,8 +37,6 @@ struct Meta {
 /// What an access to a register ran into.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum RegisterFault {
-    /// Lanes that were never written.
-    Uninitialised(u32),
     /// An accumulator of a wgmma in flight.
     Accumulating,
     /// A fragment a wgmma in flight still reads.
@@ -111,14 +109,11 @@ impl Warp {
         &self.registers[slot as usize]
     }
 
-    /// Whether `lanes` may read a register now.
+    /// Whether a register may be read now.
     #[inline]
-    pub fn check_read(&self, slot: u32, lanes: u32) -> Option<RegisterFault> {
-        let meta = self.meta[slot as usize];
-        if meta.written & lanes != lanes {
-            return Some(RegisterFault::Uninitialised(lanes & !meta.written));
-        }
-        (meta.accumulating != 0).then_some(RegisterFault::Accumulating)
+    pub fn check_read(&self, slot: u32) -> Option<RegisterFault> {
+        let accumulates = self.in_flight != 0 && self.accumulates(slot);
+        accumulates.then_some(RegisterFault::Accumulating)
     }
 
     /// Whether a register may be written now.
@@ -134,11 +129,17 @@ impl Warp {
         }
     }
 
-    /// Writes a register in `lanes`.
+    /// Lanes of a register that hold a value.
     #[inline]
-    pub fn set(&mut self, slot: u32, lanes: u32, value: &Lanes) {
+    pub fn written(&self, slot: u32) -> u32 {
+        self.meta[slot as usize].written
+    }
+
+    /// Writes a register in `lanes`; only those of `defined` hold a value then.
+    #[inline]
+    pub fn set(&mut self, slot: u32, lanes: u32, defined: u32, value: &Lanes) {
         let meta = &mut self.meta[slot as usize];
-        meta.written |= lanes;
+        meta.written = meta.written & !lanes | lanes & defined;
         meta.stamp = self.fence_stamp;
         let register = &mut self.registers[slot as usize];
         if lanes == u32::MAX {
@@ -156,18 +157,19 @@ impl Warp {
         self.predicates[slot as usize]
     }
 
-    /// Lanes of `lanes` in which a predicate was never written.
+    /// Lanes of a predicate that hold a value.
     #[inline]
-    pub fn unwritten_predicate(&self, slot: u32, lanes: u32) -> u32 {
-        lanes & !self.predicates_written[slot as usize]
+    pub fn predicate_written(&self, slot: u32) -> u32 {
+        self.predicates_written[slot as usize]
     }
 
-    /// Writes a predicate in `lanes`.
+    /// Writes a predicate in `lanes`; only those of `defined` hold a value then.
     #[inline]
-    pub fn set_predicate(&mut self, slot: u32, lanes: u32, value: u32) {
+    pub fn set_predicate(&mut self, slot: u32, lanes: u32, defined: u32, value: u32) {
         let p = &mut self.predicates[slot as usize];
         *p = *p & !lanes | value & lanes;
-        self.predicates_written[slot as usize] |= lanes;
+        let written = &mut self.predicates_written[slot as usize];
+        *written = *written & !lanes | lanes & defined;
     }
 
     /// wgmma.fence: registers written up to now may be used by wgmma.

@@ -116,7 +116,7 @@ fn setp(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             cx.set(p, holds);
             return cx.set(q, !holds);
         };
-        let c = cx.test(c);
+        let c = cx.take_predicate(c);
         cx.set(p, f.apply(holds, c));
         cx.set(q, f.apply(!holds, c));
     }))
@@ -139,7 +139,7 @@ fn setp_pair(
             cx.compare(&a, &b, |a, b| compare.half(kind, (a >> 16) as u16, (b >> 16) as u16));
         let combined = |cx: &mut Cx<'_, '_>, v| match c {
             None => v,
-            Some((f, c)) => f.apply(v, cx.test(c)),
+            Some((f, c)) => f.apply(v, cx.take_predicate(c)),
         };
         let (low, high) = (combined(cx, low), combined(cx, high));
         cx.set(p, low);
@@ -174,7 +174,7 @@ fn set(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         return Ok(Decoded::next(Class::Predicate, move |cx| {
             let mut holds = test(cx, &a, &b);
             if let Some((f, c)) = c {
-                holds = f.apply(holds, cx.test(c));
+                holds = f.apply(holds, cx.take_predicate(c));
             }
             cx.write(to, &std::array::from_fn(|l| if holds >> l & 1 != 0 { all } else { 0 }));
         }));
@@ -198,8 +198,13 @@ fn selp(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let (d, a, b, p) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(b, ty)?, env.pred(p)?);
     let m = mask(ty.size());
     Ok(Decoded::next(Class::Predicate, move |cx| {
-        let p = cx.test(p);
-        let (a, b) = (cx.read(&a), cx.read(&b));
+        let p = cx.take_predicate(p);
+        let known = cx.defined;
+        let a = cx.take(&a);
+        let in_a = std::mem::replace(&mut cx.defined, known);
+        let b = cx.take(&b);
+        // Only the operand that is picked has to hold a value.
+        cx.defined = p & in_a | !p & cx.defined;
         let pick = |l: usize| if p >> l & 1 != 0 { a[l] & m } else { b[l] & m };
         cx.write(d, &std::array::from_fn(pick));
     }))

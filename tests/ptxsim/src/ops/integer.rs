@@ -114,7 +114,7 @@ fn carry(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type, i: Int, reads: bool) -> R
     let writes = op.root().len() == 3 || op.take("cc");
     let (d, [a, b]) = operands(op, env, ty, [ty, ty])?;
     Ok(Decoded::next(Class::Integer, move |cx| {
-        let (a, b) = (cx.read(&a), cx.read(&b));
+        let (a, b) = (cx.take(&a), cx.take(&b));
         let (mut out, mut carries) = ([0; 32], 0);
         for l in 0..32 {
             let carry = reads && cx.warp.carry >> l & 1 != 0;
@@ -220,7 +220,7 @@ fn product_carry(
     };
     let (d, [a, b, c]) = operands(op, env, ty, [ty, ty, ty])?;
     Ok(Decoded::next(Class::Integer, move |cx| {
-        let (a, b, c) = (cx.read(&a), cx.read(&b), cx.read(&c));
+        let (a, b, c) = (cx.take(&a), cx.take(&b), cx.take(&c));
         let (mut out, mut carries) = ([0; 32], 0);
         for l in 0..32 {
             let product = if high { i.mul_hi(a[l], b[l]) } else { i.mul_lo(a[l], b[l]) };
@@ -310,7 +310,7 @@ pub fn bits(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         "bfi" => {
             let (d, [a, b, c, n]) = operands(op, env, ty, [ty, ty, u32s, u32s])?;
             Ok(Decoded::next(Class::Integer, move |cx| {
-                let (a, b, c, n) = (cx.read(&a), cx.read(&b), cx.read(&c), cx.read(&n));
+                let (a, b, c, n) = (cx.take(&a), cx.take(&b), cx.take(&c), cx.take(&n));
                 let f = |l: usize| i.bfi(a[l], b[l], c[l] as u32, n[l] as u32);
                 cx.write(d, &std::array::from_fn(f));
             }))

@@ -25,7 +25,7 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             if ty == Type::Pred {
                 let (d, a, b) = (env.pred_dst(d)?, env.pred(a)?, env.pred(b)?);
                 return Ok(Decoded::next(Class::Predicate, move |cx| {
-                    let (a, b) = (cx.test(a), cx.test(b));
+                    let (a, b) = (cx.take_predicate(a), cx.take_predicate(b));
                     cx.set(d, f(a.into(), b.into()) as u32);
                 }));
             }
@@ -54,7 +54,7 @@ fn complement(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     if ty == Type::Pred {
         let (d, a) = (env.pred_dst(d)?, env.pred(a)?);
         return Ok(Decoded::next(Class::Predicate, move |cx| {
-            let a = cx.test(a);
+            let a = cx.take_predicate(a);
             cx.set(d, !a);
         }));
     }

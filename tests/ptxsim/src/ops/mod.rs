@@ -14,8 +14,10 @@ pub mod half;
 pub mod integer;
 pub mod load_store;
 pub mod logic;
+pub mod matrix;
 pub mod mbarrier;
 pub mod misc;
+pub mod mma;
 pub mod moves;
 pub mod warp;
 pub mod wgmma;
@@ -46,6 +48,8 @@ fn family(root: &str) -> Option<Decoder> {
         | "createpolicy" => load_store::decode,
         "bar" | "barrier" => barrier::decode,
         "setmaxnreg" | "griddepcontrol" | "getctarank" => misc::decode,
+        "ldmatrix" | "stmatrix" | "movmatrix" => matrix::decode,
+        "mma" => mma::decode,
         "cp" => cp_async::decode,
         "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,

@@ -23,7 +23,7 @@ fn mov(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         _ if ty == Type::Pred => {
             let (d, a) = (env.pred_dst(d)?, env.pred(a)?);
             Ok(Decoded::next(Class::Predicate, move |cx| {
-                let v = cx.test(a);
+                let v = cx.take_predicate(a);
                 cx.set(d, v);
             }))
         }
@@ -69,7 +69,7 @@ fn unpack(env: &Env<'_>, ty: Type, d: &[Operand], a: &Operand) -> Result<Decoded
     let a = env.src(a, ty)?;
     let (bits, m) = (8 * part.size(), mask(part.size()));
     Ok(Decoded::next(Class::Move, move |cx| {
-        let v = cx.read(&a);
+        let v = cx.take(&a);
         for (i, d) in d.iter().enumerate() {
             cx.write(*d, &v.map(|v| v >> (bits * i as u32) & m));
         }
@@ -85,7 +85,7 @@ fn pack(env: &Env<'_>, ty: Type, d: &Operand, a: &[Operand]) -> Result<Decoded> 
     Ok(Decoded::next(Class::Move, move |cx| {
         let mut out = [0; 32];
         for (i, a) in a.iter().enumerate() {
-            let v = cx.read(a);
+            let v = cx.take(a);
             (0..32).for_each(|l| out[l] |= (v[l] & m) << (bits * i as u32));
         }
         cx.write(d, &out);

@@ -106,7 +106,9 @@ fn shfl(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             Err(flow) => return flow,
             Ok(members) => members,
         };
-        let (a, b, c) = (cx.read(&a), cx.read(&b), cx.read(&c));
+        let (b, c) = (cx.read(&b), cx.read(&c));
+        let a = cx.take(&a);
+        let held = std::mem::replace(&mut cx.defined, 0);
         let (mut out, mut inside) = (a, 0);
         for l in lanes(cx.mask) {
             let (from, ok) = mode.source(l as u32, b[l] as u32, c[l] as u32);
@@ -116,9 +118,11 @@ fn shfl(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
                 cx.report_lane(Kind::InvalidOperand, l as u32, text);
             }
             out[l] = a[from as usize];
+            cx.defined |= (held >> from & 1) << l;
             inside |= u32::from(ok) << l;
         }
         cx.write(d, &out);
+        cx.defined = u32::MAX;
         cx.set(p, inside);
         Flow::Next
     }))

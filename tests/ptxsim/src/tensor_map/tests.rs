@@ -162,13 +162,15 @@ fn cases() -> impl Strategy<Value = (TensorMap, Vec<i32>)> {
 
 /// Offset in the tensor of each element of the tile, one by one.
 fn naive(map: &TensorMap, coordinates: &[i32]) -> Vec<Option<u64>> {
-    let total: u32 = map.box_dims.iter().product();
+    let step = |d: usize| if d == 0 { 1 } else { map.element_strides[d] };
+    let count = |d: usize| map.box_dims[d].div_ceil(step(d));
+    let total: u32 = (0..map.rank()).map(count).product();
     let element = |linear: u32| {
         let (mut rest, mut offset, mut inside) = (linear, 0, true);
         for (d, coordinate) in coordinates.iter().enumerate() {
-            let i = rest % map.box_dims[d];
-            rest /= map.box_dims[d];
-            let x = i64::from(*coordinate) + i64::from(i * map.element_strides[d]);
+            let i = rest % count(d);
+            rest /= count(d);
+            let x = i64::from(*coordinate) + i64::from(i * step(d));
             let stride = if d == 0 { map.dtype.bytes().into() } else { map.strides[d - 1] };
             inside &= x >= 0 && x < map.dims[d] as i64;
             offset += x * stride as i64;
