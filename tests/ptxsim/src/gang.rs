@@ -422,6 +422,11 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
         return Step::On;
     }
     cx.gang.progress();
+    let pending = cx.warp.wgmma.pending();
+    if pending > 0 {
+        let text = format!("{pending} wgmma were never waited for");
+        cx.report(Kind::AccumulatorInFlight, text);
+    }
     ops::barrier::warp_ended(cx);
     ops::cluster::warp_ended(cx);
     let block = cx.block();
