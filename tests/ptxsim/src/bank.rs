@@ -32,7 +32,7 @@ pub fn shared_phases(addresses: &[u32; 32], mask: u32, bytes: u32) -> Phases {
         let lanes = (first..first + lanes_per_request).filter(|l| mask >> l & 1 != 0);
         let words = lanes.flat_map(|l| {
             let start = addresses[l] / 4;
-            start..(addresses[l] + bytes).div_ceil(4).max(start + 1)
+            start..addresses[l].saturating_add(bytes).div_ceil(4).max(start + 1)
         });
         total += request(words);
     }
