@@ -287,8 +287,9 @@ pub fn testp(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         ("infinite", |x, _| x.is_infinite()),
         ("number", |x, _| !x.is_nan()),
         ("notanumber", |x, _| x.is_nan()),
-        ("normal", |x, subnormal| x.is_finite() && x != 0.0 && !subnormal),
-        ("subnormal", |x, subnormal| subnormal || x == 0.0),
+        // Zeros count as normal.
+        ("normal", |x, subnormal| x.is_finite() && !subnormal),
+        ("subnormal", |_, subnormal| subnormal),
     ];
     let test = op.one_of(&tests).ok_or("the class is missing")?;
     let ty = op.ty()?;
