@@ -256,6 +256,6 @@ fn a_result_of_an_unwritten_register_is_found_where_it_is_used() {
 
 #[test]
 fn an_unknown_modifier_is_an_error_with_its_line() {
-    let error = run("add.fancy.s32 %r3, %r0, %r1;", &[[0; 3]]).err().expect("an error").to_string();
+    let error = run("add.fancy.s32 %r3, %r0, %r1;", &[[0; 3]]).expect_err("an error").to_string();
     assert!(error.contains(".fancy") && error.contains("32:"), "{error}");
 }

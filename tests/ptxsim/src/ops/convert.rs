@@ -210,7 +210,7 @@ fn writer(from: Type, to: Type, mode: Mode) -> Result<Write> {
         Type::F64 => Box::new(move |v| match v {
             Value::Int(v) => int_to_f64(v, rounding).to_bits(),
             // NaN and -0 become +0.
-            Value::Float(x) if mode.saturate && !(x > 0.0) => 0,
+            Value::Float(x) if mode.saturate && (x.is_nan() || x <= 0.0) => 0,
             Value::Float(x) if mode.saturate => integral(x).min(1.0).to_bits(),
             Value::Float(x) => integral(x).to_bits(),
         }),

@@ -74,9 +74,12 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
 }
 
 fn rounded(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decoded> {
-    let rounding = op.one_of(&ROUNDINGS).unwrap_or(Rounding::Nearest);
-    let mode = Mode::take(op);
     let root = op.root();
+    let rounding = match op.one_of(&ROUNDINGS) {
+        None if root == "fma" => return Err("the rounding is missing".into()),
+        rounding => rounding.unwrap_or(Rounding::Nearest),
+    };
+    let mode = Mode::take(op);
     if ty == Type::F64 {
         return rounded_f64(op, env, root, rounding);
     }
