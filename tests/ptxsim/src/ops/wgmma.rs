@@ -451,7 +451,7 @@ impl Issued {
         }
     }
 
-    /// An operand from shared memory, [rows][k].
+    /// An operand from shared memory, row by row.
     fn load(&self, cx: &Cx<'_, '_>, chunks: &[u32], rows: usize, which: usize) -> Vec<f32> {
         let p = &self.product;
         let k = p.k();
@@ -475,7 +475,7 @@ impl Issued {
         out
     }
 
-    /// A from registers, [16][k].
+    /// A from registers, row by row.
     fn left(&self, registers: &[Lanes]) -> Vec<f32> {
         let p = &self.product;
         let k = p.k();
