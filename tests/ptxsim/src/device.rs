@@ -206,6 +206,12 @@ impl Device {
         bytes
     }
 
+    /// How many bytes of a buffer were never written.
+    pub fn unwritten(&self, buffer: Buffer) -> u64 {
+        let written = self.buffers[buffer.0].initialised();
+        written.iter().filter(|w| !**w).count() as u64
+    }
+
     /// Runs a kernel once, by [`Device::options`].
     ///
     /// # Errors
@@ -284,6 +290,9 @@ impl Device {
         args: &[Arg],
         schedules: u32,
     ) -> Result<Report, LaunchError> {
+        if schedules <= 1 {
+            return self.launch(module, kernel, launch, args);
+        }
         let before = self.save();
         let (seed, timing) = (self.options.seed, self.options.timing);
         let mut report = self.launch(module, kernel, launch, args)?;

@@ -8,6 +8,7 @@ pub mod ast;
 pub mod async_queue;
 pub mod bank;
 pub mod bound;
+pub mod cli;
 pub mod clock;
 mod context;
 pub mod count;
