@@ -124,8 +124,12 @@ fn repeat(module: &Module, device: &mut Device, args: &[Arg]) -> u64 {
 fn loops(c: &mut Criterion) {
     let core = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let core = core.unwrap_or_else(|e| panic!("a pool of one thread: {e}"));
-    let bodies =
-        [("arithmetic", ARITHMETIC), ("shared", SHARED), ("ldmatrix", LDMATRIX), ("global", GLOBAL)];
+    let bodies = [
+        ("arithmetic", ARITHMETIC),
+        ("shared", SHARED),
+        ("ldmatrix", LDMATRIX),
+        ("global", GLOBAL),
+    ];
     for (name, body) in bodies {
         let module = support::run::parse(name, &text(body));
         let mut device = Device::new(Arch::Sm80);
