@@ -195,11 +195,23 @@ impl Cx<'_, '_> {
     /// d = f(a, b, c).
     #[inline]
     pub fn map3(&mut self, d: Dst, a: &Src, b: &Src, c: &Src, f: impl Fn(u64, u64, u64) -> u64) {
+        self.map3_lanes(d, a, b, c, |a, b, c| std::array::from_fn(|l| f(a[l], b[l], c[l])));
+    }
+
+    /// The same with a function of all lanes.
+    #[inline]
+    pub fn map3_lanes(
+        &mut self,
+        d: Dst,
+        a: &Src,
+        b: &Src,
+        c: &Src,
+        f: impl Fn(&Lanes, &Lanes, &Lanes) -> Lanes,
+    ) {
         self.check(a);
         self.check(b);
         self.check(c);
-        let (a, b, c) = (self.value(a), self.value(b), self.value(c));
-        let value = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+        let value = f(self.value(a), self.value(b), self.value(c));
         self.write(d, &value);
     }
 
