@@ -401,9 +401,9 @@ fn wrong_launches_are_refused() {
     case.refused(&with("kernel", json!("sub")), "no kernel sub in the module; it has: add, race");
     case.refused(&with("arch", json!("sm_70")), "sm_70");
     case.refused(&with("block", json!([2048, 1, 1])), "1024 threads");
-    case.refused(&with("grid", json!([u32::MAX; 3])), "the grid is [4294967295");
+    case.refused(&with("grid", json!(vec![u32::MAX; 3])), "the grid is [4294967295");
     case.refused(&with("grid", json!([i32::MAX, 65535, 65535])), "the number of warps");
-    case.refused(&with("cluster", json!([u32::MAX; 3])), "blocks in a cluster");
+    case.refused(&with("cluster", json!(vec![u32::MAX; 3])), "blocks in a cluster");
     case.refused(&with("registers", json!(u32::MAX)), "registers per block");
     case.refused(&with("shared", json!(1 << 20)), "allowed");
     case.refused(&with("schedules", json!(0)), "schedules is 0");
