@@ -7,7 +7,7 @@ use crate::context::{Cx, lanes};
 use crate::count::Traffic;
 use crate::diagnostic::{Kind, Place};
 use crate::memory::{PAGE, RANK_SHIFT, SHARED_WINDOW, Target, global_address, target};
-use crate::program::{Address, Lanes, Src};
+use crate::program::{Address, Lanes, Src, Variable};
 use crate::shadow::{Access, Conflict, Proxy};
 
 /// State space of a memory instruction.
@@ -278,11 +278,16 @@ impl Cx<'_, '_> {
             (!b.ended() && b.shared.range(address, bytes).is_some())
                 .then_some(Region::Shared { block, address })
         };
+        let local = |offset: u64| {
+            let v = self.local(offset)?;
+            let inside = offset - u64::from(v.offset) + u64::from(bytes) <= u64::from(v.bytes);
+            inside.then_some(Region::Local(offset as usize))
+        };
         match (window, target(address)) {
             (Window::Shared, _) => shared(address),
             (Window::Generic, Target::Shared(a)) => shared(a.into()),
-            (Window::Local, _) => within(address, self.frame_bytes()).map(Region::Local),
-            (Window::Generic, Target::Local(o)) => within(o, self.frame_bytes()).map(Region::Local),
+            (Window::Local, _) => local(address),
+            (Window::Generic, Target::Local(o)) => local(o),
             (Window::Param, _) => within(address, self.grid.params.len()).map(Region::Param),
             (Window::Generic, Target::Param(o)) => {
                 within(o, self.grid.params.len()).map(Region::Param)
@@ -298,6 +303,13 @@ impl Cx<'_, '_> {
             }
             _ => None,
         }
+    }
+
+    /// The last local variable that begins at or before an offset of the frame.
+    fn local(&self, offset: u64) -> Option<&Variable> {
+        let locals = &self.grid.kernel.locals;
+        let after = locals.partition_point(|v| u64::from(v.offset) <= offset);
+        locals.get(after.checked_sub(1)?)
     }
 
     fn frame_bytes(&self) -> usize {
@@ -316,11 +328,15 @@ impl Cx<'_, '_> {
             let r = ranges.iter().rev().find(|r| r.start <= a).or(ranges.first())?;
             named("shared", &r.name, i64::from(a) - i64::from(r.start))
         };
+        let local = |offset: u64| match self.local(offset) {
+            Some(v) => named("local", &v.name, offset as i64 - i64::from(v.offset)),
+            None => named("local", "frame", offset as i64),
+        };
         match (window, target(address)) {
             (Window::Shared, _) => shared(address),
             (Window::Generic, Target::Shared(a)) => shared(a.into()),
-            (Window::Local, _) => named("local", "frame", address as i64),
-            (Window::Generic, Target::Local(o)) => named("local", "frame", o as i64),
+            (Window::Local, _) => local(address),
+            (Window::Generic, Target::Local(o)) => local(o),
             (Window::Param, _) => named("param", "parameters", address as i64),
             (Window::Generic, Target::Param(o)) => named("param", "parameters", o as i64),
             (_, Target::Global { buffer, offset }) => {

@@ -42,8 +42,10 @@ fn warp_that_arrives_twice_in_a_round() {
         @p bra WAITER;
         bar.arrive 1, 96;
         -bar.arrive 1, 96;      // <-- here
+        bar.sync 2, 96;
         bra DONE;
         WAITER:
+        bar.sync 2, 96;
         bar.sync 1, 96;
         DONE:
         mov.u32 r0, 0;",

@@ -137,6 +137,19 @@ impl Case {
         self.twin(&wrong);
     }
 
+    /// The same for a pair of accesses of which either may come first, which decides how the
+    /// mistake shows.
+    #[track_caller]
+    pub fn reports_one_of(&self, kinds: &[Kind]) {
+        let (wrong, marks) = self.text('-');
+        self.each(&wrong, |report, how| {
+            let one = |d| kinds.iter().any(|k| self.is_meant(d, *k, &marks));
+            let found = report.diagnostics().any(one);
+            assert!(found, "{how}: no {kinds:?} at {marks:?}\n{report}\n{}", numbered(&wrong));
+        });
+        self.twin(&wrong);
+    }
+
     #[track_caller]
     fn twin(&self, wrong: &str) {
         let (right, _) = self.text('+');
