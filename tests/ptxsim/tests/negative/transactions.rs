@@ -187,37 +187,47 @@ fn wait_for_the_wrong_parity() {
 fn wait_two_phases_behind() {
     Case::new(
         ".shared .align 8 .b8 bar[8];
+        .shared .align 4 .b8 flag[4];
         mov.u32 r0, bar;
+        mov.u32 r1, flag;
         setp.eq.u32 q, tid, 0;
         @q mbarrier.init.shared.b64 [r0], 1;
+        @q st.shared.u32 [r1], 0;
         bar.sync 0;
-        setp.ne.u32 p, warp, 0;
-        @p bra SECOND;
-        mov.u32 r1, 0;
-        LOOP:
         @q mbarrier.arrive.shared.b64 _, [r0];
-        WAIT:
-        mbarrier.try_wait.parity.shared.b64 p, [r0], r1;
-        @!p bra WAIT;
-        add.u32 r1, r1, 1;
-        +bar.sync 1, 64;
-        setp.lt.u32 p, r1, 2;
-        and.b32 r2, r1, 1;
-        @p bra LOOP;
-        -bar.arrive 1, 64;
-        bra DONE;
+        FIRST:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra FIRST;
+        bar.sync 1;
+        setp.ne.u32 p, warp, 0;
+        @p bra OTHER;
+        @q mbarrier.arrive.shared.b64 _, [r0];
         SECOND:
-        -bar.sync 1, 64;
-        AGAIN:
-        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;     // <-- here
-        @!p bra AGAIN;
-        +bar.sync 1, 64;
-        +bar.sync 1, 64;
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 1;
+        @!p bra SECOND;
+        +bar.sync 2;
+        @q mbarrier.arrive.shared.b64 _, [r0];
+        THIRD:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra THIRD;
+        @q st.relaxed.cta.shared.u32 [r1], 1;
+        bra DONE;
+        OTHER:
+        +AGAIN:
+        +mbarrier.try_wait.parity.shared.b64 p, [r0], 1;
+        +@!p bra AGAIN;
+        +bar.sync 2;
+        POLL:
+        ld.relaxed.cta.shared.u32 r2, [r1];
+        setp.eq.u32 p, r2, 0;
+        @p bra POLL;
+        -mbarrier.try_wait.parity.shared.b64 p, [r0], 1;     // <-- here
         DONE:
-        bar.sync 0;",
+        mov.u32 r3, 0;",
     )
     .threads(64)
-    .reports_at_one(Mbarrier);
+    .says("aliases")
+    .reports(Mbarrier);
 }
 
 #[test]
