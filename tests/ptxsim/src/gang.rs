@@ -431,6 +431,9 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     ops::cluster::warp_ended(cx);
     let block = cx.block();
     block.running -= 1;
+    if block.ended() {
+        ops::wgmma::block_ended(cx);
+    }
     Step::Ended
 }
 

@@ -57,6 +57,8 @@ pub struct GangState {
 struct Entry {
     what: (u32, u64, u64, bool),
     warps: u32,
+    /// The first of them, in the grid.
+    first: u32,
 }
 
 /// One product under way.
@@ -325,8 +327,8 @@ fn operand(descriptor: Descriptor, first: u32, rows: u32, major: Major) -> Vec<u
 fn log(cx: &mut Cx<'_, '_>, what: (u32, u64, u64, bool)) {
     let number = cx.warp.wgmma.issued;
     cx.warp.wgmma.issued += 1;
-    let key = (cx.warp.block, cx.warp.index / 4, number);
-    let entry = cx.gang.warpgroups.log.entry(key).or_insert(Entry { what, warps: 0 });
+    let (key, first) = ((cx.warp.block, cx.warp.index / 4, number), cx.warp.global);
+    let entry = cx.gang.warpgroups.log.entry(key).or_insert(Entry { what, warps: 0, first });
     entry.warps += 1;
     let (other, complete) = (entry.what, entry.warps == 4);
     if complete {
@@ -345,6 +347,17 @@ fn log(cx: &mut Cx<'_, '_>, what: (u32, u64, u64, bool)) {
             what.2
         );
         cx.report(Kind::Divergence, text);
+    }
+}
+
+/// A block has ended: products that only some warps of a warpgroup have issued are mistakes.
+pub fn block_ended(cx: &mut Cx<'_, '_>) {
+    let block = cx.warp.block;
+    let log = &mut cx.gang.warpgroups.log;
+    let left: Vec<_> = log.extract_if((block, 0, 0)..(block + 1, 0, 0), |_, _| true).collect();
+    for (_, Entry { what: (pc, ..), warps, first }) in left {
+        let text = format!("executed by {warps} of the 4 warps of its warpgroup");
+        cx.gang.report(cx.grid, Kind::Divergence, (pc, first, 0), text);
     }
 }
 
