@@ -1,12 +1,18 @@
 //! Loads, stores and atomic updates, with every check of an address.
 
+use std::ops::Range;
+use std::sync::MutexGuard;
+
 use crate::ast::Space;
 use crate::bank::{sectors, shared_phases};
 use crate::clock::{ActorKind, Epoch, ProxySpace, Scope};
 use crate::context::{Cx, lanes};
 use crate::count::Traffic;
 use crate::diagnostic::{Kind, Place};
-use crate::memory::{PAGE, RANK_SHIFT, SHARED_WINDOW, Target, global_address, target};
+use crate::launch::Grid;
+use crate::memory::{
+    PAGE, Page, RANK_SHIFT, SHARED_WINDOW, Target, copy_few, global_address, target,
+};
 use crate::program::{Address, Lanes, Src, Variable};
 use crate::shadow::{Access, Conflict, Proxy};
 
@@ -88,14 +94,31 @@ pub enum Mode {
     Update,
 }
 
-impl Cx<'_, '_> {
+/// The page of global memory that the lanes of an instruction work on, locked until they need
+/// another.
+#[derive(Default)]
+struct OpenPage<'g>(Option<(usize, u64, MutexGuard<'g, Page>)>);
+
+impl<'g> OpenPage<'g> {
+    #[inline]
+    fn get(&mut self, grid: &'g Grid<'g>, buffer: usize, offset: u64) -> &mut Page {
+        let wanted = (buffer, offset / PAGE);
+        // Never two at once: another warp may hold them in the other order.
+        self.0.take_if(|(buffer, number, _)| (*buffer, *number) != wanted);
+        let open = || (buffer, offset / PAGE, grid.existing(buffer).page(offset));
+        &mut self.0.get_or_insert_with(open).2
+    }
+}
+
+impl<'g> Cx<'_, 'g> {
     /// Addresses of a memory operand.
     pub fn addresses(&mut self, a: &Address) -> Lanes {
         let base = self.read(&a.base);
-        base.map(|b| b.wrapping_add(a.offset as u64))
+        std::array::from_fn(|l| base[l].wrapping_add(a.offset as u64))
     }
 
     /// The executing lane's own accesses.
+    #[inline]
     pub fn own(&self, lane: usize, strong: Option<Scope>) -> Actor {
         let lane = lane as u32;
         let epoch = self.warp.clock.epoch(1 << lane);
@@ -113,11 +136,19 @@ impl Cx<'_, '_> {
     ) -> [u128; 32] {
         self.count_access(window, bytes, at, Mode::Read);
         let mut out = [0; 32];
+        let mut open = OpenPage::default();
         for l in lanes(self.mask) {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
-            self.touch(region, bytes, Mode::Read, self.own(l, strong), "load");
+            self.touch_open(&mut open, region, bytes, Mode::Read, self.own(l, strong), "load");
             let mut data = [0; 16];
-            self.copy_out(l, region, &mut data[..bytes as usize]);
+            match region {
+                Region::Global { buffer, offset } => {
+                    let page = open.get(self.grid, buffer, offset);
+                    let at = (offset % PAGE) as usize;
+                    copy_few(&mut data[..bytes as usize], &page.data[at..]);
+                }
+                region => self.copy_out(l, region, &mut data[..bytes as usize]),
+            }
             out[l] = u128::from_le_bytes(data);
         }
         out
@@ -133,10 +164,17 @@ impl Cx<'_, '_> {
         strong: Option<Scope>,
     ) {
         self.count_access(window, bytes, at, Mode::Write);
+        let mut open = OpenPage::default();
         for l in lanes(self.mask) {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
-            self.touch(region, bytes, Mode::Write, self.own(l, strong), "store");
-            self.copy_in(l, region, &values[l].to_le_bytes()[..bytes as usize]);
+            self.touch_open(&mut open, region, bytes, Mode::Write, self.own(l, strong), "store");
+            let data = &values[l].to_le_bytes()[..bytes as usize];
+            match region {
+                Region::Global { buffer, offset } => {
+                    open.get(self.grid, buffer, offset).write(offset % PAGE, data);
+                }
+                region => self.copy_in(l, region, data),
+            }
         }
     }
 
@@ -154,9 +192,11 @@ impl Cx<'_, '_> {
         let bytes = size * count;
         self.count_access(window, bytes, at, Mode::Update);
         let mut out = [0; 32];
+        let mut open = OpenPage::default();
         for l in lanes(self.mask) {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
-            self.touch(region, bytes, Mode::Update, self.own(l, Some(scope)), "atomic");
+            let actor = self.own(l, Some(scope));
+            self.touch_open(&mut open, region, bytes, Mode::Update, actor, "atomic");
             let mut old = [0; 16];
             let mut apply = |data: &mut [u8]| {
                 old[..data.len()].copy_from_slice(data);
@@ -170,7 +210,7 @@ impl Cx<'_, '_> {
             match region {
                 // Under the lock of the page: other blocks may run at the same time.
                 Region::Global { buffer, offset } => {
-                    let mut page = self.grid.existing(buffer).page(offset);
+                    let page = open.get(self.grid, buffer, offset);
                     let at = (offset % PAGE) as usize;
                     apply(&mut page.data[at..at + bytes as usize]);
                 }
@@ -213,9 +253,22 @@ impl Cx<'_, '_> {
             let here = lanes(rest).filter(same).fold(0u32, |m, l| m | 1 << l);
             rest &= !here;
             let size = self.grid.buffer(number).map_or(0, |b| b.bytes);
+            let mut note = |run: Range<u64>| {
+                if !run.is_empty() {
+                    let bytes = (run.end - run.start) as u32;
+                    self.gang.counters.touch(number, run.start, bytes, read, written);
+                }
+            };
+            // Neighbours are noted together.
+            let mut run = 0..0;
             for (_, offset) in lanes(here).filter_map(buffer).filter(|(_, o)| *o < size) {
-                self.gang.counters.touch(number, offset, bytes, read, written);
+                if offset != run.end {
+                    note(run);
+                    run = offset..offset;
+                }
+                run.end += u64::from(bytes);
             }
+            note(run);
             let moved = u64::from(bytes) * u64::from(here.count_ones());
             self.add_traffic(number, moved, sectors(at, here, bytes).into(), mode);
         }
@@ -243,6 +296,7 @@ impl Cx<'_, '_> {
 
     /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
     /// exist.
+    #[inline]
     pub fn locate(
         &mut self,
         lane: u32,
@@ -251,23 +305,34 @@ impl Cx<'_, '_> {
         bytes: u32,
         align: u32,
     ) -> Option<Region> {
-        if !address.is_multiple_of(align.into()) {
-            let text = format!("address {address:#x} is not a multiple of {align} bytes");
-            self.report_at(Kind::Misaligned, lane, text, self.place(window, address), None);
+        if address & u64::from(align - 1) != 0 {
+            self.report_misaligned(lane, window, address, align);
             return None;
         }
         let found = self.find(window, address, bytes);
         if found.is_none() {
-            let place = self.place(window, address);
-            let text = match &place {
-                Some(p) => format!("{bytes} bytes at {p} lie outside of it"),
-                None => format!("address {address:#x} belongs to no allocation"),
-            };
-            self.report_at(Kind::OutOfBounds, lane, text, place, None);
+            self.report_outside(lane, window, address, bytes);
         }
         found
     }
 
+    #[cold]
+    fn report_misaligned(&mut self, lane: u32, window: Window, address: u64, align: u32) {
+        let text = format!("address {address:#x} is not a multiple of {align} bytes");
+        self.report_at(Kind::Misaligned, lane, text, self.place(window, address), None);
+    }
+
+    #[cold]
+    fn report_outside(&mut self, lane: u32, window: Window, address: u64, bytes: u32) {
+        let place = self.place(window, address);
+        let text = match &place {
+            Some(p) => format!("{bytes} bytes at {p} lie outside of it"),
+            None => format!("address {address:#x} belongs to no allocation"),
+        };
+        self.report_at(Kind::OutOfBounds, lane, text, place, None);
+    }
+
+    #[inline]
     fn find(&self, window: Window, address: u64, bytes: u32) -> Option<Region> {
         let within = |offset: u64, len: usize| {
             (offset.checked_add(bytes.into())? <= len as u64).then_some(offset as usize)
@@ -365,6 +430,20 @@ impl Cx<'_, '_> {
     /// Checks and records an access in the shadow: initialised, no race, not an mbarrier object,
     /// not read-only.
     pub fn touch(&mut self, region: Region, bytes: u32, mode: Mode, actor: Actor, what: &str) {
+        self.touch_open(&mut OpenPage::default(), region, bytes, mode, actor, what);
+    }
+
+    /// The same with the page that is open.
+    #[inline]
+    fn touch_open(
+        &mut self,
+        open: &mut OpenPage<'g>,
+        region: Region,
+        bytes: u32,
+        mode: Mode,
+        actor: Actor,
+        what: &str,
+    ) {
         if !self.grid.options.checks {
             return;
         }
@@ -384,13 +463,8 @@ impl Cx<'_, '_> {
                 let (mut from, end) = (offset, offset + u64::from(bytes));
                 while from < end {
                     let to = end.min((from / PAGE + 1) * PAGE);
-                    self.touch_part(
-                        Region::Global { buffer, offset: from },
-                        (to - from) as u32,
-                        mode,
-                        actor,
-                        what,
-                    );
+                    let part = Region::Global { buffer, offset: from };
+                    self.touch_part(open, part, (to - from) as u32, mode, actor, what);
                     from = to;
                 }
             }
@@ -406,7 +480,7 @@ impl Cx<'_, '_> {
                     );
                     return;
                 }
-                self.touch_part(region, bytes, mode, actor, what);
+                self.touch_part(open, region, bytes, mode, actor, what);
             }
             Region::Local(o) => self.touch_local(o, bytes, mode, actor.lane),
             Region::Param(_) if mode != Mode::Read => {
@@ -433,7 +507,8 @@ impl Cx<'_, '_> {
         what: &str,
     ) {
         if self.grid.options.checks {
-            self.touch_part(region, bytes, mode, actor, what);
+            let open = &mut OpenPage::default();
+            self.touch_part(open, region, bytes, mode, actor, what);
         }
     }
 
@@ -455,7 +530,16 @@ impl Cx<'_, '_> {
     }
 
     /// A part that lies within one shadow.
-    fn touch_part(&mut self, region: Region, bytes: u32, mode: Mode, actor: Actor, what: &str) {
+    #[inline]
+    fn touch_part(
+        &mut self,
+        open: &mut OpenPage<'g>,
+        region: Region,
+        bytes: u32,
+        mode: Mode,
+        actor: Actor,
+        what: &str,
+    ) {
         let (space, offset) = match region {
             Region::Global { offset, .. } => (ProxySpace::Global, offset % PAGE),
             Region::Shared { block, address } => {
@@ -475,12 +559,8 @@ impl Cx<'_, '_> {
             clock: &self.warp.clock,
             lane: actor.lane,
         };
-        let mut page;
         let shadow = match region {
-            Region::Global { buffer, offset } => {
-                page = self.grid.existing(buffer).page(offset);
-                &mut page.shadow
-            }
+            Region::Global { buffer, offset } => &mut open.get(self.grid, buffer, offset).shadow,
             Region::Shared { block, .. } => &mut self.gang.blocks[block].shared.shadow,
             _ => return,
         };
@@ -530,7 +610,7 @@ impl Cx<'_, '_> {
             Region::Shared { block, address } => {
                 let shared = &self.gang.blocks[block].shared;
                 let at = shared.index(address);
-                out.copy_from_slice(&shared.data[at..at + out.len()]);
+                copy_few(out, &shared.data[at..]);
             }
             Region::Local(o) => {
                 let at = lane * self.frame_bytes() + o;

@@ -24,52 +24,65 @@ impl std::ops::AddAssign for Phases {
 /// Bytes of a sector of global memory.
 const SECTOR: u64 = 32;
 
-/// Wavefronts of an access of `bytes` bytes per lane of `mask`.
+/// Wavefronts of an aligned access of `bytes` bytes per lane of `mask`.
 pub fn shared_phases(addresses: &[u32; 32], mask: u32, bytes: u32) -> Phases {
-    let lanes_per_request = (128 / bytes.clamp(4, 16)) as usize;
+    let size = bytes.clamp(4, 16);
+    let lanes_per_request = 128 / size as usize;
     let mut total = Phases::default();
-    for first in (0..32).step_by(lanes_per_request) {
-        let lanes = (first..first + lanes_per_request).filter(|l| mask >> l & 1 != 0);
-        let words = lanes.flat_map(|l| {
-            let start = addresses[l] / 4;
-            start..addresses[l].saturating_add(bytes).div_ceil(4).max(start + 1)
-        });
-        total += request(words);
+    for (i, lanes) in addresses.chunks_exact(lanes_per_request).enumerate() {
+        let active = mask >> (i * lanes_per_request);
+        let lanes = lanes.iter().enumerate().filter(|(l, _)| active >> l & 1 != 0);
+        total += request(size, lanes.map(|(_, address)| *address));
     }
     total
 }
 
 /// Wavefronts of one 8 × 16-byte matrix of ldmatrix or stmatrix.
 pub fn matrix_phases(rows: &[u32; 8]) -> Phases {
-    request(rows.iter().flat_map(|row| row / 4..row / 4 + 4))
+    request(16, rows.iter().copied())
 }
 
-/// Wavefronts of one request: the most distinct words in a bank.
-fn request(words: impl Iterator<Item = u32>) -> Phases {
-    let mut distinct: [u32; 128] = [0; 128];
-    let mut n = 0;
-    for word in words {
-        if !distinct[..n].contains(&word) && n < distinct.len() {
-            distinct[n] = word;
-            n += 1;
+/// Wavefronts of one request of at most 32 items of `size` bytes (4, 8 or 16), each of which lies
+/// in as many banks as it has words: the most distinct items in one place.
+fn request(size: u32, addresses: impl Iterator<Item = u32>) -> Phases {
+    let (shift, places) = (size.trailing_zeros(), 128 / size);
+    // The distinct items of each place, a list: the latest, and the one before each.
+    let (mut items, mut before) = ([0; 32], [NONE; 32]);
+    let (mut latest, mut count) = ([NONE; 32], [0u8; 32]);
+    let mut most = 0;
+    for (n, item) in addresses.map(|a| a >> shift).take(items.len()).enumerate() {
+        let place = (item & (places - 1)) as usize;
+        let mut at = latest[place];
+        while at != NONE && items[at as usize] != item {
+            at = before[at as usize];
+        }
+        if at == NONE {
+            (items[n], before[n], latest[place]) = (item, latest[place], n as u8);
+            count[place] += 1;
+            most = most.max(count[place]);
         }
     }
-    let mut banks = [0; 32];
-    distinct[..n].iter().for_each(|w| banks[(w % 32) as usize] += 1);
-    let phases = banks.into_iter().max().unwrap_or(0);
-    Phases { phases, excess: phases.saturating_sub(1) }
+    Phases { phases: most.into(), excess: u32::from(most).saturating_sub(1) }
 }
+
+const NONE: u8 = u8::MAX;
 
 /// Sectors that an access of `bytes` bytes per lane of `mask` touches.
 pub fn sectors(addresses: &[u64; 32], mask: u32, bytes: u32) -> u32 {
     let mut seen = [u64::MAX; 64];
     let mut n = 0;
+    let mut highest = None;
     for address in (0..32).filter(|l| mask >> l & 1 != 0).map(|l| addresses[l]) {
         let last = address.saturating_add(u64::from(bytes.max(1)) - 1) / SECTOR;
         for sector in address / SECTOR..=last {
-            if !seen[..n].contains(&sector) && n < seen.len() {
-                seen[n] = sector;
-                n += 1;
+            // Mostly they ascend.
+            let ascends = highest.is_none_or(|highest| sector > highest);
+            if ascends || highest != Some(sector) && !seen[..n].contains(&sector) {
+                if n < seen.len() {
+                    seen[n] = sector;
+                    n += 1;
+                }
+                highest = highest.max(Some(sector));
             }
         }
     }

@@ -1,8 +1,7 @@
 //! What the semantics of an instruction work on: one warp, the blocks of its gang, the grid.
 
 use crate::clock::{Actor, ActorKind, Epoch};
-use crate::count::Counters;
-use crate::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
+use crate::diagnostic::{Diagnostic, Kind, Location, Place};
 use crate::gang::State;
 use crate::launch::Grid;
 use crate::program::{Dst, Flow, Lanes, Pred, PredDst, Src, Waiting};
@@ -196,11 +195,23 @@ impl Cx<'_, '_> {
     /// d = f(a, b, c).
     #[inline]
     pub fn map3(&mut self, d: Dst, a: &Src, b: &Src, c: &Src, f: impl Fn(u64, u64, u64) -> u64) {
+        self.map3_lanes(d, a, b, c, |a, b, c| std::array::from_fn(|l| f(a[l], b[l], c[l])));
+    }
+
+    /// The same with a function of all lanes.
+    #[inline]
+    pub fn map3_lanes(
+        &mut self,
+        d: Dst,
+        a: &Src,
+        b: &Src,
+        c: &Src,
+        f: impl Fn(&Lanes, &Lanes, &Lanes) -> Lanes,
+    ) {
         self.check(a);
         self.check(b);
         self.check(c);
-        let (a, b, c) = (self.value(a), self.value(b), self.value(c));
-        let value = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+        let value = f(self.value(a), self.value(b), self.value(c));
         self.write(d, &value);
     }
 
@@ -380,6 +391,3 @@ impl Grid<'_> {
         }
     }
 }
-
-#[allow(unused)]
-type Unused = (Counters, Findings);

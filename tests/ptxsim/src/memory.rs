@@ -73,6 +73,14 @@ pub struct Page {
     pub shadow: Shadow,
 }
 
+impl Page {
+    /// Copies bytes in at an offset in the page and marks them initialised.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        copy_few(&mut self.data[offset as usize..][..bytes.len()], bytes);
+        self.shadow.mark_initialised(offset, bytes.len() as u32);
+    }
+}
+
 /// One global allocation.
 pub struct GlobalBuffer {
     /// Name for reports.
@@ -115,10 +123,8 @@ impl GlobalBuffer {
     pub fn copy_in(&self, mut offset: u64, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let mut page = self.page(offset);
-            let from = (offset % PAGE) as usize;
-            let n = bytes.len().min(page.data.len() - from);
-            page.data[from..from + n].copy_from_slice(&bytes[..n]);
-            page.shadow.mark_initialised(from as u64, n as u32);
+            let n = bytes.len().min(page.data.len() - (offset % PAGE) as usize);
+            page.write(offset % PAGE, &bytes[..n]);
             (offset, bytes) = (offset + n as u64, &bytes[n..]);
         }
     }
@@ -175,6 +181,16 @@ impl GlobalBuffer {
         for page in &mut self.pages {
             page.get_mut().unwrap_or_else(PoisonError::into_inner).shadow.reset_accesses();
         }
+    }
+}
+
+/// Fills `to` from the start of `from`; the usual sizes of accesses without a call.
+#[inline]
+pub fn copy_few(to: &mut [u8], from: &[u8]) {
+    match to.len() {
+        4 => to.copy_from_slice(&from[..4]),
+        16 => to.copy_from_slice(&from[..16]),
+        n => to.copy_from_slice(&from[..n]),
     }
 }
 
@@ -249,7 +265,7 @@ impl SharedMemory {
     /// Writes bytes at an address that lies in a range, and marks them initialised.
     pub fn write(&mut self, address: u32, bytes: &[u8]) {
         let at = self.index(address);
-        self.data[at..at + bytes.len()].copy_from_slice(bytes);
+        copy_few(&mut self.data[at..at + bytes.len()], bytes);
         self.shadow.mark_initialised(at as u64, bytes.len() as u32);
     }
 

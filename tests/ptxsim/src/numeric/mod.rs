@@ -145,7 +145,8 @@ pub(crate) fn sqrt_odd(a: f64) -> f64 {
     odd(s, (-s).mul_add(s, a))
 }
 
-fn canonical(x: f32) -> f32 {
+/// `x`, or the NaN of `f32` operations.
+pub(crate) fn canonical(x: f32) -> f32 {
     if x.is_nan() { NAN_F32 } else { x }
 }
 

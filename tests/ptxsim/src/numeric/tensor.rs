@@ -4,7 +4,8 @@ use super::{NAN_F32, Rounding};
 use multiversion::multiversion;
 
 /// How a dot product is summed; the hardware's own order is not specified.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Accumulation {
     /// Products and C summed in `f64`, rounded once.
     #[default]
@@ -13,8 +14,13 @@ pub enum Accumulation {
     Chain,
 }
 
-/// Columns worked on together: few enough that their sums stay in registers.
+/// Depth worked on together, and columns: few enough that their sums stay in registers.
+const DEPTH: usize = 16;
 const WIDTH: usize = 32;
+/// Columns of `mma.sync`.
+const NARROW: usize = 8;
+/// Sums that need no allocation.
+const FEW: usize = 256;
 
 /// `c += a · bᵀ` with `a` of m × k, `b` of n × k and `c` of m × n, all row-major.
 ///
@@ -30,9 +36,11 @@ pub fn mma_tile(
     let (a, b, c) = (&a[..m * k], &b[..n * k], &mut c[..m * n]);
     match accumulation {
         Accumulation::Exact => {
-            let mut sums: Vec<f64> = c.iter().map(|&x| x.into()).collect();
-            sum_exact((n, k), a, b, &mut sums);
-            c.iter_mut().zip(&sums).for_each(|(c, &s)| *c = clean(s as f32));
+            let (mut few, mut many) = ([0.0; FEW], Vec::new());
+            let sums = take(&mut few, &mut many, c.len());
+            c.iter().zip(sums.iter_mut()).for_each(|(&c, s)| *s = c.into());
+            sum_exact((n, k), a, b, sums);
+            c.iter_mut().zip(sums).for_each(|(c, s)| *c = clean(*s as f32));
         }
         Accumulation::Chain => {
             sum_chain((n, k), a, b, c);
@@ -53,72 +61,94 @@ pub fn mma_tile_f16(
     accumulation: Accumulation,
 ) {
     let (a, b, c) = (&a[..m * k], &b[..n * k], &mut c[..m * n]);
-    let seed = c.iter().map(|&x| Half::F16.to_f32(x));
-    let sums: Vec<f64> = match accumulation {
+    let round = |c: &mut u16, s: f64| *c = Half::F16.round(s, Rounding::Nearest);
+    match accumulation {
         Accumulation::Exact => {
-            let mut sums: Vec<f64> = seed.map(f64::from).collect();
-            sum_exact((n, k), a, b, &mut sums);
-            sums
+            let (mut few, mut many) = ([0.0; FEW], Vec::new());
+            let sums = take(&mut few, &mut many, c.len());
+            c.iter().zip(sums.iter_mut()).for_each(|(&c, s)| *s = Half::F16.to_f32(c).into());
+            sum_exact((n, k), a, b, sums);
+            c.iter_mut().zip(sums).for_each(|(c, s)| round(c, *s));
         }
         Accumulation::Chain => {
-            let mut sums: Vec<f32> = seed.collect();
-            sum_chain((n, k), a, b, &mut sums);
-            sums.into_iter().map(f64::from).collect()
+            let (mut few, mut many) = ([0.0; FEW], Vec::new());
+            let sums = take(&mut few, &mut many, c.len());
+            c.iter().zip(sums.iter_mut()).for_each(|(&c, s)| *s = Half::F16.to_f32(c));
+            sum_chain((n, k), a, b, sums);
+            c.iter_mut().zip(sums).for_each(|(c, s)| round(c, (*s).into()));
         }
-    };
-    c.iter_mut().zip(sums).for_each(|(c, s)| *c = Half::F16.round(s, Rounding::Nearest));
+    }
+}
+
+/// Room for `n` sums.
+fn take<'s, T: Copy + Default>(
+    few: &'s mut [T; FEW],
+    many: &'s mut Vec<T>,
+    n: usize,
+) -> &'s mut [T] {
+    if n > FEW {
+        many.resize(n, T::default());
+        return many;
+    }
+    &mut few[..n]
 }
 
 fn clean(x: f32) -> f32 {
     if x.is_nan() { NAN_F32 } else { x }
 }
 
-/// Panel of `b` from column `first`: k rows of [`WIDTH`] columns, zero beyond the last.
-fn panel<T: Copy + From<f32>>(b: &[f32], k: usize, first: usize, out: &mut [[T; WIDTH]]) {
-    out.fill([T::from(0.0); WIDTH]);
-    for (column, row) in b[first * k..].chunks_exact(k).take(WIDTH).enumerate() {
-        row.iter().zip(out.iter_mut()).for_each(|(&x, out)| out[column] = x.into());
+/// Adds the products to the sums in the order of increasing k, `WIDTH` columns at a time.
+#[inline(always)]
+fn accumulate<T: Copy + From<f32>, const WIDTH: usize>(
+    (n, k): (usize, usize),
+    a: &[f32],
+    b: &[f32],
+    sums: &mut [T],
+    step: impl Fn(T, T, T) -> T,
+) {
+    let zero = [T::from(0.0); WIDTH];
+    let mut panel = [zero; DEPTH];
+    for (first, from) in
+        (0..n).step_by(WIDTH).flat_map(|n| (0..k).step_by(DEPTH).map(move |k| (n, k)))
+    {
+        let (width, depth) = (WIDTH.min(n - first), DEPTH.min(k - from));
+        // Rows of the panel hold one k of all columns, zero beyond the last.
+        for (column, row) in b[first * k..].chunks_exact(k).take(width).enumerate() {
+            let row = row[from..from + depth].iter();
+            row.zip(&mut panel).for_each(|(&x, panel)| panel[column] = x.into());
+        }
+        for (a, sums) in a.chunks_exact(k).zip(sums.chunks_exact_mut(n)) {
+            let sums = &mut sums[first..first + width];
+            let mut row = zero;
+            row[..width].copy_from_slice(sums);
+            for (&x, y) in a[from..from + depth].iter().zip(&panel) {
+                for (s, &y) in row.iter_mut().zip(y) {
+                    *s = step(*s, x.into(), y);
+                }
+            }
+            sums.copy_from_slice(&row[..width]);
+        }
     }
 }
 
-macro_rules! sum {
-    ($(#[$doc:meta])* $name:ident, $real:ty, |$s:ident, $x:ident, $y:ident| $step:expr) => {
-        $(#[$doc])*
-        #[multiversion(targets(
-            "x86_64+avx512f+avx512vl+avx2+fma",
-            "x86_64+avx2+fma",
-        ))]
-        fn $name((n, k): (usize, usize), a: &[f32], b: &[f32], sums: &mut [$real]) {
-            if n == 0 || k == 0 {
-                return;
-            }
-            let mut columns = vec![[0.0; WIDTH]; k];
-            for first in (0..n).step_by(WIDTH) {
-                let width = WIDTH.min(n - first);
-                panel::<$real>(b, k, first, &mut columns);
-                for (a, sums) in a.chunks_exact(k).zip(sums.chunks_exact_mut(n)) {
-                    let mut row = [0.0; WIDTH];
-                    row[..width].copy_from_slice(&sums[first..first + width]);
-                    for (&x, y) in a.iter().zip(&columns) {
-                        let $x = <$real>::from(x);
-                        for ($s, &$y) in row.iter_mut().zip(y) {
-                            *$s = $step;
-                        }
-                    }
-                    sums[first..first + width].copy_from_slice(&row[..width]);
-                }
-            }
-        }
-    };
+/// Products of `f32` are exact in `f64`, so no FMA is needed.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn sum_exact((n, k): (usize, usize), a: &[f32], b: &[f32], sums: &mut [f64]) {
+    let step = |s, x, y| s + x * y;
+    match n {
+        ..=NARROW => accumulate::<_, NARROW>((n, k), a, b, sums, step),
+        _ => accumulate::<_, WIDTH>((n, k), a, b, sums, step),
+    }
 }
 
-sum! {
-    /// Products of `f32` are exact in `f64`, so no FMA is needed.
-    sum_exact, f64, |s, x, y| *s + x * y
-}
-sum! {
-    /// One rounding a step.
-    sum_chain, f32, |s, x, y| x.mul_add(y, *s)
+/// One rounding a step.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn sum_chain((n, k): (usize, usize), a: &[f32], b: &[f32], sums: &mut [f32]) {
+    let step = |s, x: f32, y| x.mul_add(y, s);
+    match n {
+        ..=NARROW => accumulate::<_, NARROW>((n, k), a, b, sums, step),
+        _ => accumulate::<_, WIDTH>((n, k), a, b, sums, step),
+    }
 }
 
 #[cfg(test)]
@@ -127,7 +157,7 @@ mod tests {
 
     #[test]
     fn tiles_equal_plain_sums_at_every_width() {
-        for (m, n, k) in [(16, 8, 16), (16, 8, 8), (64, 256, 16), (16, 40, 16), (3, 5, 7)] {
+        for (m, n, k) in [(16, 8, 16), (16, 8, 8), (64, 256, 16), (16, 40, 37), (3, 5, 7)] {
             let value = |i: usize| ((i * 37 + 11) % 61) as f32 / 16.0 - 1.8;
             let a: Vec<f32> = (0..m * k).map(value).collect();
             let b: Vec<f32> = (0..n * k).map(|i| value(i * 5 + 3)).collect();

@@ -1,11 +1,14 @@
 //! Floating-point arithmetic of f32 and f64, exact and approximate.
 
+use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
+
 use crate::ast::Type;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::numeric::approx::Approx;
 use crate::numeric::{self, Rounding};
-use crate::program::{Decoded, Dst, Src};
+use crate::program::{Decoded, Dst, Lanes, Src};
 
 const ROUNDINGS: [(&str, Rounding); 4] = [
     ("rn", Rounding::Nearest),
@@ -71,16 +74,40 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
     }
 }
 
+/// `fma.rn.f32` of a warp, by the processor's own instruction where it has one.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn fma_nearest(mode: Mode, a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
+    let native = target_cfg_f!(any(target_feature = "fma", target_arch = "aarch64"));
+    let mut d = [0; 32];
+    for (l, d) in d.iter_mut().enumerate() {
+        let (a, b, c) = (mode.input(a[l]), mode.input(b[l]), mode.input(c[l]));
+        *d = mode.output(if native {
+            numeric::canonical(a.mul_add(b, c))
+        } else {
+            numeric::fma_f32(a, b, c, Rounding::Nearest)
+        });
+    }
+    d
+}
+
 fn rounded(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decoded> {
-    let rounding = op.one_of(&ROUNDINGS).unwrap_or(Rounding::Nearest);
-    let mode = Mode::take(op);
     let root = op.root();
+    let rounding = match op.one_of(&ROUNDINGS) {
+        None if root == "fma" => return Err("the rounding is missing".into()),
+        rounding => rounding.unwrap_or(Rounding::Nearest),
+    };
+    let mode = Mode::take(op);
     if ty == Type::F64 {
         return rounded_f64(op, env, root, rounding);
     }
     let plain = rounding == Rounding::Nearest;
     if matches!(root, "fma" | "mad") {
         let (d, s) = operands::<3>(op, env, ty)?;
+        if plain {
+            return Ok(Decoded::next(Class::Float, move |cx| {
+                cx.map3_lanes(d, &s[0], &s[1], &s[2], |a, b, c| fma_nearest(mode, a, b, c));
+            }));
+        }
         return Ok(Decoded::next(Class::Float, move |cx| {
             cx.map3(d, &s[0], &s[1], &s[2], |a, b, c| {
                 let (a, b, c) = (mode.input(a), mode.input(b), mode.input(c));
@@ -287,8 +314,9 @@ pub fn testp(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         ("infinite", |x, _| x.is_infinite()),
         ("number", |x, _| !x.is_nan()),
         ("notanumber", |x, _| x.is_nan()),
-        ("normal", |x, subnormal| x.is_finite() && x != 0.0 && !subnormal),
-        ("subnormal", |x, subnormal| subnormal || x == 0.0),
+        // Zeros count as normal.
+        ("normal", |x, subnormal| x.is_finite() && !subnormal),
+        ("subnormal", |_, subnormal| subnormal),
     ];
     let test = op.one_of(&tests).ok_or("the class is missing")?;
     let ty = op.ty()?;
@@ -307,4 +335,35 @@ pub fn testp(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         });
         cx.set(p, holds);
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_warp_rounds_as_the_exact_sum(
+            a: [u32; 32], b: [u32; 32], c: [u32; 32], near: bool, flush: bool, saturate: bool,
+        ) {
+            let mode = Mode { flush, saturate };
+            let lanes = |x: [u32; 32]| x.map(u64::from);
+            // Uniform bits hardly ever cancel: c next to -ab does.
+            let c = if near {
+                std::array::from_fn(|l| {
+                    let product = f32::from_bits(a[l]) * f32::from_bits(b[l]);
+                    (-product).to_bits() ^ c[l] & 3
+                })
+            } else {
+                c
+            };
+            let got = fma_nearest(mode, &lanes(a), &lanes(b), &lanes(c));
+            for l in 0..32 {
+                let [a, b, c] = [a[l], b[l], c[l]].map(|x| mode.input(x.into()));
+                let want = mode.output(numeric::fma_f32(a, b, c, Rounding::Nearest));
+                prop_assert_eq!(got[l], want, "{} * {} + {}", a, b, c);
+            }
+        }
+    }
 }

@@ -157,8 +157,8 @@ fn load(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         let at = cx.addresses(&address);
         let v = cx.load(window, bytes, &at, order.strong);
         for (i, d) in d.iter().enumerate() {
-            let part = |l: usize| extend((v[l] >> (bits as usize * i)) as u64 & keep);
-            cx.write(*d, &std::array::from_fn(part));
+            let at = bits * i as u32;
+            cx.write(*d, &std::array::from_fn(|l| extend(field(v[l], at) & keep)));
         }
         if let Some(scope) = order.strong {
             for l in lanes(cx.mask) {
@@ -166,6 +166,18 @@ fn load(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             }
         }
     }))
+}
+
+/// What begins at bit `at` and lies in one half: quicker than a shift of 128 bits.
+fn field(v: u128, at: u32) -> u64 {
+    let half = if at < 64 { v } else { v >> 64 };
+    half as u64 >> (at % 64)
+}
+
+/// A value moved to bit `at`, within one half.
+fn placed(v: u64, at: u32) -> u128 {
+    let half = u128::from(v << (at % 64));
+    if at < 64 { half } else { half << 64 }
 }
 
 fn store(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
@@ -182,13 +194,13 @@ fn store(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         return Err(format!("{} values for {count} elements", v.len()));
     }
     let bytes = ty.size() * count as u32;
-    let (bits, keep) = (8 * ty.size() as usize, mask(ty.size()));
+    let (bits, keep) = (8 * ty.size(), mask(ty.size()));
     Ok(Decoded::next(class(window, true), move |cx| {
         let at = cx.addresses(&address);
         let mut values = [0u128; 32];
         for (i, v) in v.iter().enumerate() {
-            let v = cx.read(v);
-            (0..32).for_each(|l| values[l] |= u128::from(v[l] & keep) << (bits * i));
+            let (v, at) = (cx.read(v), bits * i as u32);
+            (0..32).for_each(|l| values[l] |= placed(v[l] & keep, at));
         }
         match order.strong {
             None => cx.forget(window, bytes, &at),
@@ -265,10 +277,10 @@ impl crate::context::Cx<'_, '_> {
         }
         for l in lanes(self.mask) {
             match (window, target(at[l])) {
-                (Window::Global, _) | (Window::Generic, Target::Global { .. }) => {
-                    if self.grid.has_sync() {
-                        self.grid.sync().weak_store(at[l], bytes);
-                    }
+                (Window::Global, _) | (Window::Generic, Target::Global { .. })
+                    if self.grid.has_sync() =>
+                {
+                    self.grid.sync().weak_store(at[l], bytes);
                 }
                 (Window::Shared, _) | (Window::Generic, Target::Shared(_)) => {
                     if let Some((block, a)) = self.shared_target(at[l] as u32) {

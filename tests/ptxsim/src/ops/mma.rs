@@ -30,9 +30,16 @@ impl Element {
 
     /// Element `i` of a lane's registers.
     pub fn get(self, registers: &[crate::program::Lanes], lane: usize, i: usize) -> f32 {
+        let per = self.per_register();
+        self.value(registers[i / per][lane], i % per)
+    }
+
+    /// Element `i` of one register.
+    #[inline]
+    fn value(self, register: u64, i: usize) -> f32 {
         match self {
-            Self::Half(kind) => kind.to_f32((registers[i / 2][lane] >> (16 * (i % 2))) as u16),
-            Self::Tf32 => tf32_operand(registers[i][lane] as u32),
+            Self::Half(kind) => kind.to_f32((register >> (16 * i)) as u16),
+            Self::Tf32 => tf32_operand(register as u32),
         }
     }
 }
@@ -50,10 +57,27 @@ pub fn element(op: &mut Opcode<'_>, types: &[Type]) -> Result<Element> {
     }
 }
 
+/// Where each element of each lane lies in a row-major matrix, by element and lane.
+type Places = Vec<[u8; 32]>;
+
+fn places(elements: usize, columns: usize, at: impl Fn(usize, usize) -> (usize, usize)) -> Places {
+    let place = |lane, i| {
+        let (row, column) = at(lane, i);
+        (row * columns + column) as u8
+    };
+    (0..elements).map(|i| std::array::from_fn(|lane| place(lane, i))).collect()
+}
+
+/// A matrix: a byte reaches every element.
+type Tile<T> = [T; 256];
+
 /// A decoded product.
 struct Product {
     shape: MmaShape,
     element: Element,
+    a_places: Places,
+    b_places: Places,
+    c_places: Places,
     /// f16 accumulators, two to a register.
     half: bool,
     d: Vec<Dst>,
@@ -93,6 +117,13 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let product = Product {
         shape,
         element,
+        a_places: places(M * k / 32, k, |lane, i| shape.a(lane, i)),
+        // Column by column.
+        b_places: places(N * k / 32, k, |lane, i| {
+            let (row, column) = shape.b(lane, i);
+            (column, row)
+        }),
+        c_places: places(M * N / 32, N, |lane, i| shape.c(lane, i)),
         half,
         d: env.dsts(d, ty)?,
         a: env.srcs(a, bits)?,
@@ -118,59 +149,47 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
 impl Product {
     fn execute(&self, cx: &mut Cx<'_, '_>) {
         let k = self.shape.k();
-        let read =
-            |cx: &mut Cx<'_, '_>, s: &[Src]| -> Vec<_> { s.iter().map(|s| cx.read(s)).collect() };
-        let (a, b, c) = (read(cx, &self.a), read(cx, &self.b), read(cx, &self.c));
-        let (mut x, mut y) = ([0f32; M * 16], [0f32; N * 16]);
-        let (in_a, in_b) = (M * k / 32, N * k / 32);
-        for lane in 0..32 {
-            for i in 0..in_a {
-                let (row, column) = self.shape.a(lane, i);
-                x[row * k + column] = self.element.get(&a, lane, i);
-            }
-            for i in 0..in_b {
-                let (row, column) = self.shape.b(lane, i);
-                y[column * k + row] = self.element.get(&b, lane, i);
-            }
-        }
+        let (mut x, mut y) = ([0f32; 256], [0f32; 256]);
+        self.gather(cx, &self.a, &self.a_places, &mut x);
+        self.gather(cx, &self.b, &self.b_places, &mut y);
         cx.gang.counters.add_flops(cx.pc, (2 * M * N * k) as u64);
-        let size = (M, N, k);
         if self.half {
-            return self.execute_half(cx, &x, &y, &c);
+            return self.execute_half(cx, &x, &y);
         }
-        let mut z = [0f32; M * N];
-        for lane in 0..32 {
-            for (i, c) in c.iter().enumerate() {
-                let (row, column) = self.shape.c(lane, i);
-                z[row * N + column] = f32::from_bits(c[lane] as u32);
-            }
+        let mut z = [0f32; 256];
+        for (c, places) in self.c.iter().zip(&self.c_places) {
+            let c = cx.read(c);
+            (0..32).for_each(|l| z[usize::from(places[l])] = f32::from_bits(c[l] as u32));
         }
-        mma_tile(size, &x, &y, &mut z, cx.grid.options.accumulation);
-        for (i, d) in self.d.iter().enumerate() {
-            let value = |lane| {
-                let (row, column) = self.shape.c(lane, i);
-                u64::from(z[row * N + column].to_bits())
-            };
-            cx.write(*d, &std::array::from_fn(value));
+        mma_tile((M, N, k), &x, &y, &mut z, cx.grid.options.accumulation);
+        for (d, places) in self.d.iter().zip(&self.c_places) {
+            cx.write(*d, &std::array::from_fn(|l| z[usize::from(places[l])].to_bits().into()));
         }
     }
 
-    fn execute_half(&self, cx: &mut Cx<'_, '_>, x: &[f32], y: &[f32], c: &[crate::program::Lanes]) {
-        let at = |lane, i| {
-            let (row, column) = self.shape.c(lane, i);
-            row * N + column
-        };
-        let mut z = [0u16; M * N];
-        for lane in 0..32 {
-            for i in 0..4 {
-                z[at(lane, i)] = (c[i / 2][lane] >> (16 * (i % 2))) as u16;
+    /// The values of a fragment, in their places.
+    fn gather(&self, cx: &mut Cx<'_, '_>, s: &[Src], places: &Places, out: &mut Tile<f32>) {
+        let per = self.element.per_register();
+        for (s, places) in s.iter().zip(places.chunks(per)) {
+            let v = cx.read(s);
+            for (i, places) in places.iter().enumerate() {
+                (0..32).for_each(|l| out[usize::from(places[l])] = self.element.value(v[l], i));
+            }
+        }
+    }
+
+    fn execute_half(&self, cx: &mut Cx<'_, '_>, x: &Tile<f32>, y: &Tile<f32>) {
+        let mut z = [0u16; 256];
+        for (c, places) in self.c.iter().zip(self.c_places.chunks(2)) {
+            let c = cx.read(c);
+            for (i, places) in places.iter().enumerate() {
+                (0..32).for_each(|l| z[usize::from(places[l])] = (c[l] >> (16 * i)) as u16);
             }
         }
         mma_tile_f16((M, N, self.shape.k()), x, y, &mut z, cx.grid.options.accumulation);
-        for (r, d) in self.d.iter().enumerate() {
-            let value =
-                |lane| u64::from(z[at(lane, 2 * r)]) | u64::from(z[at(lane, 2 * r + 1)]) << 16;
-            cx.write(*d, &std::array::from_fn(value));
+        for (d, places) in self.d.iter().zip(self.c_places.chunks(2)) {
+            let half = |l: usize, i: usize| u64::from(z[usize::from(places[i][l])]);
+            cx.write(*d, &std::array::from_fn(|l| half(l, 0) | half(l, 1) << 16));
         }
     }
 }

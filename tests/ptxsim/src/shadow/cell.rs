@@ -90,7 +90,7 @@ struct Marks {
 
 impl Marks {
     fn iter(&self) -> impl Iterator<Item = &Mark> {
-        self.first.iter().chain(self.more.iter().flat_map(|more| more.iter()))
+        self.first.iter().chain(self.more.as_ref().map_or(&[][..], |more| more.as_slice()))
     }
 
     fn replace(&mut self, mark: &Mark) {
@@ -214,6 +214,7 @@ impl Region {
         }
         let shift = self.shift;
         let range = (from >> shift) as usize..(to >> shift) as usize;
-        (from..).step_by(1 << shift).zip(&mut self.cells[range]).map(|(at, cell)| (cell, at))
+        let cells = self.cells[range].iter_mut().enumerate();
+        cells.map(move |(i, cell)| (cell, from + ((i as u32) << shift)))
     }
 }
