@@ -493,29 +493,3 @@ fn rows_with_nothing_to_attend_are_zero() {
         }
     }
 }
-
-#[test]
-fn repetition_and_pool_size_change_no_bit() {
-    fn run<T: Element>() {
-        for rule in RULES {
-            let p = problem(|b| b.update(rule).segment_len(48).dtype(T::DTYPE).head_dim(64));
-            let stream = Stream::<T>::normal(&p, 1000, 64);
-            let once = |threads: usize| {
-                let pool =
-                    rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-                pool.install(|| {
-                    let mut model = Fast::new(&p);
-                    let out = model.run(&stream, &GATE);
-                    (out, model.memory(), model.normalizer())
-                })
-            };
-            let want = once(2);
-            for threads in [2, 2, 1, 3, 7] {
-                assert!(once(threads) == want, "{rule} {} on {threads} threads", T::DTYPE);
-            }
-        }
-    }
-    run::<f32>();
-    run::<f16>();
-    run::<bf16>();
-}

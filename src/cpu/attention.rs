@@ -146,7 +146,8 @@ impl<T: Element> Call<'_, T> {
         segment: Segment<'_>,
         scratch: &mut Scratch,
     ) {
-        let span = tokens.len().clamp(1, TILE_ROWS);
+        // From the piece, not the range: how a piece is cut among threads must not change its tiles.
+        let span = piece.len.clamp(1, TILE_ROWS);
         let heads = (TILE_ROWS / span).max(1);
         for first in self.group(kv_head).step_by(heads) {
             let heads = first..(first + heads).min(self.group(kv_head).end);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, pieces};
+use super::{Pool, advance, pieces};
 use crate::call::Sequence;
 use crate::memory::{HeadMut, KeyBlocks};
 use crate::{Element, Problem, State};
@@ -29,11 +29,7 @@ pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state:
             },
         );
     });
-    for seq in sequences {
-        for piece in pieces(p, *seq, counters[seq.slot]) {
-            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
-        }
-    }
+    advance(call, sequences, state);
 }
 
 /// Appends a piece, attends it, and commits the segment if that filled it.
@@ -97,13 +93,12 @@ pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) {
         .flat_map(|&slot| (0..p.kv_heads()).map(move |h| (slot, h)))
         .filter_map(|(slot, h)| Some((slot, heads[slot * p.kv_heads() + h].take()?)))
         .collect();
-    tasks.into_par_iter().for_each_init(
-        || SegmentScratch::new(p),
-        |scratch, (slot, mut head)| {
-            let c = &counters[slot];
-            commit(p, c.open_len, c.committed == 0, &mut head, scratch);
-        },
-    );
+    let scratch = Pool::default();
+    tasks.into_par_iter().for_each(|(slot, mut head)| {
+        let c = &counters[slot];
+        let new = || SegmentScratch::new(p);
+        scratch.with(new, |scratch| commit(p, c.open_len, c.committed == 0, &mut head, scratch));
+    });
     for &slot in slots {
         let c = &mut state.counters[slot];
         c.committed += c.open_len as u64;

@@ -176,6 +176,15 @@ fn pieces(p: &Problem, seq: Sequence, counters: Counters) -> impl Iterator<Item 
     })
 }
 
+/// Moves the counters past a call whose tasks are done.
+fn advance<T>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+    for seq in sequences {
+        for piece in pieces(&call.problem, *seq, state.counters[seq.slot]) {
+            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
+        }
+    }
+}
+
 impl Counters {
     /// Accounts for a piece.
     fn advance(&mut self, piece: &Piece, rotated: bool) {

@@ -12,7 +12,7 @@ use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
 use super::matmul::{Into, Mat, matmul};
 use super::pack::Packed;
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, phases, pieces};
+use super::{Pool, advance, phases, pieces};
 use crate::call::Sequence;
 use crate::memory::HeadMut;
 use crate::{Element, Problem, State, Update};
@@ -74,11 +74,7 @@ fn chains<T: Element>(
             },
         );
     });
-    for seq in sequences {
-        for piece in pieces(p, *seq, counters[seq.slot]) {
-            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
-        }
-    }
+    advance(call, sequences, state);
 }
 
 /// Buffers of one running chain.

@@ -20,7 +20,7 @@ macro_rules! vectorised {
     };
 }
 
-/// exp(x) for x ≤ 0 to about 1 ulp; 0 where it would be below f32's smallest normal number. NaN
+/// exp(x) for x ≤ 0 within 2 ulp; 0 where it would be below f32's smallest normal number. NaN
 /// stays NaN. Cody-Waite reduction, then a polynomial of degree 6 on [−ln2/2, ln2/2] (Cephes).
 #[inline(always)]
 fn exp(x: f32) -> f32 {

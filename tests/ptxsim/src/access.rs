@@ -5,7 +5,7 @@ use std::sync::MutexGuard;
 
 use crate::ast::Space;
 use crate::bank::{sectors, shared_phases};
-use crate::clock::{Epoch, ProxySpace, Scope};
+use crate::clock::{ActorKind, Epoch, ProxySpace, Scope};
 use crate::context::{Cx, lanes};
 use crate::count::Traffic;
 use crate::diagnostic::{Kind, Place};
@@ -14,7 +14,7 @@ use crate::memory::{
     PAGE, Page, RANK_SHIFT, SHARED_WINDOW, Target, copy_few, global_address, target,
 };
 use crate::program::{Address, Lanes, Src};
-use crate::shadow::{Access, Proxy};
+use crate::shadow::{Access, Conflict, Proxy};
 
 /// State space of a memory instruction.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -573,6 +573,13 @@ impl<'g> Cx<'_, 'g> {
     ) {
         let Some(place) = self.region_place(region) else { return };
         if let Some(race) = race {
+            let by_cp_async = race.other.actor.kind() == ActorKind::CpAsync;
+            if race.conflict == Conflict::MissingProxyFence
+                && by_cp_async
+                && !self.grid.options.strict_proxies
+            {
+                return;
+            }
             self.report_race(lane, race, what, place);
         } else if uninitialised {
             let text = format!("{what} of {bytes} bytes at {place} that were never written");

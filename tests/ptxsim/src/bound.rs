@@ -8,6 +8,9 @@ use serde::Serialize;
 
 use crate::arch::Arch;
 
+/// L2 delivers about this many times what device memory does; no figure is published.
+pub const L2_OVER_MEMORY: f64 = 2.0;
+
 /// What a launch asks of the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Work {
@@ -23,6 +26,8 @@ pub struct Work {
     pub wavefronts: u64,
     /// Distinct bytes of global memory read and written.
     pub distinct: u64,
+    /// Bytes of all sectors read and written.
+    pub moved: u64,
 }
 
 /// Seconds each resource takes, alone.
@@ -38,6 +43,8 @@ pub struct Bound {
     pub special: f64,
     /// Device memory, every byte once.
     pub memory: f64,
+    /// L2, every sector of every access; at the rate of device memory times [`L2_OVER_MEMORY`].
+    pub l2: f64,
     /// The largest of them.
     pub limiter: &'static str,
 }
@@ -53,25 +60,28 @@ impl Bound {
         let shared = per_cycle(128 * work.wavefronts, rates.shared);
         let special = per_cycle(32 * work.special, rates.special);
         let memory = work.distinct as f64 / rates.bandwidth;
+        let l2 = work.moved as f64 / (L2_OVER_MEMORY * rates.bandwidth);
         let named = [
             ("tensor", tensor),
             ("issue", issue),
             ("shared", shared),
             ("special", special),
             ("memory", memory),
+            ("l2", l2),
         ];
         let limiter = named.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("", |n| n.0);
-        Self { tensor, issue, shared, special, memory, limiter }
+        Self { tensor, issue, shared, special, memory, l2, limiter }
     }
 
     /// Seconds by name.
-    pub fn named(&self) -> [(&'static str, f64); 5] {
+    pub fn named(&self) -> [(&'static str, f64); 6] {
         [
             ("tensor", self.tensor),
             ("issue", self.issue),
             ("shared", self.shared),
             ("special", self.special),
             ("memory", self.memory),
+            ("l2", self.l2),
         ]
     }
 }
@@ -89,6 +99,7 @@ mod tests {
         assert_eq!(of(Work { wavefronts: 1 << 20, instructions: 1 << 10, ..base }), "shared");
         assert_eq!(of(Work { special: 1 << 20, instructions: 1 << 20, ..base }), "special");
         assert_eq!(of(Work { distinct: 1 << 30, instructions: 1 << 10, ..base }), "memory");
+        assert_eq!(of(Work { distinct: 1 << 20, moved: 1 << 30, ..base }), "l2");
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! What the semantics of an instruction work on: one warp, the blocks of its gang, the grid.
 
 use crate::clock::{Actor, ActorKind, Epoch};
-use crate::count::Counters;
-use crate::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
+use crate::diagnostic::{Diagnostic, Kind, Location, Place};
 use crate::gang::State;
 use crate::launch::Grid;
 use crate::program::{Dst, Flow, Lanes, Pred, PredDst, Src, Waiting};
@@ -392,6 +391,3 @@ impl Grid<'_> {
         }
     }
 }
-
-#[allow(unused)]
-type Unused = (Counters, Findings);

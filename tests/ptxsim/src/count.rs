@@ -47,6 +47,13 @@ pub struct Traffic {
     pub written_sectors: u64,
 }
 
+impl Traffic {
+    /// Sectors read and written.
+    pub fn sectors(&self) -> u64 {
+        self.read_sectors + self.written_sectors
+    }
+}
+
 impl std::ops::AddAssign for Traffic {
     fn add_assign(&mut self, other: Self) {
         self.read += other.read;

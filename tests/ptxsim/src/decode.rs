@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use crate::ast::{self, Base, Operand, Pos, Space, Type};
-use crate::memory::PARAM_WINDOW;
 use crate::ops;
 use crate::program::{Address, Decoded, Dst, Instr, Kernel, Pred, PredDst, Preset, Src};
 use crate::scope::{Flat, Symbol};
@@ -31,9 +30,9 @@ pub fn kernel(
     let flat = Flat::new(module, function, addresses)?;
     let shared = RefCell::new(Slots { names: flat.register_names.clone(), ..Slots::default() });
     let mut instrs = Vec::with_capacity(flat.instrs.len());
-    for (pc, placed) in flat.instrs.iter().enumerate() {
+    for placed in &flat.instrs {
         let i = placed.instr;
-        let env = Env { flat: &flat, scope: placed.scope, pc: pc as u32, slots: &shared };
+        let env = Env { flat: &flat, scope: placed.scope, slots: &shared };
         let mnemonic = mnemonic(i);
         let decode = || -> Result<Instr> {
             let guard = i.guard.as_ref().map(|g| env.predicate(&g.predicate, g.negated));
@@ -82,8 +81,6 @@ struct Slots {
 pub struct Env<'a> {
     flat: &'a Flat<'a>,
     scope: usize,
-    /// The instruction's own program counter.
-    pub pc: u32,
     slots: &'a RefCell<Slots>,
 }
 
@@ -279,20 +276,6 @@ impl Env<'_> {
                 c.iter().map(|o| self.src(o, Type::S32)).collect()
             }
             _ => Err("the operand has no coordinates".into()),
-        }
-    }
-
-    /// State space of a named operand of `cvta` and `mov`, and its generic address if it is in the
-    /// parameter block.
-    pub fn param_window(&self, o: &Operand) -> Option<u64> {
-        match o {
-            Operand::Name(name) => match self.lookup(name) {
-                Some(Symbol::Param(i)) => {
-                    Some(PARAM_WINDOW + u64::from(self.flat.params[i as usize].offset))
-                }
-                _ => None,
-            },
-            _ => None,
         }
     }
 

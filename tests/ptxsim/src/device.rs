@@ -301,10 +301,12 @@ impl Device {
             let schedule = next.schedules[0];
             report.merge(next);
             let second = self.save();
-            for (b, (x, y)) in self.buffers.iter().zip(first.iter().zip(&second)) {
+            let buffers = self.buffers.iter().zip(first.iter().zip(&second)).enumerate();
+            for (number, (b, (x, y))) in buffers {
                 if let Some(at) = (0..x.0.len()).find(|i| x.0[*i] != y.0[*i] || x.1[*i] != y.1[*i])
                 {
-                    report.schedule_dependent(&b.name, at as u64, &schedule);
+                    let buffer = (number as u32, b.name.as_str());
+                    report.schedule_dependent(buffer, at as u64, &schedule);
                 }
             }
         }

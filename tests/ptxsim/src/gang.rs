@@ -3,7 +3,7 @@
 //! A gang is one block, the blocks of a cluster, or, for kernels whose blocks wait for each other,
 //! the whole grid. Gangs share nothing but global memory and may run on different threads.
 
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::clock::SyncTable;
@@ -50,11 +50,9 @@ impl Block {
     }
 }
 
-/// An asynchronous operation that is performed when nothing else can run, or at the end.
-pub struct Pending {
-    /// What it does; may itself complete mbarrier phases.
-    pub run: Box<dyn FnOnce(&mut State, &Grid<'_>)>,
-}
+/// An asynchronous operation that is performed when nothing else can run, or at the end; it may
+/// itself complete mbarrier phases.
+type Pending = Box<dyn FnOnce(&mut State, &Grid<'_>)>;
 
 /// Everything of a gang but its warps.
 pub struct State {
@@ -100,7 +98,7 @@ impl State {
     /// Performs an operation now, or puts it off when asynchronous operations are lazy.
     pub fn start(&mut self, grid: &Grid<'_>, run: impl FnOnce(&mut Self, &Grid<'_>) + 'static) {
         if grid.options.timing.is_lazy() {
-            self.pending.push(Pending { run: Box::new(run) });
+            self.pending.push(Box::new(run));
         } else {
             run(self, grid);
         }
@@ -261,7 +259,7 @@ impl<'g> Gang<'g> {
         }
         let i = self.state.rng.random_range(0..pending);
         let op = self.state.pending.remove(i);
-        (op.run)(&mut self.state, self.grid);
+        op(&mut self.state, self.grid);
         self.state.progress();
         true
     }
@@ -422,12 +420,14 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
         return Step::On;
     }
     cx.gang.progress();
+    let pending = cx.warp.wgmma.pending();
+    if pending > 0 {
+        let text = format!("{pending} wgmma were never waited for");
+        cx.report(Kind::AccumulatorInFlight, text);
+    }
     ops::barrier::warp_ended(cx);
     ops::cluster::warp_ended(cx);
     let block = cx.block();
     block.running -= 1;
     Step::Ended
 }
-
-#[allow(unused)]
-fn unused(_: &dyn Rng) {}

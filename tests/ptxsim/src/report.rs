@@ -102,6 +102,7 @@ impl Report {
             special: of(Class::Special),
             wavefronts: counters.shared.values().map(|p| p.phases).sum(),
             distinct: buffers.iter().map(|b| b.distinct_read + b.distinct_written).sum(),
+            moved: buffers.iter().map(|b| b.traffic.sectors() * 32).sum(),
         };
         let bound = Bound::new(grid.arch, &work);
         let schedule = Schedule { seed: grid.options.seed, timing: grid.options.timing };
@@ -159,7 +160,12 @@ impl Report {
     }
 
     /// Notes that a run left another byte in a buffer than the first.
-    pub(crate) fn schedule_dependent(&mut self, buffer: &str, at: u64, run: &Schedule) {
+    pub(crate) fn schedule_dependent(
+        &mut self,
+        (number, buffer): (u32, &str),
+        at: u64,
+        run: &Schedule,
+    ) {
         let first = self.schedules[0];
         let message = format!(
             "byte {at} of {buffer} depends on the schedule: seed {} {:?} and seed {} {:?} differ",
@@ -169,7 +175,8 @@ impl Report {
         let kind = Kind::ScheduleDependent;
         let (other, address, repeated) = (None, None, 1);
         let diagnostic = Diagnostic { kind, message, at, other, address, repeated };
-        self.findings.add(u32::MAX, None, diagnostic);
+        // One for each buffer, which has no instruction to be found at.
+        self.findings.add(u32::MAX, Some(number), diagnostic);
     }
 }
 
@@ -233,11 +240,11 @@ impl Serialize for Report {
             })
         };
         let shared = self.shared_phases();
-        let bytes: serde_json::Map<_, _> = (self.buffers.iter())
+        let bytes: Vec<_> = (self.buffers.iter())
             .map(|b| {
                 let mut value = json!(b);
                 value["ratio"] = json!(b.ratio());
-                (b.name.clone(), value)
+                value
             })
             .collect();
         let report = json!({

@@ -9,7 +9,7 @@ use crate::numeric::convert::{
 use crate::numeric::half::{Half, pack};
 use crate::numeric::{self, Rounding, f64_to_f32};
 use crate::ops::integer::int;
-use crate::program::Decoded;
+use crate::program::{Decoded, Src};
 
 const ROUNDINGS: [(&str, Rounding); 9] = [
     ("rn", Rounding::Nearest),
@@ -56,6 +56,9 @@ type Write = Box<dyn Fn(Value) -> u64 + Send + Sync>;
 
 /// cvt.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    if op.take("pack") {
+        return pack_integers(op, env);
+    }
     let tf32 = op.take("tf32");
     let mode = Mode::take(op);
     let types = op.types();
@@ -83,6 +86,30 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         (_, [a]) => single(env, mode, to, from, d, a),
         (_, rest) => Err(format!("{} sources", rest.len())),
     }
+}
+
+/// `cvt.pack.sat`: `a` above `b`, both clamped; of 8-bit results below what `c` holds.
+fn pack_integers(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    op.expect("sat")?;
+    let (to, third) = match op.types()[..] {
+        [to @ (Type::U16 | Type::S16), Type::S32] => (int(to)?, false),
+        [to @ (Type::U8 | Type::S8), Type::S32, Type::B32] => (int(to)?, true),
+        _ => return Err("these types are not supported here".into()),
+    };
+    let [d, a, b, c @ ..] = op.instr.operands.as_slice() else {
+        return Err("operands are missing".into());
+    };
+    if c.len() != usize::from(third) {
+        return Err(format!("{} operands", c.len() + 3));
+    }
+    let c = c.first().map_or(Ok(Src::imm(0)), |c| env.src(c, Type::B32))?;
+    let (d, a, b) = (env.dst(d, Type::B32)?, env.src(a, Type::S32)?, env.src(b, Type::S32)?);
+    let narrow = move |v| int_to_int(v, numeric::int::Int::signed(32), to, true);
+    Ok(Decoded::next(Class::Convert, move |cx| {
+        cx.map3(d, &a, &b, &c, |a, b, c| {
+            (c << (2 * to.bits) | narrow(a) << to.bits | narrow(b)) & 0xFFFF_FFFF
+        });
+    }))
 }
 
 /// `cvt.rn.bf16x2.f32 d, a, b`: a becomes the upper half.
@@ -182,7 +209,9 @@ fn writer(from: Type, to: Type, mode: Mode) -> Result<Write> {
         }),
         Type::F64 => Box::new(move |v| match v {
             Value::Int(v) => int_to_f64(v, rounding).to_bits(),
-            Value::Float(x) if mode.saturate => integral(x).clamp(0.0, 1.0).to_bits(),
+            // NaN and -0 become +0.
+            Value::Float(x) if mode.saturate && (x.is_nan() || x <= 0.0) => 0,
+            Value::Float(x) if mode.saturate => integral(x).min(1.0).to_bits(),
             Value::Float(x) => integral(x).to_bits(),
         }),
         Type::F16 | Type::Bf16 => {

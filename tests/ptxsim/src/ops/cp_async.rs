@@ -106,7 +106,7 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) {
     for l in lanes(cx.mask) {
         let lane = lane(cx, l);
         let done = lane.ends.len().saturating_sub(n);
-        if let Some(end) = lane.ends.drain(..done).last() {
+        if let Some(end) = lane.ends.drain(..done).next_back() {
             *learnt.entry(end).or_default() |= 1 << l;
         }
         for copy in lane.queue.wait(n) {

@@ -44,6 +44,10 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
     let (kind, packed, bits) = format(ty)?;
     op.take("rn");
     let propagate = op.take("NaN");
+    let signed_by_xor = matches!(op.root(), "min" | "max") && op.take("xorsign");
+    if signed_by_xor {
+        op.expect("abs")?;
+    }
     let mode =
         Mode { kind, flush: op.take("ftz"), saturate: op.take("sat"), relu: op.take("relu") };
     let root = op.root();
@@ -71,7 +75,13 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
                 "min" => Half::min,
                 _ => Half::max,
             };
-            let one = move |a, b| mode.output(f(kind, mode.input(a), mode.input(b), propagate));
+            let one = move |a: u16, b: u16| {
+                let (a, b) = (mode.input(a), mode.input(b));
+                if !signed_by_xor {
+                    return mode.output(f(kind, a, b, propagate));
+                }
+                mode.output(f(kind, a & 0x7FFF, b & 0x7FFF, propagate) | (a ^ b) & 0x8000)
+            };
             let f = move |a: u64, b: u64| match packed {
                 true => pair2(a as u32, b as u32, one).into(),
                 false => one(a as u16, b as u16).into(),

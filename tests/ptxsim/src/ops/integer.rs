@@ -92,6 +92,9 @@ fn sum(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type, i: Int) -> Result<Decoded> 
     }
     let types = (ty, ty, ty);
     if op.take("sat") {
+        if ty != Type::S32 {
+            return Err(format!("modifier .sat is for .s32, not .{ty}"));
+        }
         let f = move |a, b| match subtracts {
             true => i.saturate(i.value(a) - i.value(b)),
             false => i.saturate(i.value(a) + i.value(b)),

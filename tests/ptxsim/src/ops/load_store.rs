@@ -277,10 +277,10 @@ impl crate::context::Cx<'_, '_> {
         }
         for l in lanes(self.mask) {
             match (window, target(at[l])) {
-                (Window::Global, _) | (Window::Generic, Target::Global { .. }) => {
-                    if self.grid.has_sync() {
-                        self.grid.sync().weak_store(at[l], bytes);
-                    }
+                (Window::Global, _) | (Window::Generic, Target::Global { .. })
+                    if self.grid.has_sync() =>
+                {
+                    self.grid.sync().weak_store(at[l], bytes);
                 }
                 (Window::Shared, _) | (Window::Generic, Target::Shared(_)) => {
                     if let Some((block, a)) = self.shared_target(at[l] as u32) {

@@ -66,12 +66,28 @@ fn complement(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
 
 fn lop3(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     op.expect("b32")?;
-    let [d, a, b, c, table] = op.operands()?;
+    let combine = op.one_of(&[("and", true), ("or", false)]);
+    let (d, a, b, c, table, q) = match (op.instr.operands.as_slice(), combine) {
+        ([d, a, b, c, table], None) => (d, a, b, c, table, None),
+        ([d, a, b, c, table, q], Some(and)) => (d, a, b, c, table, Some((and, env.pred(q)?))),
+        (o, _) => return Err(format!("{} operands", o.len())),
+    };
     let ty = Type::B32;
-    let (d, a, b, c) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(b, ty)?, env.src(c, ty)?);
+    let (d, p) = env.dst_pair(d, ty)?;
+    let (a, b, c) = (env.src(a, ty)?, env.src(b, ty)?, env.src(c, ty)?);
     let table = env.src(table, Type::B32)?.constant().ok_or("the table is no constant")? as u8;
+    let f = move |a, b, c| u64::from(int::lop3(a as u32, b as u32, c as u32, table));
+    let Some((and, q)) = q else {
+        return Ok(Decoded::next(Class::Integer, move |cx| cx.map3(d, &a, &b, &c, f)));
+    };
+    // The predicate: whether the result is not zero, combined with q.
     Ok(Decoded::next(Class::Integer, move |cx| {
-        cx.map3(d, &a, &b, &c, |a, b, c| int::lop3(a as u32, b as u32, c as u32, table).into());
+        let (a, b, c) = (cx.take(&a), cx.take(&b), cx.take(&c));
+        let value = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+        cx.write(d, &value);
+        let nonzero = (0..32).fold(0, |m, l| m | u32::from(value[l] != 0) << l);
+        let q = cx.take_predicate(q);
+        cx.set(p, if and { nonzero & q } else { nonzero | q });
     }))
 }
 

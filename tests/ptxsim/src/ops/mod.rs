@@ -50,6 +50,7 @@ fn family(root: &str) -> Option<Decoder> {
         "setmaxnreg" | "griddepcontrol" | "getctarank" => misc::decode,
         "ldmatrix" | "stmatrix" | "movmatrix" => matrix::decode,
         "mma" => mma::decode,
+        "wgmma" => wgmma::decode,
         "cp" => cp_async::decode,
         "mbarrier" => mbarrier::decode,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => warp::decode,

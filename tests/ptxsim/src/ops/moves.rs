@@ -114,12 +114,14 @@ fn cvta(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             return cx.map1(d, &a, |a| if window == 0 { a } else { window | a });
         }
         let v = cx.read(&a);
-        let same = |a: u64| match (window, target(a)) {
-            (0, Target::Global { .. } | Target::Wild) => true,
-            (SHARED_WINDOW, Target::Shared(_)) => true,
-            (LOCAL_WINDOW, Target::Local(_)) => true,
-            (PARAM_WINDOW, Target::Param(_)) => true,
-            _ => false,
+        let same = |a: u64| {
+            matches!(
+                (window, target(a)),
+                (0, Target::Global { .. } | Target::Wild)
+                    | (SHARED_WINDOW, Target::Shared(_))
+                    | (LOCAL_WINDOW, Target::Local(_))
+                    | (PARAM_WINDOW, Target::Param(_))
+            )
         };
         if let Some(l) = crate::context::lanes(cx.mask).find(|l| !same(v[*l])) {
             let text = format!("generic address {:#x} does not lie in the space", v[l]);

@@ -7,5 +7,6 @@ mod arithmetic;
 mod blocks;
 mod clusters;
 mod copies;
+mod modes;
 mod products;
 mod warps;

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use ptxsim::layout::Swizzle;
 use ptxsim::tensor_map::{Dtype, TensorMap};
-use ptxsim::{Arg, Buffer, Device, Launch};
+use ptxsim::{Arg, Buffer, Device, Launch, Options};
 
 use crate::support::compare::{Element, assert_close, generator, random, values};
 use crate::support::reference::{self, Attention};
@@ -59,8 +59,14 @@ fn naive_product() {
     }
 }
 
-fn pipelined<T: Element>(arch: &str, kernel: &str, sizes: [usize; 3]) {
+fn pipelined<T: Element>(
+    options: &Options,
+    arch: &str,
+    kernel: &str,
+    sizes: [usize; 3],
+) -> (Vec<f64>, Vec<f64>) {
     let (module, mut device) = compiled("matmul_sm80", arch);
+    device.options = options.clone();
     let case = format!("{kernel} {sizes:?} {arch}");
     let Product { a, b, want } = product::<T>(&mut device, &case, sizes, kernel.ends_with("_nt"));
     let [m, n, k] = sizes;
@@ -71,17 +77,24 @@ fn pipelined<T: Element>(arch: &str, kernel: &str, sizes: [usize; 3]) {
     };
     let args = [a.into(), b.into(), c.into(), integer(m), integer(n), integer(k)];
     clean(&mut device, &module, kernel, launch, &args);
-    assert_close(&case, &read::<f32>(&device, c), &want, 1e-6);
+    let got = read::<f32>(&device, c);
+    assert_close(&case, &got, &want, 1e-6);
+    (got, want)
+}
+
+/// A bf16 product on a device with these options, in f32: result and reference.
+pub fn product_of(options: &Options) -> (Vec<f64>, Vec<f64>) {
+    pipelined::<bf16>(options, "sm_80", "matmul_pipelined_bf16", [64, 64, 128])
 }
 
 #[test]
 fn pipelined_products() {
     for arch in ["sm_80", "sm_90a"] {
         for sizes in [[128, 64, 256], [70, 104, 72], [5, 8, 8]] {
-            pipelined::<bf16>(arch, "matmul_pipelined_bf16", sizes);
-            pipelined::<f16>(arch, "matmul_pipelined_f16", sizes);
-            pipelined::<bf16>(arch, "matmul_pipelined_bf16_nt", sizes);
-            pipelined::<f16>(arch, "matmul_pipelined_f16_nt", sizes);
+            pipelined::<bf16>(&Options::default(), arch, "matmul_pipelined_bf16", sizes);
+            pipelined::<f16>(&Options::default(), arch, "matmul_pipelined_f16", sizes);
+            pipelined::<bf16>(&Options::default(), arch, "matmul_pipelined_bf16_nt", sizes);
+            pipelined::<f16>(&Options::default(), arch, "matmul_pipelined_f16_nt", sizes);
         }
     }
 }
@@ -130,27 +143,39 @@ fn wgmma_products() {
     }
 }
 
+/// Causal or full attention of bf16 heads of 128 channels, on a device with these options: result
+/// and reference.
+pub fn attention(
+    options: &Options,
+    [heads, tokens]: [usize; 2],
+    causal: bool,
+) -> (Vec<f64>, Vec<f64>) {
+    let shape = Attention { heads, tokens, d: 128, scale: 128f64.sqrt().recip(), causal };
+    let (module, mut device) = compiled("attention_sm80", "sm_80");
+    device.options = options.clone();
+    let mut rng = generator(&format!("attention of {heads} heads, {tokens} tokens"));
+    let n = heads * tokens * 128;
+    let inputs: Vec<Vec<bf16>> = (0..3).map(|_| random(&mut rng, n, 2.0)).collect();
+    let [q, k, v] = [0, 1, 2].map(|i| values(&inputs[i]));
+    let want = reference::attention(&q, &k, &v, shape);
+    let [q, k, v] = [("q", 0), ("k", 1), ("v", 2)].map(|(x, i)| device.buffer(x, &inputs[i]));
+    let o = device.uninitialised::<bf16>("o", n);
+    let launch = Launch {
+        grid: [tiles(tokens, 64), heads as u32, 1],
+        ..Launch::linear(1, 128).shared(49152)
+    };
+    let mut args: Vec<Arg> = [q, k, v, o].map(Arg::from).to_vec();
+    args.extend([integer(tokens), Arg::F32(shape.scale as f32), Arg::I32(causal.into())]);
+    clean(&mut device, &module, "attention_d128", launch, &args);
+    (read::<bf16>(&device, o), want)
+}
+
 #[test]
 fn attention_d128() {
     for (tokens, heads, causal) in [(256, 2, true), (100, 1, true), (129, 1, false), (1, 1, true)] {
-        let shape = Attention { heads, tokens, d: 128, scale: 128f64.sqrt().recip(), causal };
-        let (module, mut device) = compiled("attention_sm80", "sm_80");
+        let (got, want) = attention(&Options::default(), [heads, tokens], causal);
         let case = format!("attention of {tokens} tokens, causal {causal}");
-        let mut rng = generator(&case);
-        let n = heads * tokens * 128;
-        let inputs: Vec<Vec<bf16>> = (0..3).map(|_| random(&mut rng, n, 2.0)).collect();
-        let [q, k, v] = [0, 1, 2].map(|i| values(&inputs[i]));
-        let want = reference::attention(&q, &k, &v, shape);
-        let [q, k, v] = [("q", 0), ("k", 1), ("v", 2)].map(|(x, i)| device.buffer(x, &inputs[i]));
-        let o = device.uninitialised::<bf16>("o", n);
-        let launch = Launch {
-            grid: [tiles(tokens, 64), heads as u32, 1],
-            ..Launch::linear(1, 128).shared(49152)
-        };
-        let mut args: Vec<Arg> = [q, k, v, o].map(Arg::from).to_vec();
-        args.extend([integer(tokens), Arg::F32(shape.scale as f32), Arg::I32(causal.into())]);
-        clean(&mut device, &module, "attention_d128", launch, &args);
-        assert_close(&case, &read::<bf16>(&device, o), &want, 2.0 * BF16);
+        assert_close(&case, &got, &want, 2.0 * BF16);
     }
 }
 
