@@ -127,6 +127,7 @@ impl<'g> Cx<'_, 'g> {
 
     /// Loads `bytes` bytes per executing lane, the first in the lowest bits; 0 where the address
     /// is bad.
+    #[inline]
     pub fn load(
         &mut self,
         window: Window,
@@ -155,6 +156,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Stores the low `bytes` bytes of every executing lane's value.
+    #[inline]
     pub fn store(
         &mut self,
         window: Window,
