@@ -29,6 +29,18 @@ pub struct Module {
 impl Module {
     /// Parses PTX text.
     ///
+    /// ```
+    /// use ptxsim::Module;
+    ///
+    /// let header = ".version 8.0 .target sm_80 .address_size 64";
+    /// let module = Module::parse(&format!("{header} .visible .entry nothing() {{ ret; }}"))?;
+    /// assert!(module.kernels().eq(["nothing"]));
+    ///
+    /// let error = Module::parse(&format!("{header}\n.visible .entry nothing() {{ ret }}"));
+    /// assert_eq!(error.err().map(|e| (e.pos.line, e.pos.column)), Some((2, 33)));
+    /// # Ok::<(), ptxsim::ast::ParseError>(())
+    /// ```
+    ///
     /// # Errors
     /// [`ParseError`] with line and column.
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
@@ -137,6 +149,34 @@ pub struct Uninitialised {
 }
 
 /// A simulated device.
+///
+/// Buffers know which of their bytes have been written:
+///
+/// ```
+/// use ptxsim::{Arch, Arg, Device, Launch, Module};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let module = Module::parse(
+///     ".version 8.0 .target sm_80 .address_size 64
+///     .visible .entry one(.param .u64 to) {
+///         .reg .b64 %rd;
+///         ld.param.u64 %rd, [to];
+///         st.global.u32 [%rd], 1;
+///         ret;
+///     }",
+/// )?;
+/// let mut device = Device::new(Arch::Sm80);
+/// let to = device.uninitialised::<u32>("to", 2);
+/// let report = device.explore(&module, "one", &Launch::linear(1, 1), &[Arg::Buffer(to)], 3)?;
+/// assert!(report.is_clean(), "{report}");
+///
+/// assert_eq!(device.contents(to), [1, 0, 0, 0, 0, 0, 0, 0]);
+/// assert_eq!(device.unwritten(to), 4);
+/// let error = device.read::<u32>(to).unwrap_err();
+/// assert_eq!(error.to_string(), "byte 4 of buffer to was never written");
+/// # Ok(())
+/// # }
+/// ```
 pub struct Device {
     arch: Arch,
     /// How launches are simulated.
@@ -204,6 +244,12 @@ impl Device {
         let mut bytes = vec![0; b.bytes as usize];
         b.copy_out(0, &mut bytes);
         bytes
+    }
+
+    /// How many bytes of a buffer were never written.
+    pub fn unwritten(&self, buffer: Buffer) -> u64 {
+        let written = self.buffers[buffer.0].initialised();
+        written.iter().filter(|w| !**w).count() as u64
     }
 
     /// Runs a kernel once, by [`Device::options`].
@@ -284,6 +330,9 @@ impl Device {
         args: &[Arg],
         schedules: u32,
     ) -> Result<Report, LaunchError> {
+        if schedules <= 1 {
+            return self.launch(module, kernel, launch, args);
+        }
         let before = self.save();
         let (seed, timing) = (self.options.seed, self.options.timing);
         let mut report = self.launch(module, kernel, launch, args)?;

@@ -429,5 +429,12 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     ops::cluster::warp_ended(cx);
     let block = cx.block();
     block.running -= 1;
+    if block.ended() {
+        for pc in cx.gang.warpgroups.unfinished(cx.warp.block) {
+            let line = cx.grid.kernel.instrs[pc as usize].line;
+            let text = format!("not every warp of the warpgroup executed PTX line {line}");
+            cx.report(Kind::Divergence, text);
+        }
+    }
     Step::Ended
 }

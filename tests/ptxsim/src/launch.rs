@@ -417,7 +417,7 @@ fn limit(what: &str, given: impl ToString, limit: impl ToString) -> LaunchError 
 }
 
 fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), LaunchError> {
-    let product = |v: [u32; 3]| v.iter().map(|n| u64::from(*n)).product::<u64>();
+    let product = |v: [u32; 3]| v.iter().fold(1, |p: u64, n| p.saturating_mul((*n).into()));
     let threads = product(launch.block);
     if threads == 0 || product(launch.grid) == 0 || product(launch.cluster) == 0 {
         return Err(limit("a dimension of the grid, block or cluster", 0, "1 or more"));
@@ -428,12 +428,9 @@ fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), Laun
     if launch.grid[0] > i32::MAX as u32 || launch.grid[1] > 65535 || launch.grid[2] > 65535 {
         return Err(limit("the grid", format!("{:?}", launch.grid), "[2147483647, 65535, 65535]"));
     }
-    if product(launch.grid) * threads.div_ceil(32) >= 1 << 28 {
-        return Err(limit(
-            "the number of warps",
-            product(launch.grid) * threads.div_ceil(32),
-            1 << 28,
-        ));
+    let warps = product(launch.grid).saturating_mul(threads.div_ceil(32));
+    if warps >= 1 << 28 {
+        return Err(limit("the number of warps", warps, (1 << 28) - 1));
     }
     let d = &kernel.directives;
     if let Some(max) = d.max_threads.map(product).filter(|max| threads > *max) {
@@ -470,7 +467,7 @@ fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), Laun
         return Err(limit("shared memory per block", shared, arch.shared_per_block()));
     }
     if let Some(registers) = launch.registers {
-        let used = u64::from(registers.next_multiple_of(8)) * threads.next_multiple_of(32);
+        let used = u64::from(registers).next_multiple_of(8) * threads.next_multiple_of(32);
         if used > u64::from(arch.registers()) {
             return Err(limit("registers per block", used, arch.registers()));
         }

@@ -281,6 +281,9 @@ impl fmt::Display for Report {
         if self.findings.dropped() > 0 {
             writeln!(f, "{} further findings were only counted", self.findings.dropped())?;
         }
+        if !self.complete {
+            writeln!(f, "the kernel did not come to its end")?;
+        }
         let shared = self.shared_phases();
         writeln!(
             f,

@@ -158,6 +158,7 @@ pub struct TensorMap {
 
 /// The JSON form, in which a dense tensor needs no strides.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Description {
     dtype: Dtype,
     dims: Vec<u64>,

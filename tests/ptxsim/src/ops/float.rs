@@ -1,6 +1,7 @@
 //! Floating-point arithmetic of f32 and f64, exact and approximate.
 
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 
 use crate::ast::Type;
 use crate::count::Class;
@@ -73,6 +74,22 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
     }
 }
 
+/// `fma.rn.f32` of a warp, by the processor's own instruction where it has one.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn fma_nearest(mode: Mode, a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
+    let native = target_cfg_f!(any(target_feature = "fma", target_arch = "aarch64"));
+    let mut d = [0; 32];
+    for (l, d) in d.iter_mut().enumerate() {
+        let (a, b, c) = (mode.input(a[l]), mode.input(b[l]), mode.input(c[l]));
+        *d = mode.output(if native {
+            numeric::canonical(a.mul_add(b, c))
+        } else {
+            numeric::fma_f32(a, b, c, Rounding::Nearest)
+        });
+    }
+    d
+}
+
 fn rounded(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decoded> {
     let root = op.root();
     let rounding = match op.one_of(&ROUNDINGS) {
@@ -88,7 +105,7 @@ fn rounded(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decoded> {
         let (d, s) = operands::<3>(op, env, ty)?;
         if plain {
             return Ok(Decoded::next(Class::Float, move |cx| {
-                cx.map3_lanes(d, &s[0], &s[1], &s[2], |a, b, c| fused(mode, a, b, c));
+                cx.map3_lanes(d, &s[0], &s[1], &s[2], |a, b, c| fma_nearest(mode, a, b, c));
             }));
         }
         return Ok(Decoded::next(Class::Float, move |cx| {
@@ -129,17 +146,6 @@ fn rounded(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decoded> {
             })
         }
     })
-}
-
-/// `fma.rn.f32`, the commonest instruction: with the host's own fused multiply-add where it has one.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn fused(mode: Mode, a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
-    let mut d = [0; 32];
-    for l in 0..32 {
-        let x = mode.input(a[l]).mul_add(mode.input(b[l]), mode.input(c[l]));
-        d[l] = mode.output(if x.is_nan() { numeric::NAN_F32 } else { x });
-    }
-    d
 }
 
 fn rounded_f64(op: &Opcode<'_>, env: &Env<'_>, root: &str, rounding: Rounding) -> Result<Decoded> {
@@ -352,7 +358,7 @@ mod tests {
             } else {
                 c
             };
-            let got = fused(mode, &lanes(a), &lanes(b), &lanes(c));
+            let got = fma_nearest(mode, &lanes(a), &lanes(b), &lanes(c));
             for l in 0..32 {
                 let [a, b, c] = [a[l], b[l], c[l]].map(|x| mode.input(x.into()));
                 let want = mode.output(numeric::fma_f32(a, b, c, Rounding::Nearest));

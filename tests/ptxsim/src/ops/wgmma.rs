@@ -36,8 +36,8 @@ pub struct WarpState {
     clock: u32,
     /// Whether wgmma.fence has been executed at all.
     fenced: bool,
-    /// Products issued, to find the others' in the log.
-    issued: u64,
+    /// Instructions executed, to find the others' in the log.
+    executed: u64,
 }
 
 impl WarpState {
@@ -47,16 +47,34 @@ impl WarpState {
     }
 }
 
-/// What the warps of each warpgroup have issued: program counter and descriptors, by block,
-/// warpgroup and number.
+/// What the warps of each warpgroup have executed, by block, warpgroup and number; an entry goes
+/// when all four have.
 #[derive(Default)]
 pub struct GangState {
     log: BTreeMap<(usize, u32, u64), Entry>,
 }
 
+impl GangState {
+    /// Program counters that some warps of a warpgroup of this block have executed, and not all.
+    pub fn unfinished(&mut self, block: usize) -> Vec<u32> {
+        let of_block = (block, 0, 0)..(block + 1, 0, 0);
+        let left: Vec<_> = self.log.range(of_block).map(|(key, e)| (*key, e.step.pc)).collect();
+        left.into_iter().filter_map(|(key, pc)| self.log.remove(&key).map(|_| pc)).collect()
+    }
+}
+
 struct Entry {
-    what: (u32, u64, u64, bool),
+    step: Step,
     warps: u32,
+}
+
+/// One wgmma instruction: what all four warps have to agree in.
+#[derive(Clone, Copy, Eq, PartialEq)]
+struct Step {
+    pc: u32,
+    a: u64,
+    b: u64,
+    accumulate: bool,
 }
 
 /// One product under way.
@@ -130,6 +148,7 @@ fn aligned(f: impl Fn(&mut Cx<'_, '_>) + Send + Sync + 'static) -> Decoded {
     Decoded::flow(Class::Tensor, move |cx| match cx.converged() {
         Some(flow) => flow,
         None => {
+            log(cx, Step { pc: cx.pc, a: 0, b: 0, accumulate: false });
             f(cx);
             Flow::Next
         }
@@ -242,7 +261,7 @@ fn issue(cx: &mut Cx<'_, '_>, product: &Arc<Product>) -> Flow {
             }
         }
     };
-    log(cx, (cx.pc, a_bits, b_bits, accumulate));
+    log(cx, Step { pc: cx.pc, a: a_bits, b: b_bits, accumulate });
     cx.gang.counters.add_flops(cx.pc, (2 * M * product.n * product.k()) as u64);
     let mut issued = Issued { product: product.clone(), fragments, a, b, accumulate, done: false };
     if !cx.grid.options.timing.is_lazy() {
@@ -268,8 +287,9 @@ fn check_registers(cx: &mut Cx<'_, '_>, product: &Product, accumulate: bool) {
         cx.report(Kind::MissingWgmmaFence, text);
     }
     let others = cx.warp.wgmma.open.iter().chain(cx.warp.wgmma.groups.iter().flatten());
-    let overlaps =
-        |o: &&Issued| o.product.d != product.d && o.product.d.iter().any(|r| product.d.contains(r));
+    let overlaps = |o: &&Issued| {
+        !o.product.same_accumulators(product) && o.product.d.iter().any(|r| product.d.contains(r))
+    };
     if others.clone().any(|o| overlaps(&o)) {
         let text = "accumulators overlap those of another shape in flight".into();
         cx.report(Kind::AccumulatorInFlight, text);
@@ -321,28 +341,27 @@ fn operand(descriptor: Descriptor, first: u32, rows: u32, major: Major) -> Vec<u
     cells.into_iter().map(|(mn, k)| descriptor.operand_address(mn, k, major)).collect()
 }
 
-/// Compares with what the other warps of the warpgroup issued as their product of this number.
-fn log(cx: &mut Cx<'_, '_>, what: (u32, u64, u64, bool)) {
-    let number = cx.warp.wgmma.issued;
-    cx.warp.wgmma.issued += 1;
+/// Compares with what the other warps of the warpgroup executed as their wgmma of this number.
+fn log(cx: &mut Cx<'_, '_>, step: Step) {
+    let number = cx.warp.wgmma.executed;
+    cx.warp.wgmma.executed += 1;
     let key = (cx.warp.block, cx.warp.index / 4, number);
-    let entry = cx.gang.warpgroups.log.entry(key).or_insert(Entry { what, warps: 0 });
+    let entry = cx.gang.warpgroups.log.entry(key).or_insert(Entry { step, warps: 0 });
     entry.warps += 1;
-    let (other, complete) = (entry.what, entry.warps == 4);
+    let (other, complete) = (entry.step, entry.warps == 4);
     if complete {
         cx.gang.warpgroups.log.remove(&key);
     }
-    if other != what {
-        let line = |pc: u32| cx.grid.kernel.instrs[pc as usize].line;
+    if other != step {
+        let words = |s: &Step| {
+            let line = cx.grid.kernel.instrs[s.pc as usize].line;
+            let Step { a, b, accumulate, .. } = s;
+            format!("PTX line {line}, descriptors {a:#x} and {b:#x}, scale-d {accumulate}")
+        };
         let text = format!(
-            "the warps of the warpgroup execute different products: PTX line {} with descriptors \
-             {:#x} and {:#x}, here line {} with {:#x} and {:#x}",
-            line(other.0),
-            other.1,
-            other.2,
-            line(what.0),
-            what.1,
-            what.2
+            "the warps of a warpgroup differ in their wgmma number {number}: {}; here {}",
+            words(&other),
+            words(&step)
         );
         cx.report(Kind::Divergence, text);
     }
@@ -364,6 +383,12 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) {
 }
 
 impl Product {
+    /// Whether another product may follow this one on the same accumulators without a fence.
+    fn same_accumulators(&self, other: &Self) -> bool {
+        let shape = |p: &Self| (p.n, p.k(), p.half);
+        self.d == other.d && shape(self) == shape(other)
+    }
+
     /// Registers of A.
     fn fragments(&self) -> Vec<u32> {
         match &self.a {
@@ -451,7 +476,7 @@ impl Issued {
         }
     }
 
-    /// An operand from shared memory, [rows][k].
+    /// An operand from shared memory, row by row.
     fn load(&self, cx: &Cx<'_, '_>, chunks: &[u32], rows: usize, which: usize) -> Vec<f32> {
         let p = &self.product;
         let k = p.k();
@@ -475,7 +500,7 @@ impl Issued {
         out
     }
 
-    /// A from registers, [16][k].
+    /// A from registers, row by row.
     fn left(&self, registers: &[Lanes]) -> Vec<f32> {
         let p = &self.product;
         let k = p.k();

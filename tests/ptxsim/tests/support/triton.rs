@@ -119,10 +119,12 @@ impl Case {
             Argument::I64 { i64 } => Arg::I64(*i64),
             Argument::F32 { f32 } => Arg::F32(*f32 as f32),
             Argument::Map { tensor_map } => {
-                let described = serde_json::from_value(tensor_map.clone());
-                let mut map: TensorMap =
-                    described.unwrap_or_else(|e| panic!("{}: {e}", self.label));
-                let buffer = tensor_map["buffer"].as_str().unwrap_or_default();
+                // The map as the library reads it, and the buffer it stands on.
+                let mut described = tensor_map.clone();
+                let buffer = described.as_object_mut().and_then(|m| m.remove("buffer"));
+                let buffer = buffer.as_ref().and_then(|b| b.as_str()).unwrap_or_default();
+                let mut map: TensorMap = serde_json::from_value(described)
+                    .unwrap_or_else(|e| panic!("{}: {e}", self.label));
                 map.address = device.address(placed[buffer].buffer);
                 Arg::TensorMap(map)
             }
