@@ -590,6 +590,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Copies bytes out of a region, unchecked.
+    #[inline]
     pub fn copy_out(&self, lane: usize, region: Region, out: &mut [u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_out(offset, out),
@@ -607,6 +608,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Copies bytes into a region, unchecked.
+    #[inline]
     pub fn copy_in(&mut self, lane: usize, region: Region, bytes: &[u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_in(offset, bytes),
