@@ -57,6 +57,7 @@ pub fn kernel(
         shared: flat.shared,
         static_shared: flat.static_shared,
         dynamic_align: flat.dynamic_align,
+        locals: flat.locals,
         frame: flat.frame,
         directives: function.directives.clone(),
         files: module.files.clone(),

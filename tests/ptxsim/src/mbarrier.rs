@@ -143,6 +143,14 @@ pub enum MbarrierError {
         /// Deferred arrivals not triggered.
         arrivals: u64,
     },
+    /// `mbarrier.inval` before anybody has waited for the asynchronous work of a phase.
+    #[error(
+        "mbarrier invalidated, but no wait has observed the asynchronous work of phase {phase}"
+    )]
+    Unwaited {
+        /// The phase the work was issued for.
+        phase: u64,
+    },
 }
 
 /// What an arrive did.
@@ -173,6 +181,8 @@ pub struct Mbarrier {
     observed: bool,
     bytes_in_flight: u64,
     arrivals_in_flight: u64,
+    /// The last phase asynchronous work was issued for.
+    busy_phase: Option<u64>,
 }
 
 impl Mbarrier {
@@ -190,6 +200,7 @@ impl Mbarrier {
             observed: true,
             bytes_in_flight: 0,
             arrivals_in_flight: 0,
+            busy_phase: None,
         })
     }
 
@@ -209,7 +220,12 @@ impl Mbarrier {
         if bytes > 0 || arrivals > 0 {
             return Err(MbarrierError::Busy { bytes, arrivals });
         }
-        Ok(())
+        // The work may be complete; who invalidates cannot know without a wait.
+        let unwaited = |p: &u64| *p == self.phase || !self.observed && p + 1 == self.phase;
+        match self.busy_phase.filter(unwaited) {
+            Some(phase) => Err(MbarrierError::Unwaited { phase }),
+            None => Ok(()),
+        }
     }
 
     /// `mbarrier.arrive` with a count.
@@ -246,6 +262,7 @@ impl Mbarrier {
     /// An asynchronous copy that will deliver `bytes` here was issued: the phase to land in.
     pub fn issue_tx(&mut self, bytes: u64) -> u64 {
         self.bytes_in_flight += bytes;
+        self.busy_phase = Some(self.phase);
         self.phase
     }
 
@@ -279,6 +296,7 @@ impl Mbarrier {
             self.pending += 1;
         }
         self.arrivals_in_flight += 1;
+        self.busy_phase = Some(self.phase);
         Ok(Deferred { phase: self.phase })
     }
 

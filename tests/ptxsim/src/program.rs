@@ -197,12 +197,12 @@ pub struct Param {
     pub bytes: u32,
 }
 
-/// A static shared variable.
+/// A static shared or a local variable.
 #[derive(Clone, Debug)]
-pub struct SharedVariable {
+pub struct Variable {
     /// Name in the PTX text.
     pub name: String,
-    /// Offset from the first static byte.
+    /// Offset from the first static byte, or in the frame.
     pub offset: u32,
     /// Size in bytes.
     pub bytes: u32,
@@ -225,11 +225,13 @@ pub struct Kernel {
     /// Parameters in order.
     pub params: Vec<Param>,
     /// Static shared variables.
-    pub shared: Vec<SharedVariable>,
+    pub shared: Vec<Variable>,
     /// Bytes of static shared memory.
     pub static_shared: u32,
     /// Alignment the text promises for the dynamic shared array.
     pub dynamic_align: u32,
+    /// Local variables and call parameters, by offset; what lies between is a red zone.
+    pub locals: Vec<Variable>,
     /// Bytes of local memory per thread.
     pub frame: u32,
     /// Launch directives.

@@ -7,12 +7,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::ast::{self, Base, Item, Operand, Pos, Space, Type};
 use crate::decode::DecodeError;
-use crate::program::{Param, SharedVariable};
+use crate::program::{Param, Variable};
 
 /// Calls inside calls that are expanded; recursion ends here.
 const MAX_CALL_DEPTH: usize = 32;
 /// Instructions of an expanded kernel.
 const MAX_INSTRUCTIONS: usize = 4_000_000;
+/// Least bytes between two local variables.
+const RED_ZONE: u32 = 64;
 
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -75,11 +77,13 @@ pub struct Flat<'a> {
     /// Kernel parameters.
     pub params: Vec<Param>,
     /// Static shared variables.
-    pub shared: Vec<SharedVariable>,
+    pub shared: Vec<Variable>,
     /// Bytes of static shared memory.
     pub static_shared: u32,
     /// Alignment of the dynamic shared array.
     pub dynamic_align: u32,
+    /// Local variables and call parameters, by offset.
+    pub locals: Vec<Variable>,
     /// Bytes of the frame.
     pub frame: u32,
     source: Option<(u32, u32)>,
@@ -104,6 +108,7 @@ impl<'a> Flat<'a> {
             shared: Vec::new(),
             static_shared: 0,
             dynamic_align: 1,
+            locals: Vec::new(),
             frame: 0,
             source: None,
             depth: 0,
@@ -172,12 +177,13 @@ impl<'a> Flat<'a> {
             Space::Shared => {
                 let offset = self.static_shared.next_multiple_of(align);
                 self.static_shared = offset.saturating_add(bytes);
-                self.shared.push(SharedVariable { name: v.name.clone(), offset, bytes, align });
+                self.shared.push(Variable { name: v.name.clone(), offset, bytes, align });
                 Symbol::Shared(self.shared.len() as u32 - 1)
             }
             Space::Local | Space::Param => {
                 let offset = self.frame.next_multiple_of(align);
-                self.frame = offset.saturating_add(bytes);
+                self.frame = offset.saturating_add(bytes).saturating_add(RED_ZONE);
+                self.locals.push(Variable { name: v.name.clone(), offset, bytes, align });
                 Symbol::Frame(offset)
             }
             space => {

@@ -1,0 +1,238 @@
+//! How a pair of kernels is written and run.
+
+use ptxsim::diagnostic::{Diagnostic, Kind};
+use ptxsim::tensor_map::TensorMap;
+use ptxsim::{Arch, Arg, Device, Launch, Module, Report, Residency, Timing};
+
+/// Words of the buffers `in` (0, 1, 2, …) and `out` (0, 0, 0, …); `raw` has as many that nobody has
+/// written.
+pub const WORDS: u32 = 256;
+
+const HEADER: &str = "\
+.version 8.6
+.target sm_90a
+.address_size 64
+.global .align 4 .u32 ticket = 0;
+.visible .entry k(.param .u64 p_in, .param .u64 p_out, .param .u64 p_raw,
+    .param .align 64 .b8 map[128])
+{
+.reg .pred p, q;
+.reg .b16 h<8>;
+.reg .b32 r<64>, tid, lane, warp, block, sh;
+.reg .b64 d<16>, in, out, raw, tensor;
+.reg .f32 f<64>;
+ld.param.u64 in, [p_in];
+ld.param.u64 out, [p_out];
+ld.param.u64 raw, [p_raw];
+mov.b64 tensor, map;
+cvta.param.u64 tensor, tensor;
+mov.u32 tid, %tid.x;
+mov.u32 lane, %laneid;
+shr.u32 warp, tid, 5;
+mov.u32 block, %ctaid.x;
+";
+
+/// A kernel with a mistake and its corrected twin, as one text: lines that begin with `-` belong
+/// to the mistake, lines that begin with `+` to the correction. The line where the mistake is to
+/// be reported ends with `// <-- here`; a race has two such lines, in either order.
+pub struct Case {
+    body: &'static str,
+    launch: Launch,
+    residency: Residency,
+    weak_alignment: bool,
+    max_instructions: u64,
+    map: Option<TensorMap>,
+    says: Vec<&'static str>,
+}
+
+impl Case {
+    /// One block of one warp.
+    pub fn new(body: &'static str) -> Self {
+        Self {
+            body,
+            launch: Launch::linear(1, 32),
+            residency: Residency::Sequential,
+            weak_alignment: false,
+            max_instructions: 1 << 20,
+            map: None,
+            says: Vec::new(),
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(mut self, n: u32) -> Self {
+        self.launch.block = [n, 1, 1];
+        self
+    }
+
+    /// Blocks of the grid.
+    pub fn blocks(mut self, n: u32) -> Self {
+        self.launch.grid = [n, 1, 1];
+        self
+    }
+
+    /// All blocks are one cluster of `n`.
+    pub fn cluster(mut self, n: u32) -> Self {
+        self.launch.cluster = [n, 1, 1];
+        self.blocks(n)
+    }
+
+    /// Registers per thread.
+    pub fn registers(mut self, n: u32) -> Self {
+        self.launch.registers = Some(n);
+        self
+    }
+
+    /// Blocks run interleaved.
+    pub fn co_resident(mut self) -> Self {
+        self.residency = Residency::CoResident;
+        self
+    }
+
+    /// Shared variables get no more than the promised alignment.
+    pub fn weakly_aligned(mut self) -> Self {
+        self.weak_alignment = true;
+        self
+    }
+
+    /// Ends after so many instructions.
+    pub fn at_most(mut self, instructions: u64) -> Self {
+        self.max_instructions = instructions;
+        self
+    }
+
+    /// Passes a tensor map of `in` (of `out` when the address is 1).
+    pub fn map(mut self, map: TensorMap) -> Self {
+        self.map = Some(map);
+        self
+    }
+
+    /// The message also holds this.
+    pub fn says(mut self, text: &'static str) -> Self {
+        self.says.push(text);
+        self
+    }
+
+    /// Both kernels, in both timings and with several seeds.
+    #[track_caller]
+    pub fn reports(&self, kind: Kind) {
+        let (wrong, marks) = self.text('-');
+        assert!(!marks.is_empty(), "no line is marked");
+        self.each(&wrong, |report, how| {
+            let found = report.diagnostics().any(|d| self.is_meant(d, kind, &marks));
+            assert!(found, "{how}: no {kind} at {marks:?}\n{report}\n{}", numbered(&wrong));
+        });
+        self.twin(&wrong);
+    }
+
+    /// The same for a mistake whose line depends on the schedule: any of those marked.
+    #[track_caller]
+    pub fn reports_at_one(&self, kind: Kind) {
+        let (wrong, marks) = self.text('-');
+        self.each(&wrong, |report, how| {
+            let one = |d| marks.iter().any(|m| self.is_meant(d, kind, &[*m]));
+            let found = report.diagnostics().any(one);
+            assert!(found, "{how}: no {kind} at one of {marks:?}\n{report}\n{}", numbered(&wrong));
+        });
+        self.twin(&wrong);
+    }
+
+    /// The same for a pair of accesses of which either may come first, which decides how the
+    /// mistake shows.
+    #[track_caller]
+    pub fn reports_one_of(&self, kinds: &[Kind]) {
+        let (wrong, marks) = self.text('-');
+        self.each(&wrong, |report, how| {
+            let one = |d| kinds.iter().any(|k| self.is_meant(d, *k, &marks));
+            let found = report.diagnostics().any(one);
+            assert!(found, "{how}: no {kinds:?} at {marks:?}\n{report}\n{}", numbered(&wrong));
+        });
+        self.twin(&wrong);
+    }
+
+    #[track_caller]
+    fn twin(&self, wrong: &str) {
+        let (right, _) = self.text('+');
+        assert!(right != *wrong, "the twin is the same");
+        self.each(&right, |report, how| {
+            assert!(report.is_clean(), "{how}: the twin\n{report}\n{}", numbered(&right));
+        });
+    }
+
+    /// The corrected kernel alone: what must not be reported.
+    #[track_caller]
+    pub fn is_clean(&self) {
+        let (text, _) = self.text('+');
+        self.each(&text, |report, how| {
+            assert!(report.is_clean(), "{how}\n{report}\n{}", numbered(&text));
+        });
+    }
+
+    fn is_meant(&self, d: &Diagnostic, kind: Kind, marks: &[u32]) -> bool {
+        let mut lines = vec![d.at.ptx_line];
+        if marks.len() > 1 {
+            lines.extend(d.other.iter().map(|o| o.ptx_line));
+            lines.sort_unstable();
+        }
+        let words = d.to_string();
+        d.kind == kind && lines == marks && self.says.iter().all(|s| words.contains(s))
+    }
+
+    /// The text of one of the two kernels, and its marked lines.
+    pub fn text(&self, sign: char) -> (String, Vec<u32>) {
+        let (mut text, mut marks) = (HEADER.to_string(), Vec::new());
+        for line in self.body.lines().chain(["ret;", "}"]) {
+            let line = line.trim_start();
+            let kept = match line.strip_prefix(['-', '+']) {
+                Some(rest) if line.starts_with(sign) => rest,
+                Some(_) => "",
+                None => line,
+            };
+            if kept.ends_with("// <-- here") {
+                marks.push(text.lines().count() as u32 + 1);
+            }
+            text += kept;
+            text += "\n";
+        }
+        (text, marks)
+    }
+
+    /// A device with the three buffers, and the arguments.
+    pub fn device(&self) -> (Device, Vec<Arg>) {
+        let mut device = Device::new(Arch::Sm90a);
+        let input = device.buffer("in", &(0..WORDS).collect::<Vec<_>>());
+        let output = device.buffer("out", &vec![0u32; WORDS as usize]);
+        let raw = device.uninitialised::<u32>("raw", WORDS as usize);
+        let map = match &self.map {
+            None => Arg::Bytes(vec![0; 128]),
+            Some(map) => {
+                let buffer = if map.address == 1 { output } else { input };
+                Arg::TensorMap(TensorMap { address: device.address(buffer), ..map.clone() })
+            }
+        };
+        (device, vec![input.into(), output.into(), raw.into(), map])
+    }
+
+    #[track_caller]
+    fn each(&self, text: &str, check: impl Fn(&Report, String)) {
+        let module = Module::parse(text).unwrap_or_else(|e| panic!("{e}\n{}", numbered(text)));
+        for timing in [Timing::Eager, Timing::Lazy] {
+            for seed in 0..3 {
+                let (mut device, args) = self.device();
+                device.options.timing = timing;
+                device.options.seed = seed;
+                device.options.residency = self.residency;
+                device.options.weak_alignment = self.weak_alignment;
+                device.options.max_instructions = self.max_instructions;
+                let report = device.launch(&module, "k", &self.launch, &args);
+                let report = report.unwrap_or_else(|e| panic!("{e}\n{}", numbered(text)));
+                check(&report, format!("{timing:?}, seed {seed}"));
+            }
+        }
+    }
+}
+
+/// A text with the numbers of its lines.
+fn numbered(text: &str) -> String {
+    text.lines().enumerate().map(|(i, line)| format!("{:4} {line}\n", i + 1)).collect()
+}

@@ -1,0 +1,228 @@
+//! cp.async: groups, waits, buffers that are used again.
+
+use ptxsim::diagnostic::Kind::{
+    InvalidOperand, MissingProxyFence, PendingRead, PendingWrite, Race,
+};
+
+use crate::case::Case;
+
+#[test]
+fn read_without_waiting_for_the_group() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.commit_group;
+        +cp.async.wait_group 0;
+        ld.shared.u32 r1, [r0];    // <-- here",
+    )
+    .reports(PendingWrite);
+}
+
+#[test]
+fn wait_that_leaves_one_group_too_many() {
+    Case::new(
+        ".shared .align 16 .b8 tile[1024];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.commit_group;
+        cp.async.cg.shared.global [r0+512], [d0+512], 16;
+        cp.async.commit_group;
+        -cp.async.wait_group 2;
+        +cp.async.wait_group 1;
+        ld.shared.u32 r1, [r0];    // <-- here",
+    )
+    .reports(PendingWrite);
+}
+
+#[test]
+fn wait_without_a_commit() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        +cp.async.commit_group;
+        cp.async.wait_group 0;
+        ld.shared.u32 r1, [r0];    // <-- here",
+    )
+    .reports(PendingWrite);
+}
+
+#[test]
+fn read_of_another_warps_copy_without_a_barrier() {
+    Case::new(
+        ".shared .align 16 .b8 tile[1024];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        xor.b32 r1, tid, 32;
+        mad.lo.u32 r1, r1, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+        +bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .threads(64)
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn read_of_another_lanes_copy_without_a_barrier() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        xor.b32 r1, tid, 1;
+        mad.lo.u32 r1, r1, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+        +bar.warp.sync -1;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn barrier_before_the_wait() {
+    Case::new(
+        ".shared .align 16 .b8 tile[1024];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        xor.b32 r1, tid, 32;
+        mad.lo.u32 r1, r1, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.commit_group;
+        -bar.sync 0;
+        cp.async.wait_group 0;
+        +bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .threads(64)
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn copy_into_a_buffer_that_another_warp_still_reads() {
+    Case::new(
+        ".shared .align 16 .b8 tile[1024];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        xor.b32 r1, tid, 32;
+        mad.lo.u32 r1, r1, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        st.shared.u32 [r0], tid;
+        bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here
+        +bar.sync 0;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.wait_all;",
+    )
+    .threads(64)
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn store_to_a_buffer_that_is_being_copied_to() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        -st.shared.u32 [r0], tid;    // <-- here
+        cp.async.wait_all;
+        +st.shared.u32 [r0], tid;",
+    )
+    .reports(PendingWrite);
+}
+
+#[test]
+fn store_to_the_source_of_a_copy() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, out;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        -st.global.u32 [d0], tid;    // <-- here
+        cp.async.wait_all;
+        +st.global.u32 [d0], tid;",
+    )
+    .reports(PendingRead);
+}
+
+#[test]
+fn source_larger_than_the_copy() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        -mov.u32 r1, 17;
+        +mov.u32 r1, 7;
+        cp.async.cg.shared.global [r0], [d0], 16, r1;    // <-- here
+        cp.async.wait_all;",
+    )
+    .reports(InvalidOperand);
+}
+
+#[test]
+fn arrival_that_does_not_wait_for_the_copies() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r3, bar;
+        setp.eq.u32 p, tid, 0;
+        @p mbarrier.init.shared.b64 [r3], 32;
+        bar.sync 0;
+        mad.lo.u32 r0, lane, 16, sh;
+        mad.wide.u32 d0, lane, 16, in;
+        setp.ne.u32 p, warp, 0;
+        @p bra WAIT;
+        cp.async.ca.shared.global [r0], [d0], 16;    // <-- here
+        -mbarrier.arrive.shared.b64 _, [r3];
+        +cp.async.mbarrier.arrive.noinc.shared.b64 [r3];
+        bra DONE;
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r3], 0;
+        @!p bra WAIT;
+        ld.shared.u32 r1, [r0];    // <-- here
+        DONE:
+        cp.async.wait_all;",
+    )
+    .threads(64)
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn copied_bytes_in_a_bulk_store_without_a_proxy_fence() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.wait_all;
+        +fence.proxy.async;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 512;    // <-- here
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(MissingProxyFence);
+}

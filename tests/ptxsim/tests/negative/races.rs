@@ -1,0 +1,291 @@
+//! Accesses without an order between them.
+
+use ptxsim::diagnostic::Kind::Race;
+
+use crate::case::Case;
+
+#[test]
+fn read_of_what_another_warp_writes() {
+    Case::new(
+        ".shared .align 4 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        xor.b32 r1, tid, 32;
+        mad.lo.u32 r1, r1, 4, sh;
+        st.shared.u32 [r0], 0;
+        bar.sync 0;
+        st.shared.u32 [r0], tid;    // <-- here
+        +bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .threads(128)
+    .reports(Race);
+}
+
+#[test]
+fn write_of_what_another_warp_still_reads() {
+    Case::new(
+        ".shared .align 4 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        xor.b32 r1, tid, 32;
+        mad.lo.u32 r1, r1, 4, sh;
+        st.shared.u32 [r0], tid;
+        bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here
+        +bar.sync 0;
+        st.shared.u32 [r0], 7;    // <-- here",
+    )
+    .threads(128)
+    .reports(Race);
+}
+
+#[test]
+fn writes_of_two_warps_to_the_same_words() {
+    Case::new(
+        ".shared .align 4 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, lane, 4, sh;
+        setp.eq.u32 p, warp, 0;
+        @p st.shared.u32 [r0], 1;    // <-- here
+        +bar.sync 0;
+        @!p st.shared.u32 [r0], 2;    // <-- here",
+    )
+    .threads(64)
+    .says("tile")
+    .reports(Race);
+}
+
+#[test]
+fn only_arriving_at_a_barrier_orders_nothing_after_it() {
+    Case::new(
+        ".shared .align 4 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, lane, 4, sh;
+        setp.eq.u32 p, warp, 0;
+        @p bra PRODUCER;
+        -bar.arrive 1, 64;
+        +bar.sync 1, 64;
+        ld.shared.u32 r1, [r0];    // <-- here
+        bra DONE;
+        PRODUCER:
+        st.shared.u32 [r0], 1;    // <-- here
+        -bar.sync 1, 64;
+        +bar.arrive 1, 64;
+        DONE:
+        bar.sync 0;",
+    )
+    .threads(64)
+    .reports(Race);
+}
+
+#[test]
+fn exchange_between_lanes_without_a_barrier() {
+    Case::new(
+        ".shared .align 4 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        xor.b32 r1, tid, 1;
+        mad.lo.u32 r1, r1, 4, sh;
+        st.shared.u32 [r0], tid;    // <-- here
+        +bar.warp.sync -1;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .reports(Race);
+}
+
+#[test]
+fn barrier_of_the_wrong_lanes() {
+    Case::new(
+        ".shared .align 4 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        xor.b32 r1, tid, 16;
+        mad.lo.u32 r1, r1, 4, sh;
+        st.shared.u32 [r0], tid;    // <-- here
+        setp.lt.u32 p, tid, 16;
+        -@!p bra UPPER;
+        -bar.warp.sync 0xffff;
+        -bra JOIN;
+        -UPPER:
+        -bar.warp.sync 0xffff0000;
+        -JOIN:
+        +bar.warp.sync -1;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .reports(Race);
+}
+
+#[test]
+fn lanes_of_one_store_to_the_same_word() {
+    Case::new(
+        "setp.eq.u32 p, tid, 0;
+        -st.global.u32 [out], tid;    // <-- here
+        +@p st.global.u32 [out], tid;",
+    )
+    .reports(Race);
+}
+
+#[test]
+fn two_blocks_that_write_the_same_word() {
+    Case::new(
+        "setp.eq.u32 p, tid, 0;
+        -mov.u64 d0, out;
+        +mad.wide.u32 d0, block, 4, out;
+        @p st.global.u32 [d0], block;    // <-- here",
+    )
+    .blocks(3)
+    .says("global out+0")
+    .reports(Race);
+}
+
+#[test]
+fn two_blocks_that_add_without_atomics() {
+    Case::new(
+        "setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        -ld.global.u32 r0, [out];    // <-- here
+        -add.u32 r0, r0, 1;
+        -st.global.u32 [out], r0;    // <-- here
+        +red.global.add.u32 [out], 1;
+        DONE:",
+    )
+    .blocks(2)
+    .reports(Race);
+}
+
+#[test]
+fn plain_store_against_an_atomic() {
+    Case::new(
+        "setp.eq.u32 p, block, 0;
+        setp.eq.u32 q, tid, 0;
+        and.pred p, p, q;
+        red.global.add.u32 [out], 1;    // <-- here
+        -@p st.global.u32 [out], 5;    // <-- here
+        +@p st.relaxed.gpu.global.u32 [out], 5;",
+    )
+    .blocks(2)
+    .reports(Race);
+}
+
+#[test]
+fn atomics_of_a_block_against_those_of_another() {
+    Case::new(
+        "-red.cta.global.add.u32 [out], 1;    // <-- here
+        +red.gpu.global.add.u32 [out], 1;",
+    )
+    .blocks(2)
+    .reports(Race);
+}
+
+/// The block that takes the last ticket reads what the other has left.
+const LAST_BLOCK: &str = "setp.ne.u32 p, tid, 0;
+    @p bra DONE;
+    mov.u64 d1, ticket;
+    mad.wide.u32 d0, block, 4, raw;
+    st.global.u32 [d0], block;    // <-- here
+    +membar.gl;
+    atom.global.add.u32 r0, [d1], 1;
+    +membar.gl;
+    setp.ne.u32 p, r0, 1;
+    @p bra DONE;
+    xor.b32 r1, block, 1;
+    mad.wide.u32 d0, r1, 4, raw;
+    ld.global.u32 r2, [d0];    // <-- here
+    DONE:";
+
+#[test]
+fn ticket_without_fences() {
+    Case::new(LAST_BLOCK).blocks(2).reports(Race);
+    Case::new(LAST_BLOCK).blocks(2).co_resident().reports(Race);
+}
+
+#[test]
+fn ticket_that_acquires_and_releases() {
+    Case::new(
+        "setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mov.u64 d1, ticket;
+        mad.wide.u32 d0, block, 4, raw;
+        st.global.u32 [d0], block;    // <-- here
+        -atom.relaxed.gpu.global.add.u32 r0, [d1], 1;
+        +atom.acq_rel.gpu.global.add.u32 r0, [d1], 1;
+        setp.ne.u32 p, r0, 1;
+        @p bra DONE;
+        xor.b32 r1, block, 1;
+        mad.wide.u32 d0, r1, 4, raw;
+        ld.global.u32 r2, [d0];    // <-- here
+        DONE:",
+    )
+    .blocks(2)
+    .reports(Race);
+}
+
+#[test]
+fn flag_between_blocks_that_run_together() {
+    Case::new(
+        "setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        setp.ne.u32 p, block, 0;
+        @p bra READER;
+        st.global.u32 [raw], 42;    // <-- here
+        -st.relaxed.gpu.global.u32 [out], 1;
+        +st.release.gpu.global.u32 [out], 1;
+        bra DONE;
+        READER:
+        -ld.relaxed.gpu.global.u32 r0, [out];
+        +ld.acquire.gpu.global.u32 r0, [out];
+        setp.eq.u32 p, r0, 0;
+        @p bra READER;
+        ld.global.u32 r1, [raw];    // <-- here
+        DONE:",
+    )
+    .blocks(2)
+    .co_resident()
+    .reports(Race);
+}
+
+#[test]
+fn flag_that_is_an_ordinary_variable() {
+    Case::new(
+        "setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        setp.ne.u32 p, block, 0;
+        @p bra READER;
+        -st.global.u32 [out], 1;    // <-- here
+        +st.relaxed.gpu.global.u32 [out], 1;
+        bra DONE;
+        READER:
+        -ld.global.u32 r0, [out];    // <-- here
+        +ld.relaxed.gpu.global.u32 r0, [out];
+        setp.eq.u32 p, r0, 0;
+        @p bra READER;
+        DONE:",
+    )
+    .blocks(2)
+    .co_resident()
+    .reports(Race);
+}
+
+#[test]
+fn shared_memory_of_another_block_without_the_cluster_barrier() {
+    Case::new(
+        ".shared .align 4 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        mov.u32 r1, %cluster_ctarank;
+        xor.b32 r1, r1, 1;
+        mapa.shared::cluster.u32 r2, r0, r1;
+        st.shared.u32 [r0], 0;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        st.shared.u32 [r0], tid;    // <-- here
+        +barrier.cluster.arrive.aligned;
+        +barrier.cluster.wait.aligned;
+        ld.shared::cluster.u32 r3, [r2];    // <-- here
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;",
+    )
+    .cluster(2)
+    .reports(Race);
+}

@@ -1,0 +1,96 @@
+//! Registers without a value, and operands that are not allowed.
+
+use ptxsim::diagnostic::Kind::{InvalidOperand, UninitialisedRegister};
+
+use crate::case::Case;
+
+#[test]
+fn register_without_a_value_as_an_address() {
+    Case::new(
+        "+mov.u64 d0, in;
+        ld.global.u32 r0, [d0];     // <-- here",
+    )
+    .says("d0")
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn register_without_a_value_is_stored() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, out;
+        +mov.u32 r0, 1;
+        st.global.u32 [d0], r0;     // <-- here",
+    )
+    .says("r0")
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn what_was_computed_from_a_register_without_a_value_is_stored() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, out;
+        +mov.u32 r0, 1;
+        add.u32 r1, r0, tid;
+        st.global.u32 [d0], r1;     // <-- here",
+    )
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn only_some_lanes_have_a_value() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, out;
+        setp.lt.u32 p, tid, 5;
+        +mov.u32 r0, 0;
+        @p mov.u32 r0, 1;
+        st.global.u32 [d0], r0;     // <-- here",
+    )
+    .says("lane 5")
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn guard_without_a_value() {
+    Case::new(
+        "+setp.eq.u32 p, tid, 0;
+        @p st.global.u32 [out], 1;     // <-- here",
+    )
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn branch_on_a_predicate_computed_from_nothing() {
+    Case::new(
+        "+mov.u32 r0, 3;
+        setp.eq.u32 p, r0, 3;
+        @p bra DONE;     // <-- here
+        mov.u32 r1, 0;
+        DONE:",
+    )
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn moving_a_register_without_a_value_is_no_mistake() {
+    Case::new(
+        "mov.u32 r1, r0;
+        mov.b64 d0, {r1, tid};
+        mov.b64 {r2, r3}, d0;
+        mad.wide.u32 d1, tid, 4, out;
+        setp.lt.u32 p, tid, 16;
+        selp.u32 r4, tid, tid, p;
+        st.global.u32 [d1], r4;",
+    )
+    .is_clean();
+}
+
+#[test]
+fn integer_division_by_zero() {
+    Case::new(
+        "-mov.u32 r0, tid;
+        +add.u32 r0, tid, 1;
+        div.u32 r1, 100, r0;     // <-- here",
+    )
+    .says("lane 0")
+    .reports(InvalidOperand);
+}

@@ -1,0 +1,406 @@
+//! Bulk and tensor copies: waits, bytes, proxies, buffers that are used again.
+
+use ptxsim::diagnostic::Kind::{
+    Deadlock, InvalidOperand, Mbarrier, MissingProxyFence, PendingRead, PendingWrite, Race,
+};
+use ptxsim::tensor_map::{Dtype, TensorMap};
+
+use crate::case::Case;
+
+/// Tiles of 4 rows of 8 words out of the 32 rows of `in`.
+fn tiles() -> TensorMap {
+    TensorMap::dense(Dtype::U32, vec![8, 32], vec![8, 4])
+}
+
+/// The same of `out`.
+fn output() -> TensorMap {
+    TensorMap { address: 1, ..tiles() }
+}
+
+#[test]
+fn read_before_the_wait() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        -ld.shared.u32 r1, [sh];    // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        +ld.shared.u32 r1, [sh];
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(tiles())
+    .says("tile+0")
+    .reports(PendingWrite);
+}
+
+#[test]
+fn read_by_a_warp_that_has_not_waited_itself() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        mad.lo.u32 r1, lane, 4, sh;
+        setp.ne.u32 p, tid, 0;
+        @p bra CONSUME;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        CONSUME:
+        bar.sync 0;
+        +WAIT:
+        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +@!p bra WAIT;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .threads(64)
+    .map(tiles())
+    .reports(PendingWrite);
+}
+
+#[test]
+fn more_bytes_expected_than_copied() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        -mbarrier.arrive.expect_tx.shared.b64 _, [r0], 160;
+        +mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;    // <-- here
+        @!p bra WAIT;    // <-- here
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(tiles())
+    .says("phase 0, pending 0 of 1, tx 32")
+    .reports_at_one(Deadlock);
+}
+
+#[test]
+fn fewer_bytes_expected_than_copied() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        -mbarrier.arrive.expect_tx.shared.b64 _, [r0], 96;
+        +mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(tiles())
+    .reports(Mbarrier);
+}
+
+#[test]
+fn initialisation_without_a_fence() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;    // <-- here
+        +fence.mbarrier_init.release.cluster;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(tiles())
+    .reports(MissingProxyFence);
+}
+
+#[test]
+fn destination_written_by_stores_before() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        st.shared.u32 [sh], 0;    // <-- here
+        +fence.proxy.async.shared::cta;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(tiles())
+    .reports(MissingProxyFence);
+}
+
+/// A producer fills one buffer twice; the consumers say when they have read it.
+const REUSE: &str = ".shared .align 128 .b8 tile[128];
+    .shared .align 8 .b8 full[16];
+    .shared .align 8 .b8 empty[8];
+    mov.u32 sh, tile;
+    mov.u32 r0, full;
+    mov.u32 r1, empty;
+    mad.lo.u32 r2, lane, 4, sh;
+    setp.ne.u32 p, tid, 0;
+    @p bra READY;
+    mbarrier.init.shared.b64 [r0], 1;
+    mbarrier.init.shared.b64 [r0+8], 1;
+    mbarrier.init.shared.b64 [r1], 32;
+    fence.proxy.async;
+    READY:
+    bar.sync 0;
+    setp.ne.u32 p, warp, 0;
+    @p bra CONSUMER;
+    setp.ne.u32 p, tid, 0;
+    @p bra DONE;
+    mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 0}], [r0];
+    +EMPTY:
+    +mbarrier.try_wait.parity.shared.b64 p, [r1], 0;
+    +@!p bra EMPTY;
+    mbarrier.arrive.expect_tx.shared.b64 _, [r0+8], 128;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0+8];    // <-- here
+    bra DONE;
+    CONSUMER:
+    mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+    @!p bra CONSUMER;
+    ld.shared.u32 r3, [r2];    // <-- here
+    mbarrier.arrive.shared.b64 _, [r1];
+    NEXT:
+    mbarrier.try_wait.parity.shared.b64 p, [r0+8], 0;
+    @!p bra NEXT;
+    ld.shared.u32 r4, [r2];
+    DONE:
+    mov.u32 r5, 0;";
+
+#[test]
+fn buffer_filled_again_before_the_consumer_has_arrived() {
+    Case::new(REUSE).threads(64).map(tiles()).reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+#[test]
+fn store_from_shared_memory_without_a_proxy_fence() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;    // <-- here
+        +fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(output())
+    .reports(MissingProxyFence);
+}
+
+#[test]
+fn store_without_a_barrier_after_the_fence() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;    // <-- here
+        fence.proxy.async.shared::cta;
+        +bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(output())
+    .reports(Race);
+}
+
+#[test]
+fn source_overwritten_before_it_was_read() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
+        cp.async.bulk.commit_group;
+        +cp.async.bulk.wait_group.read 0;
+        st.shared.u32 [sh], 7;    // <-- here
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(output())
+    .reports(PendingRead);
+}
+
+#[test]
+fn source_overwritten_by_another_warp_before_it_was_read() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, lane, 4, sh;
+        setp.eq.u32 p, warp, 0;
+        setp.eq.u32 q, tid, 0;
+        @p st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        @q cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
+        @q cp.async.bulk.commit_group;
+        +@q cp.async.bulk.wait_group.read 0;
+        bar.sync 0;
+        @!p st.shared.u32 [r0], 7;    // <-- here",
+    )
+    .threads(64)
+    .map(output())
+    .reports(PendingRead);
+}
+
+#[test]
+fn result_read_after_only_the_source_was_waited_for() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
+        cp.async.bulk.commit_group;
+        -cp.async.bulk.wait_group.read 0;
+        +cp.async.bulk.wait_group 0;
+        ld.global.u32 r1, [out];    // <-- here
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .reports(PendingWrite);
+}
+
+#[test]
+fn group_that_was_never_committed() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
+        +cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group.read 0;
+        st.shared.u32 [sh], 7;    // <-- here
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .reports(PendingRead);
+}
+
+#[test]
+fn copies_of_two_blocks_to_the_same_place() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
+        +cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [sh], 128;
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .blocks(2)
+    .reports_one_of(&[PendingWrite, Race]);
+}
+
+#[test]
+fn size_that_is_no_multiple_of_sixteen() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 120;    // <-- here
+        +cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 112;
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .reports(InvalidOperand);
+}
+
+#[test]
+fn tensor_map_that_is_none() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        -mov.u64 tensor, in;
+        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .map(output())
+    .reports(InvalidOperand);
+}
