@@ -126,6 +126,7 @@ impl<'g> Cx<'_, 'g> {
 
     /// Loads `bytes` bytes per executing lane, the first in the lowest bits; 0 where the address
     /// is bad.
+    #[inline]
     pub fn load(
         &mut self,
         window: Window,
@@ -154,6 +155,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Stores the low `bytes` bytes of every executing lane's value.
+    #[inline]
     pub fn store(
         &mut self,
         window: Window,
@@ -227,6 +229,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Copies bytes out of a region, unchecked.
+    #[inline]
     pub fn copy_out(&self, lane: usize, region: Region, out: &mut [u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_out(offset, out),
@@ -244,6 +247,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Copies bytes into a region, unchecked.
+    #[inline]
     pub fn copy_in(&mut self, lane: usize, region: Region, bytes: &[u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_in(offset, bytes),
