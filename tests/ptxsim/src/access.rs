@@ -165,6 +165,7 @@ impl<'g> Cx<'_, 'g> {
         strong: Option<Scope>,
     ) {
         self.count_access(window, bytes, at, Mode::Write);
+        self.gang.activity += 1;
         let mut open = OpenPage::default();
         for l in lanes(self.mask) {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
@@ -198,13 +199,14 @@ impl<'g> Cx<'_, 'g> {
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
             let actor = self.own(l, Some(scope));
             self.touch_open(&mut open, region, bytes, Mode::Update, actor, "atomic");
-            let mut old = [0; 16];
+            let (mut old, mut changed) = ([0; 16], false);
             let mut apply = |data: &mut [u8]| {
                 old[..data.len()].copy_from_slice(data);
                 for (i, element) in data.chunks_exact_mut(size as usize).enumerate() {
                     let mut word = [0; 8];
                     word[..element.len()].copy_from_slice(element);
                     let new = f(l, i, u64::from_le_bytes(word)).to_le_bytes();
+                    changed |= new != word;
                     element.copy_from_slice(&new[..element.len()]);
                 }
             };
@@ -224,6 +226,7 @@ impl<'g> Cx<'_, 'g> {
                 }
             }
             out[l] = u128::from_le_bytes(old);
+            self.gang.activity += u64::from(changed);
         }
         out
     }

@@ -64,6 +64,8 @@ pub struct State {
     pub findings: Findings,
     /// Counts events that something may have waited for.
     pub version: u64,
+    /// Counts stores and atomics that change something: what polls of memory wait for.
+    pub activity: u64,
     /// Operations put off, in lazy timing.
     pub pending: Vec<Pending>,
     /// cp.async groups.
@@ -123,7 +125,8 @@ pub struct Gang<'g> {
     status: Vec<Status>,
     /// Turns each warp has used up in a row with divergent lanes.
     stuck: Vec<u32>,
-    steps: u64,
+    /// Warp instructions executed.
+    executed: u64,
 }
 
 /// What remains of a gang.
@@ -148,6 +151,7 @@ impl<'g> Gang<'g> {
             counters: Counters::new(grid.kernel.instrs.len()),
             findings: Findings::default(),
             version: 1,
+            activity: 0,
             pending: Vec::new(),
             cp_async: Default::default(),
             bulk: Default::default(),
@@ -174,20 +178,21 @@ impl<'g> Gang<'g> {
             warps.extend((0..grid.warps_per_block()).map(|w| grid.warp(block, linear, w)));
         }
         let n = warps.len();
-        Self { grid, state, warps, status: vec![Status::Ready; n], stuck: vec![0; n], steps: 0 }
+        Self { grid, state, warps, status: vec![Status::Ready; n], stuck: vec![0; n], executed: 0 }
     }
 
     /// Runs all warps to their end.
     pub fn run(mut self) -> Outcome {
         let mut stalled = 0;
-        let mut seen = self.state.version;
+        let mut seen = (0, 0);
         let mut order: Vec<usize> = Vec::new();
         let complete = loop {
             if self.grid.stopped() {
                 break false;
             }
-            if self.state.version != seen {
-                (seen, stalled) = (self.state.version, 0);
+            let now = (self.state.version, self.state.activity);
+            if now != seen {
+                (seen, stalled) = (now, 0);
             }
             order.clear();
             order.extend((0..self.warps.len()).filter(|w| self.ready(*w)));
@@ -241,8 +246,8 @@ impl<'g> Gang<'g> {
                 }
             }
         }
-        self.steps += order.len() as u64;
-        if self.steps * u64::from(QUANTUM) / 2 > self.grid.options.max_instructions {
+        let running = self.status.iter().any(|s| *s != Status::Done);
+        if running && self.executed > self.grid.options.max_instructions {
             self.report_endless();
             self.grid.stop();
             return false;
@@ -295,6 +300,7 @@ impl<'g> Gang<'g> {
                     Status::Blocked(version)
                 });
             };
+            self.executed += 1;
             match step(&mut cx, g) {
                 Step::On => {}
                 Step::Fault => return None,
@@ -311,7 +317,8 @@ impl<'g> Gang<'g> {
         let mut first = None;
         for warp in self.warps.iter().filter(|w| w.live != 0) {
             for g in &warp.groups {
-                let at = self.grid.location(g.pc, warp.global, g.lanes.trailing_zeros() & 31);
+                let by = (g.pc, warp.global, g.lanes.trailing_zeros() & 31);
+                let at = self.grid.location(by.0, by.1, by.2);
                 let why = warp.last_wait.as_deref().unwrap_or("polls");
                 let why = match &g.waiting {
                     Some(Waiting::Lanes(missing)) => format!("waits for lanes {missing:#x}"),
@@ -319,7 +326,7 @@ impl<'g> Gang<'g> {
                     Some(Waiting::Poll) | None => why.to_string(),
                 };
                 text += &format!("\n  {at}, lanes {:#x}: {why}", g.lanes);
-                first.get_or_insert((g.pc, at));
+                first.get_or_insert(by);
             }
         }
         for b in &self.state.blocks {
@@ -330,19 +337,8 @@ impl<'g> Gang<'g> {
                 );
             }
         }
-        if let Some((pc, at)) = first {
-            self.state.findings.add(
-                pc,
-                None,
-                Diagnostic {
-                    kind: Kind::Deadlock,
-                    message: text,
-                    at,
-                    other: None,
-                    address: None,
-                    repeated: 1,
-                },
-            );
+        if let Some(by) = first {
+            self.state.report(self.grid, Kind::Deadlock, by, text);
         }
     }
 
@@ -350,20 +346,9 @@ impl<'g> Gang<'g> {
         let Some((warp, g)) = self.warps.iter().find_map(|w| Some((w, w.groups.first()?))) else {
             return;
         };
-        let at = self.grid.location(g.pc, warp.global, g.lanes.trailing_zeros() & 31);
+        let by = (g.pc, warp.global, g.lanes.trailing_zeros() & 31);
         let text = format!("no end after {} warp instructions", self.grid.options.max_instructions);
-        self.state.findings.add(
-            g.pc,
-            None,
-            Diagnostic {
-                kind: Kind::Deadlock,
-                message: text,
-                at,
-                other: None,
-                address: None,
-                repeated: 1,
-            },
-        );
+        self.state.report(self.grid, Kind::Deadlock, by, text);
     }
 }
 
