@@ -67,7 +67,7 @@ impl fmt::Display for Kind {
 /// Where a lane stands.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Location {
-    /// Line of the PTX text.
+    /// Line of the PTX text, from 1; 0 for what no instruction has caused.
     pub ptx_line: u32,
     /// File and line of the CUDA source, where the text tells.
     pub source: Option<(String, u32)>,
@@ -126,7 +126,11 @@ pub struct Diagnostic {
 
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}\n  at {}", self.kind, self.message, self.at)?;
+        write!(f, "{}: {}", self.kind, self.message)?;
+        // Line 0: found between launches, at no instruction.
+        if self.at.ptx_line > 0 {
+            write!(f, "\n  at {}", self.at)?;
+        }
         if let Some(address) = &self.address {
             write!(f, "\n  address: {address}")?;
         }

@@ -429,11 +429,13 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     ops::cluster::warp_ended(cx);
     let block = cx.block();
     block.running -= 1;
-    if block.ended() {
+    let ended = block.ended();
+    ops::bulk::warp_ended(cx);
+    if ended {
+        ops::mbarrier::block_ended(cx);
         for pc in cx.gang.warpgroups.unfinished(cx.warp.block) {
-            let line = cx.grid.kernel.instrs[pc as usize].line;
-            let text = format!("not every warp of the warpgroup executed PTX line {line}");
-            cx.report(Kind::Divergence, text);
+            let text = "not every warp of the warpgroup executed this".into();
+            cx.gang.report(cx.grid, Kind::Divergence, (pc, cx.warp.global, 0), text);
         }
     }
     Step::Ended

@@ -135,18 +135,16 @@ pub enum MbarrierError {
         /// The current phase.
         current: u64,
     },
-    /// `mbarrier.inval` with asynchronous work outstanding.
-    #[error("mbarrier invalidated with {bytes} bytes and {arrivals} deferred arrivals in flight")]
+    /// `mbarrier.inval`, or the end of the block, with asynchronous work outstanding.
+    #[error("the mbarrier still has {bytes} bytes and {arrivals} deferred arrivals in flight")]
     Busy {
         /// Bytes issued and not landed.
         bytes: u64,
         /// Deferred arrivals not triggered.
         arrivals: u64,
     },
-    /// `mbarrier.inval` before anybody has waited for the asynchronous work of a phase.
-    #[error(
-        "mbarrier invalidated, but no wait has observed the asynchronous work of phase {phase}"
-    )]
+    /// The same before anybody has waited for the asynchronous work of a phase.
+    #[error("no wait has observed the asynchronous work of the mbarrier's phase {phase}")]
     Unwaited {
         /// The phase the work was issued for.
         phase: u64,
@@ -214,7 +212,7 @@ impl Mbarrier {
         MbarrierError::OrdinaryAccess { bytes, state: self.to_string() }
     }
 
-    /// `mbarrier.inval`: the object is gone unless asynchronous work still refers to it.
+    /// `mbarrier.inval`, or the end of the block: whether asynchronous work still refers to it.
     pub fn inval(&self) -> Result<(), MbarrierError> {
         let (bytes, arrivals) = (self.bytes_in_flight, self.arrivals_in_flight);
         if bytes > 0 || arrivals > 0 {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::bound::{Bound, Work};
 use crate::count::{Class, Counters, SharedPhases, Traffic};
-use crate::diagnostic::{Diagnostic, Findings, Kind, Location};
+use crate::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
 use crate::gang::Outcome;
 use crate::launch::{Grid, Timing};
 
@@ -163,17 +163,18 @@ impl Report {
     pub(crate) fn schedule_dependent(
         &mut self,
         (number, buffer): (u32, &str),
-        at: u64,
+        offset: u64,
         run: &Schedule,
     ) {
         let first = self.schedules[0];
         let message = format!(
-            "byte {at} of {buffer} depends on the schedule: seed {} {:?} and seed {} {:?} differ",
+            "byte {offset} of {buffer} depends on the schedule: seed {} {:?} and seed {} {:?} differ",
             first.seed, first.timing, run.seed, run.timing
         );
         let at = Location { ptx_line: 0, source: None, block: [0; 3], warp: 0, lane: 0 };
         let kind = Kind::ScheduleDependent;
-        let (other, address, repeated) = (None, None, 1);
+        let place = Place { space: "global".into(), buffer: buffer.into(), offset: offset as i64 };
+        let (other, address, repeated) = (None, Some(place), 1);
         let diagnostic = Diagnostic { kind, message, at, other, address, repeated };
         // One for each buffer, which has no instruction to be found at.
         self.findings.add(u32::MAX, Some(number), diagnostic);

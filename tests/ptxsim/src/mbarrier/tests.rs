@@ -189,12 +189,17 @@ fn dropping_more_than_expected_is_refused() {
 fn a_busy_object_cannot_be_invalidated() {
     let mut bar = Mbarrier::init(2).unwrap();
     assert_eq!(bar.inval(), Ok(()));
+    bar.expect_tx(16).unwrap();
     let issued = bar.issue_tx(16);
     let deferred = bar.defer_arrive(true).unwrap();
     assert_eq!(bar.inval(), Err(E::Busy { bytes: 16, arrivals: 1 }));
     bar.complete_tx(16, issued).unwrap();
     assert_eq!(bar.inval(), Err(E::Busy { bytes: 0, arrivals: 1 }));
     let _ = bar.trigger(deferred).unwrap();
+    assert_eq!(bar.inval(), Err(E::Unwaited { phase: 0 }));
+    let _ = bar.arrive(1).unwrap();
+    assert_eq!(bar.inval(), Err(E::Unwaited { phase: 0 }));
+    bar.observe();
     assert_eq!(bar.inval(), Ok(()));
 }
 

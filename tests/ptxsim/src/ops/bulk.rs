@@ -44,6 +44,8 @@ struct Lane {
     ends: VecDeque<u32>,
     /// Number of the last group whose sources have been waited for.
     read: u32,
+    /// Number of the group of the last store, and its program counter.
+    last: (u32, u32),
 }
 
 /// One store: its moves, and their bytes once the source has been read.
@@ -138,6 +140,19 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize, read: bool) {
             clock.learn(1 << l, &epoch(clock::Actor::bulk(warp), last));
         }
         cx.gang.bulk.lanes.insert((warp, l as u32), lane);
+    }
+}
+
+/// A warp has ended: nobody else can wait until its stores have read shared memory, which the block
+/// gives back.
+pub fn warp_ended(cx: &mut Cx<'_, '_>) {
+    let warp = cx.warp.global;
+    let of_warp = cx.gang.bulk.lanes.range((warp, 0)..(warp + 1, 0));
+    let unread = of_warp.filter(|(_, lane)| lane.last.0 > lane.read);
+    let unread: Vec<_> = unread.map(|((_, l), lane)| (lane.last.1, warp, *l)).collect();
+    for by in unread {
+        let text = "the thread ends before it knows that the copy has read shared memory".into();
+        cx.gang.report(cx.grid, Kind::PendingRead, by, text);
     }
 }
 
@@ -415,6 +430,7 @@ impl Copy {
         };
         let warp = cx.warp.global;
         let clock = lane(cx, l).clock + 1;
+        lane(cx, l).last = (clock, cx.pc);
         let of = |actor, strong| Actor {
             lane: l as u32,
             epoch: Epoch { actor, clock, lanes: 1 << l },

@@ -114,6 +114,18 @@ fn inval(op: &mut Opcode<'_>, env: &Env<'_>, window: Window) -> Result<Decoded> 
     }))
 }
 
+/// A block has ended: asynchronous work nobody has waited for may still write its shared memory.
+pub fn block_ended(cx: &mut Cx<'_, '_>) {
+    let cells = &cx.block().shared.mbarriers;
+    let busy = |cell: &MbarrierCell| cell.state.inval().err();
+    let busy: Vec<_> = cells.iter().filter_map(|(at, cell)| Some((*at, busy(cell)?))).collect();
+    for (address, error) in busy {
+        let region = Region::Shared { block: cx.warp.block, address };
+        let text = format!("the block ends; {error}");
+        cx.report_at(Kind::PendingWrite, 0, text, cx.region_place(region), None);
+    }
+}
+
 fn bytes(op: &mut Opcode<'_>, env: &Env<'_>, window: Window, expect: bool) -> Result<Decoded> {
     let [a, count] = op.operands()?;
     let (a, count) = (env.address(a)?, env.src(count, Type::U32)?);

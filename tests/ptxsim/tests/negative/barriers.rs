@@ -220,3 +220,24 @@ fn registers_that_do_not_increase() {
     .registers(168)
     .reports(Limit);
 }
+
+#[test]
+fn thread_count_larger_than_the_block() {
+    Case::new(
+        "-bar.sync 1, 128;      // <-- here
+        +bar.sync 1, 64;",
+    )
+    .threads(64)
+    .reports_one_of(&[BarrierMismatch, Deadlock]);
+}
+
+#[test]
+fn warps_that_end_early_are_not_waited_for() {
+    Case::new(
+        "setp.eq.u32 p, warp, 1;
+        @p exit;
+        bar.sync 0;",
+    )
+    .threads(96)
+    .is_clean();
+}

@@ -343,3 +343,115 @@ fn accumulation_onto_memory_nobody_has_written() {
     )
     .reports(UninitialisedMemory);
 }
+
+#[test]
+fn matrix_row_beyond_the_end() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r4, tid, 16, sh;
+        st.shared.v4.u32 [r4], {tid, tid, tid, tid};
+        bar.warp.sync -1;
+        -add.u32 r4, r4, 16;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {r0, r1, r2, r3}, [r4];     // <-- here",
+    )
+    .says("lane 31")
+    .reports(OutOfBounds);
+}
+
+#[test]
+fn bulk_copy_from_a_misaligned_source() {
+    Case::new(
+        ".shared .align 128 .b8 tile[64];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        -add.u64 in, in, 8;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [r0];   // <-- here
+        +WAIT:
+        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +@!p bra WAIT;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(Misaligned);
+}
+
+#[test]
+fn bulk_copy_beyond_the_end() {
+    Case::new(
+        ".shared .align 128 .b8 tile[64];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        -add.u64 in, in, 976;
+        +add.u64 in, in, 960;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [r0];   // <-- here
+        +WAIT:
+        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +@!p bra WAIT;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .says("global in+976")
+    .reports(OutOfBounds);
+}
+
+#[test]
+fn asynchronous_copy_of_memory_nobody_has_written() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 16, sh;
+        -mad.wide.u32 d0, tid, 16, raw;
+        +mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.wait_all;",
+    )
+    .reports(UninitialisedMemory);
+}
+
+#[test]
+fn matrix_load_of_memory_nobody_has_written() {
+    Case::new(
+        ".shared .align 16 .b8 tile[512];
+        mov.u32 sh, tile;
+        mad.lo.u32 r4, tid, 16, sh;
+        -st.shared.v2.u32 [r4], {tid, tid};
+        +st.shared.v4.u32 [r4], {tid, tid, tid, tid};
+        bar.warp.sync -1;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {r0, r1, r2, r3}, [r4];     // <-- here",
+    )
+    .reports(UninitialisedMemory);
+}
+
+#[test]
+fn bulk_store_of_memory_nobody_has_written() {
+    Case::new(
+        ".shared .align 128 .b8 tile[144];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 144;    // <-- here
+        +cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .reports(UninitialisedMemory);
+}

@@ -94,3 +94,40 @@ fn integer_division_by_zero() {
     .says("lane 0")
     .reports(InvalidOperand);
 }
+
+#[test]
+fn fragment_without_a_value() {
+    Case::new(
+        "mov.b32 r0, 0;
+        mov.b32 f0, 0;
+        mov.b32 f1, 0;
+        mov.b32 f2, 0;
+        +mov.b32 f3, 0;
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {f0, f1, f2, f3}, {r0, r0, r0, r0}, {r0, r0}, {f0, f1, f2, f3};    // <-- here",
+    )
+    .says("f3")
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn shuffle_of_a_register_without_a_value_is_found_at_its_use() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, out;
+        setp.lt.u32 p, tid, 16;
+        +mov.u32 r0, 0;
+        @p mov.u32 r0, tid;
+        shfl.sync.bfly.b32 r1, r0, 1, 31, -1;
+        st.global.u32 [d0], r1;     // <-- here",
+    )
+    .says("lane 16")
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn vote_on_a_predicate_without_a_value() {
+    Case::new(
+        "+setp.eq.u32 p, tid, 0;
+        vote.sync.ballot.b32 r0, p, -1;     // <-- here",
+    )
+    .reports(UninitialisedRegister);
+}

@@ -404,3 +404,125 @@ fn tensor_map_that_is_none() {
     .map(output())
     .reports(InvalidOperand);
 }
+
+#[test]
+fn global_memory_written_by_stores_before_a_load() {
+    Case::new(
+        ".shared .align 128 .b8 tile[64];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        st.global.u32 [out], 3;    // <-- here
+        +fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [out], 64, [r0];   // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(MissingProxyFence);
+}
+
+#[test]
+fn fence_of_the_wrong_state_space() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;    // <-- here
+        -fence.proxy.async.global;
+        +fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        DONE:
+        mov.u32 r2, 0;",
+    )
+    .reports(MissingProxyFence);
+}
+
+#[test]
+fn multicast_to_a_block_whose_mbarrier_is_not_initialised() {
+    Case::new(
+        ".shared .align 128 .b8 tile[64];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        mov.u32 r1, %cluster_ctarank;
+        setp.eq.u32 p, tid, 0;
+        setp.eq.u32 q, r1, 0;
+        and.pred q, p, q;
+        -@q mbarrier.init.shared.b64 [r0], 1;
+        +@p mbarrier.init.shared.b64 [r0], 1;
+        fence.mbarrier_init.release.cluster;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        cvt.u16.u32 h0, 3;
+        -@q mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        +@p mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        @q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [sh], [in], 64, [r0], h0;   // <-- here
+        -@!q bra DONE;
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        ld.shared.u32 r2, [sh];
+        DONE:
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;",
+    )
+    .cluster(2)
+    .reports(Mbarrier);
+}
+
+#[test]
+fn block_that_ends_while_its_shared_memory_is_read() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        mov.u32 sh, tile;
+        mad.lo.u32 r0, tid, 4, sh;
+        st.shared.u32 [r0], tid;
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
+        cp.async.bulk.commit_group;
+        +cp.async.bulk.wait_group.read 0;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(PendingRead);
+}
+
+#[test]
+fn block_that_ends_while_its_shared_memory_is_written() {
+    Case::new(
+        ".shared .align 128 .b8 tile[64];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [r0];
+        +WAIT:
+        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +@!p bra WAIT;
+        DONE:
+        exit;    // <-- here",
+    )
+    .reports(PendingWrite);
+}

@@ -257,3 +257,39 @@ fn arrival_that_releases_nothing() {
     .threads(64)
     .reports(Race);
 }
+
+#[test]
+fn more_bytes_than_the_object_can_count() {
+    Case::new(
+        ".shared .align 8 .b8 bar[8];
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        -mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [r0], 1048576;     // <-- here
+        +mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [r0], 1048575;
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(Mbarrier);
+}
+
+#[test]
+fn token_of_an_old_phase() {
+    Case::new(
+        ".shared .align 8 .b8 bar[8];
+        mov.u32 r0, bar;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mbarrier.init.shared.b64 [r0], 1;
+        mbarrier.arrive.shared.b64 d0, [r0];
+        mbarrier.test_wait.shared.b64 p, [r0], d0;
+        mbarrier.arrive.shared.b64 d1, [r0];
+        -mbarrier.test_wait.shared.b64 p, [r0], d1;
+        -mov.b64 d1, d0;
+        mbarrier.test_wait.shared.b64 p, [r0], d1;     // <-- here
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .reports(Mbarrier);
+}
