@@ -8,7 +8,7 @@ use crate::program::Variable;
 
 impl Cx<'_, '_> {
     /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
-    /// exist.
+    /// exist. The alignment is a power of two.
     #[inline]
     pub fn locate(
         &mut self,
