@@ -4,11 +4,12 @@
 mod barriers;
 mod case;
 mod copies;
-mod launches;
 mod lanes;
+mod launches;
 mod memory;
 mod products;
 mod races;
 mod registers;
-mod tensor_copies;
+mod tensor_loads;
+mod tensor_stores;
 mod transactions;

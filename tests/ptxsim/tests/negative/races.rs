@@ -289,3 +289,57 @@ fn shared_memory_of_another_block_without_the_cluster_barrier() {
     .cluster(2)
     .reports(Race);
 }
+
+/// One thread of each block takes part for all of them, between two barriers of the block.
+const GRID_BARRIER: &str = "mov.u64 d1, ticket;
+    mad.lo.u32 r0, block, 64, tid;
+    mad.wide.u32 d0, r0, 4, raw;
+    st.global.u32 [d0], tid;    // <-- here
+    bar.sync 0;
+    setp.ne.u32 p, tid, 0;
+    @p bra ALL;
+    +fence.acq_rel.gpu;
+    red.relaxed.gpu.global.add.u32 [d1], 1;
+    WAIT:
+    ld.relaxed.gpu.global.u32 r1, [d1];
+    setp.lt.u32 p, r1, 2;
+    @p bra WAIT;
+    +fence.acq_rel.gpu;
+    ALL:
+    bar.sync 0;
+    xor.b32 r0, r0, 64;
+    mad.wide.u32 d0, r0, 4, raw;
+    ld.global.u32 r1, [d0];    // <-- here";
+
+#[test]
+fn grid_barrier_without_fences() {
+    Case::new(GRID_BARRIER).threads(64).blocks(2).co_resident().reports(Race);
+}
+
+#[test]
+fn atomics_and_relaxed_accesses_of_one_word() {
+    Case::new(
+        "atom.global.add.u32 r0, [out], 1;
+        ld.relaxed.gpu.global.u32 r1, [out];
+        st.volatile.global.u32 [out], r1;
+        red.global.max.u32 [out], 7;",
+    )
+    .threads(64)
+    .blocks(2)
+    .is_clean();
+}
+
+#[test]
+fn blocks_that_read_the_same_words() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, in;
+        ld.global.nc.u32 r0, [d0];
+        ld.global.u32 r1, [in];
+        mad.lo.u32 r2, block, 32, tid;
+        mad.wide.u32 d1, r2, 4, raw;
+        st.global.u32 [d1], r0;
+        ld.global.u32 r3, [d1];",
+    )
+    .blocks(3)
+    .is_clean();
+}
