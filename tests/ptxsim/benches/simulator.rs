@@ -8,6 +8,8 @@ use std::fmt::Write;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
+use ptxsim::layout::Swizzle;
+use ptxsim::tensor_map::{Dtype, TensorMap};
 use ptxsim::{Arch, Arg, Device, Launch, Module};
 
 #[path = "../tests/support/mod.rs"]
@@ -17,7 +19,7 @@ use support::compare::{generator, random};
 use support::run::compiled;
 
 /// Loops of a thread.
-const LOOPS: u32 = 200;
+const LOOPS: u32 = 100;
 /// Blocks of a launch.
 const BLOCKS: u32 = 4;
 /// Threads of a block.
@@ -147,31 +149,63 @@ fn loops(c: &mut Criterion) {
     }
 }
 
-/// Two heads of 256 tokens, d = 128.
-fn attention(c: &mut Criterion) {
-    const TOKENS: usize = 256;
-    const HEADS: usize = 2;
-    let (module, mut device) = compiled("attention_sm80", "sm_80");
-    let mut rng = generator("attention");
-    let n = HEADS * TOKENS * 128;
-    let [q, k, v] = ["q", "k", "v"].map(|x| device.buffer(x, &random::<bf16>(&mut rng, n, 2.0)));
-    let o = device.uninitialised::<bf16>("o", n);
-    let launch = Launch {
-        grid: [TOKENS as u32 / 64, HEADS as u32, 1],
-        ..Launch::linear(1, 128).shared(49152)
-    };
-    let mut args: Vec<Arg> = [q, k, v, o].map(Arg::from).to_vec();
-    args.extend([Arg::I32(TOKENS as i32), Arg::F32(128f32.sqrt().recip()), Arg::I32(0)]);
+/// Launches a compiled kernel on all cores.
+fn compiled_kernel(
+    c: &mut Criterion,
+    [group, case]: [&str; 2],
+    (module, device): (&Module, &mut Device),
+    kernel: &str,
+    launch: Launch,
+    args: &[Arg],
+) {
     let mut run = || {
-        let report = device.launch(&module, "attention_d128", &launch, &args);
-        let report = report.unwrap_or_else(|e| panic!("attention_d128: {e}"));
+        let report = device.launch(module, kernel, &launch, args);
+        let report = report.unwrap_or_else(|e| panic!("{kernel}: {e}"));
         assert!(report.is_clean(), "{report}");
         report.instructions()
     };
-    let mut group = c.benchmark_group("attention");
+    let mut group = c.benchmark_group(group);
     group.sample_size(10).throughput(Throughput::Elements(run()));
-    group.bench_function("256 tokens, d = 128, 2 heads", |b| b.iter(&mut run));
+    group.bench_function(case, |b| b.iter(&mut run));
 }
 
-criterion_group!(benches, loops, attention);
+fn attention(c: &mut Criterion) {
+    const TOKENS: u32 = 256;
+    const HEADS: u32 = 2;
+    let (module, mut device) = compiled("attention_sm80", "sm_80");
+    let mut rng = generator("attention");
+    let n = (HEADS * TOKENS * 128) as usize;
+    let [q, k, v] = ["q", "k", "v"].map(|x| device.buffer(x, &random::<bf16>(&mut rng, n, 2.0)));
+    let o = device.uninitialised::<bf16>("o", n);
+    let grid = [TOKENS / 64, HEADS, 1];
+    let launch = Launch { grid, ..Launch::linear(1, 128).shared(49152) };
+    let mut args: Vec<Arg> = [q, k, v, o].map(Arg::from).to_vec();
+    args.extend([Arg::I32(TOKENS as i32), Arg::F32(128f32.sqrt().recip()), Arg::I32(0)]);
+    let case = ["attention", "256 tokens, d = 128, 2 heads"];
+    compiled_kernel(c, case, (&module, &mut device), "attention_d128", launch, &args);
+}
+
+/// Tensor copies and wgmma.
+fn product(c: &mut Criterion) {
+    const SIZE: usize = 256;
+    let (module, mut device) = compiled("matmul_sm90", "sm_90a");
+    let mut rng = generator("product");
+    let n = SIZE * SIZE;
+    let [a, b] = ["a", "b"].map(|x| device.buffer(x, &random::<bf16>(&mut rng, n, 1.0)));
+    let o = device.uninitialised::<bf16>("c", n);
+    let map = |matrix| {
+        Arg::TensorMap(TensorMap {
+            swizzle: Swizzle::B128,
+            address: device.address(matrix),
+            ..TensorMap::dense(Dtype::Bf16, vec![SIZE as u64; 2], vec![64, 64])
+        })
+    };
+    let args = [map(a), map(b), map(o), Arg::I32(SIZE as i32)];
+    let grid = [SIZE as u32 / 128, SIZE as u32 / 64, 1];
+    let launch = Launch { grid, ..Launch::linear(1, 256).shared(90112) };
+    let case = ["product", "256 x 256 x 256, wgmma"];
+    compiled_kernel(c, case, (&module, &mut device), "matmul_wgmma", launch, &args);
+}
+
+criterion_group!(benches, loops, attention, product);
 criterion_main!(benches);

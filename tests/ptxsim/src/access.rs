@@ -1,20 +1,19 @@
 //! Loads, stores and atomic updates, with every check of an address.
 
-use std::ops::Range;
+mod locate;
+mod sync;
+mod touch;
+mod traffic;
+
 use std::sync::MutexGuard;
 
 use crate::ast::Space;
-use crate::bank::{sectors, shared_phases};
-use crate::clock::{ActorKind, Epoch, ProxySpace, Scope};
+use crate::clock::{Epoch, Scope};
 use crate::context::{Cx, lanes};
-use crate::count::Traffic;
-use crate::diagnostic::{Kind, Place};
 use crate::launch::Grid;
-use crate::memory::{
-    PAGE, Page, RANK_SHIFT, SHARED_WINDOW, Target, copy_few, global_address, target,
-};
-use crate::program::{Address, Lanes, Src, Variable};
-use crate::shadow::{Access, Conflict, Proxy};
+use crate::memory::{PAGE, Page, copy_few};
+use crate::program::{Address, Lanes, Src};
+use crate::shadow::Proxy;
 
 /// State space of a memory instruction.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -127,6 +126,7 @@ impl<'g> Cx<'_, 'g> {
 
     /// Loads `bytes` bytes per executing lane, the first in the lowest bits; 0 where the address
     /// is bad.
+    #[inline]
     pub fn load(
         &mut self,
         window: Window,
@@ -155,6 +155,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Stores the low `bytes` bytes of every executing lane's value.
+    #[inline]
     pub fn store(
         &mut self,
         window: Window,
@@ -227,383 +228,8 @@ impl<'g> Cx<'_, 'g> {
         out
     }
 
-    /// Counts what an access costs: wavefronts of shared memory, or bytes and sectors of buffers.
-    pub fn count_access(&mut self, window: Window, bytes: u32, at: &Lanes, mode: Mode) {
-        let first = at[self.mask.trailing_zeros() as usize & 31];
-        match (window, target(first)) {
-            (Window::Shared, _) | (Window::Generic, Target::Shared(_)) => {
-                let phases = shared_phases(&at.map(|a| a as u32), self.mask, bytes);
-                self.gang.counters.add_phases(self.pc, phases);
-            }
-            (Window::Local | Window::Param | Window::Const, _) => {}
-            (_, Target::Global { .. }) => self.count_global(bytes, at, mode),
-            _ => {}
-        }
-    }
-
-    fn count_global(&mut self, bytes: u32, at: &Lanes, mode: Mode) {
-        let (read, written) = (mode != Mode::Write, mode != Mode::Read);
-        let buffer = |l: usize| match target(at[l]) {
-            Target::Global { buffer, offset } => Some((buffer, offset as u64)),
-            _ => None,
-        };
-        let mut rest = self.mask;
-        while let Some((number, _)) = lanes(rest).find_map(buffer) {
-            let same = |l: &usize| buffer(*l).is_some_and(|(n, _)| n == number);
-            let here = lanes(rest).filter(same).fold(0u32, |m, l| m | 1 << l);
-            rest &= !here;
-            let size = self.grid.buffer(number).map_or(0, |b| b.bytes);
-            let mut note = |run: Range<u64>| {
-                if !run.is_empty() {
-                    let bytes = (run.end - run.start) as u32;
-                    self.gang.counters.touch(number, run.start, bytes, read, written);
-                }
-            };
-            // Neighbours are noted together.
-            let mut run = 0..0;
-            for (_, offset) in lanes(here).filter_map(buffer).filter(|(_, o)| *o < size) {
-                if offset != run.end {
-                    note(run);
-                    run = offset..offset;
-                }
-                run.end += u64::from(bytes);
-            }
-            note(run);
-            let moved = u64::from(bytes) * u64::from(here.count_ones());
-            self.add_traffic(number, moved, sectors(at, here, bytes).into(), mode);
-        }
-    }
-
-    /// Counts bytes a bulk copy moves.
-    pub fn count_range(&mut self, region: Region, bytes: u32, mode: Mode) {
-        let Region::Global { buffer, offset } = region else { return };
-        let sectors = (offset + u64::from(bytes)).div_ceil(32) - offset / 32;
-        let (read, written) = (mode != Mode::Write, mode != Mode::Read);
-        self.gang.counters.touch(buffer, offset, bytes, read, written);
-        self.add_traffic(buffer, bytes.into(), sectors, mode);
-    }
-
-    fn add_traffic(&mut self, buffer: usize, bytes: u64, sectors: u64, mode: Mode) {
-        let mut traffic = Traffic::default();
-        if mode != Mode::Write {
-            (traffic.read, traffic.read_sectors) = (bytes, sectors);
-        }
-        if mode != Mode::Read {
-            (traffic.written, traffic.written_sectors) = (bytes, sectors);
-        }
-        self.gang.counters.add_traffic(self.pc, buffer, traffic);
-    }
-
-    /// Finds the bytes at an address; reports and returns None when they are misaligned or do not
-    /// exist.
-    #[inline]
-    pub fn locate(
-        &mut self,
-        lane: u32,
-        window: Window,
-        address: u64,
-        bytes: u32,
-        align: u32,
-    ) -> Option<Region> {
-        if address & u64::from(align - 1) != 0 {
-            self.report_misaligned(lane, window, address, align);
-            return None;
-        }
-        let found = self.find(window, address, bytes);
-        if found.is_none() {
-            self.report_outside(lane, window, address, bytes);
-        }
-        found
-    }
-
-    #[cold]
-    fn report_misaligned(&mut self, lane: u32, window: Window, address: u64, align: u32) {
-        let text = format!("address {address:#x} is not a multiple of {align} bytes");
-        self.report_at(Kind::Misaligned, lane, text, self.place(window, address), None);
-    }
-
-    #[cold]
-    fn report_outside(&mut self, lane: u32, window: Window, address: u64, bytes: u32) {
-        let place = self.place(window, address);
-        let text = match &place {
-            Some(p) => format!("{bytes} bytes at {p} lie outside of it"),
-            None => format!("address {address:#x} belongs to no allocation"),
-        };
-        self.report_at(Kind::OutOfBounds, lane, text, place, None);
-    }
-
-    #[inline]
-    fn find(&self, window: Window, address: u64, bytes: u32) -> Option<Region> {
-        let within = |offset: u64, len: usize| {
-            (offset.checked_add(bytes.into())? <= len as u64).then_some(offset as usize)
-        };
-        let shared = |address: u64| {
-            let (block, address) = self.shared_target(u32::try_from(address).ok()?)?;
-            let b = &self.gang.blocks[block];
-            (!b.ended() && b.shared.range(address, bytes).is_some())
-                .then_some(Region::Shared { block, address })
-        };
-        let local = |offset: u64| {
-            let v = self.local(offset)?;
-            let inside = offset - u64::from(v.offset) + u64::from(bytes) <= u64::from(v.bytes);
-            inside.then_some(Region::Local(offset as usize))
-        };
-        match (window, target(address)) {
-            (Window::Shared, _) => shared(address),
-            (Window::Generic, Target::Shared(a)) => shared(a.into()),
-            (Window::Local, _) => local(address),
-            (Window::Generic, Target::Local(o)) => local(o),
-            (Window::Param, _) => within(address, self.grid.params.len()).map(Region::Param),
-            (Window::Generic, Target::Param(o)) => {
-                within(o, self.grid.params.len()).map(Region::Param)
-            }
-            (
-                Window::Generic | Window::Global | Window::Const,
-                Target::Global { buffer, offset },
-            ) => {
-                let b = self.grid.buffer(buffer)?;
-                let offset = u64::try_from(offset).ok()?;
-                (offset.checked_add(bytes.into())? <= b.bytes)
-                    .then_some(Region::Global { buffer, offset })
-            }
-            _ => None,
-        }
-    }
-
-    /// The last local variable that begins at or before an offset of the frame.
-    fn local(&self, offset: u64) -> Option<&Variable> {
-        let locals = &self.grid.kernel.locals;
-        let after = locals.partition_point(|v| u64::from(v.offset) <= offset);
-        locals.get(after.checked_sub(1)?)
-    }
-
-    fn frame_bytes(&self) -> usize {
-        self.grid.kernel.frame as usize
-    }
-
-    /// An address in words.
-    pub fn place(&self, window: Window, address: u64) -> Option<Place> {
-        let named = |space: &str, buffer: &str, offset: i64| {
-            Some(Place { space: space.into(), buffer: buffer.into(), offset })
-        };
-        let shared = |address: u64| {
-            let (block, a) = self.shared_target(u32::try_from(address).ok()?)?;
-            // The last variable that begins at or before the address.
-            let ranges = &self.gang.blocks[block].shared.ranges;
-            let r = ranges.iter().rev().find(|r| r.start <= a).or(ranges.first())?;
-            named("shared", &r.name, i64::from(a) - i64::from(r.start))
-        };
-        let local = |offset: u64| match self.local(offset) {
-            Some(v) => named("local", &v.name, offset as i64 - i64::from(v.offset)),
-            None => named("local", "frame", offset as i64),
-        };
-        match (window, target(address)) {
-            (Window::Shared, _) => shared(address),
-            (Window::Generic, Target::Shared(a)) => shared(a.into()),
-            (Window::Local, _) => local(address),
-            (Window::Generic, Target::Local(o)) => local(o),
-            (Window::Param, _) => named("param", "parameters", address as i64),
-            (Window::Generic, Target::Param(o)) => named("param", "parameters", o as i64),
-            (_, Target::Global { buffer, offset }) => {
-                named("global", &self.grid.buffer(buffer)?.name, offset)
-            }
-            _ => None,
-        }
-    }
-
-    /// The place of a region.
-    pub fn region_place(&self, region: Region) -> Option<Place> {
-        match region {
-            Region::Global { buffer, offset } => {
-                self.place(Window::Global, global_address(buffer) + offset)
-            }
-            Region::Shared { block, address } => {
-                let b = &self.gang.blocks[block];
-                let rank = (block - b.cluster_first + 1) as u64;
-                self.place(Window::Shared, rank << RANK_SHIFT | u64::from(address))
-            }
-            Region::Local(o) => self.place(Window::Local, o as u64),
-            Region::Param(o) => self.place(Window::Param, o as u64),
-        }
-    }
-
-    /// Checks and records an access in the shadow: initialised, no race, not an mbarrier object,
-    /// not read-only.
-    pub fn touch(&mut self, region: Region, bytes: u32, mode: Mode, actor: Actor, what: &str) {
-        self.touch_open(&mut OpenPage::default(), region, bytes, mode, actor, what);
-    }
-
-    /// The same with the page that is open.
-    #[inline]
-    fn touch_open(
-        &mut self,
-        open: &mut OpenPage<'g>,
-        region: Region,
-        bytes: u32,
-        mode: Mode,
-        actor: Actor,
-        what: &str,
-    ) {
-        if !self.grid.options.checks {
-            return;
-        }
-        match region {
-            Region::Global { buffer, offset } => {
-                let b = self.grid.existing(buffer);
-                if mode != Mode::Read && !b.writable {
-                    let text = format!("{what} to constant memory");
-                    self.report_at(
-                        Kind::OutOfBounds,
-                        actor.lane,
-                        text,
-                        self.region_place(region),
-                        None,
-                    );
-                }
-                let (mut from, end) = (offset, offset + u64::from(bytes));
-                while from < end {
-                    let to = end.min((from / PAGE + 1) * PAGE);
-                    let part = Region::Global { buffer, offset: from };
-                    self.touch_part(open, part, (to - from) as u32, mode, actor, what);
-                    from = to;
-                }
-            }
-            Region::Shared { block, address } => {
-                if self.gang.blocks[block].shared.touches_mbarrier(address, bytes) {
-                    let text = format!("{what} of an mbarrier object");
-                    self.report_at(
-                        Kind::Mbarrier,
-                        actor.lane,
-                        text,
-                        self.region_place(region),
-                        None,
-                    );
-                    return;
-                }
-                self.touch_part(open, region, bytes, mode, actor, what);
-            }
-            Region::Local(o) => self.touch_local(o, bytes, mode, actor.lane),
-            Region::Param(_) if mode != Mode::Read => {
-                let text = format!("{what} to the kernel's parameters");
-                self.report_at(
-                    Kind::OutOfBounds,
-                    actor.lane,
-                    text,
-                    self.region_place(region),
-                    None,
-                );
-            }
-            Region::Param(_) => {}
-        }
-    }
-
-    /// The same for an mbarrier object, by the instructions that may.
-    pub fn touch_object(
-        &mut self,
-        region: Region,
-        bytes: u32,
-        mode: Mode,
-        actor: Actor,
-        what: &str,
-    ) {
-        if self.grid.options.checks {
-            let open = &mut OpenPage::default();
-            self.touch_part(open, region, bytes, mode, actor, what);
-        }
-    }
-
-    fn touch_local(&mut self, o: usize, bytes: u32, mode: Mode, lane: u32) {
-        let at = lane as usize * self.frame_bytes() + o;
-        let written = &mut self.warp.frame_written[at..at + bytes as usize];
-        if mode == Mode::Read && written.contains(&false) {
-            let text = format!("load of {bytes} bytes of local memory that were never written");
-            self.report_at(
-                Kind::UninitialisedMemory,
-                lane,
-                text,
-                self.region_place(Region::Local(o)),
-                None,
-            );
-        } else if mode != Mode::Read {
-            written.fill(true);
-        }
-    }
-
-    /// A part that lies within one shadow.
-    #[inline]
-    fn touch_part(
-        &mut self,
-        open: &mut OpenPage<'g>,
-        region: Region,
-        bytes: u32,
-        mode: Mode,
-        actor: Actor,
-        what: &str,
-    ) {
-        let (space, offset) = match region {
-            Region::Global { offset, .. } => (ProxySpace::Global, offset % PAGE),
-            Region::Shared { block, address } => {
-                (ProxySpace::Shared, self.gang.blocks[block].shared.index(address) as u64)
-            }
-            _ => return,
-        };
-        let access = Access {
-            offset,
-            bytes,
-            epoch: actor.epoch,
-            pc: self.pc,
-            proxy: actor.proxy,
-            strong: actor.strong,
-            cta: self.gang.blocks[self.warp.block].linear,
-            cluster: self.gang.blocks[self.warp.block].cluster,
-            clock: &self.warp.clock,
-            lane: actor.lane,
-        };
-        let shadow = match region {
-            Region::Global { buffer, offset } => &mut open.get(self.grid, buffer, offset).shadow,
-            Region::Shared { block, .. } => &mut self.gang.blocks[block].shared.shadow,
-            _ => return,
-        };
-        let uninitialised = mode != Mode::Write && !shadow.is_initialised(offset, bytes);
-        let race = match mode {
-            Mode::Read => shadow.read(&access, space),
-            Mode::Write | Mode::Update => shadow.write(&access, space),
-        };
-        if mode != Mode::Read {
-            shadow.mark_initialised(offset, bytes);
-        }
-        if uninitialised || race.is_err() {
-            self.report_touch(region, bytes, uninitialised, race.err().as_ref(), actor.lane, what);
-        }
-    }
-
-    #[cold]
-    fn report_touch(
-        &mut self,
-        region: Region,
-        bytes: u32,
-        uninitialised: bool,
-        race: Option<&crate::shadow::Race>,
-        lane: u32,
-        what: &str,
-    ) {
-        let Some(place) = self.region_place(region) else { return };
-        if let Some(race) = race {
-            let by_cp_async = race.other.actor.kind() == ActorKind::CpAsync;
-            if race.conflict == Conflict::MissingProxyFence
-                && by_cp_async
-                && !self.grid.options.strict_proxies
-            {
-                return;
-            }
-            self.report_race(lane, race, what, place);
-        } else if uninitialised {
-            let text = format!("{what} of {bytes} bytes at {place} that were never written");
-            self.report_at(Kind::UninitialisedMemory, lane, text, Some(place), None);
-        }
-    }
-
     /// Copies bytes out of a region, unchecked.
+    #[inline]
     pub fn copy_out(&self, lane: usize, region: Region, out: &mut [u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_out(offset, out),
@@ -621,6 +247,7 @@ impl<'g> Cx<'_, 'g> {
     }
 
     /// Copies bytes into a region, unchecked.
+    #[inline]
     pub fn copy_in(&mut self, lane: usize, region: Region, bytes: &[u8]) {
         match region {
             Region::Global { buffer, offset } => self.grid.existing(buffer).copy_in(offset, bytes),
@@ -632,64 +259,6 @@ impl<'g> Cx<'_, 'g> {
                 self.warp.frame[at..at + bytes.len()].copy_from_slice(bytes);
             }
             Region::Param(_) => {}
-        }
-    }
-
-    /// What a strong store or atomic of a lane makes visible to those who read it.
-    pub fn publish(
-        &mut self,
-        lane: usize,
-        window: Window,
-        address: u64,
-        scope: Scope,
-        release: bool,
-        rmw: bool,
-    ) {
-        let k = self.warp.clock.publish(1 << lane, release);
-        let b = &self.gang.blocks[self.warp.block];
-        let (cta, cluster) = (b.linear, b.cluster);
-        match self.sync_key(window, address) {
-            None => {}
-            Some((Some(block), key)) => {
-                self.gang.blocks[block].sync.publish(key, scope, cta, cluster, k, rmw);
-            }
-            Some((None, key)) => self.grid.sync().publish(key, scope, cta, cluster, k, rmw),
-        }
-    }
-
-    /// What a strong load or atomic of a lane learns.
-    pub fn observe(
-        &mut self,
-        lane: usize,
-        window: Window,
-        address: u64,
-        scope: Scope,
-        acquire: bool,
-    ) {
-        let b = &self.gang.blocks[self.warp.block];
-        let (cta, cluster) = (b.linear, b.cluster);
-        let k = match self.sync_key(window, address) {
-            None => None,
-            Some((Some(block), key)) => {
-                self.gang.blocks[block].sync.observe(key, scope, cta, cluster)
-            }
-            Some((None, key)) => self.grid.sync().observe(key, scope, cta, cluster),
-        };
-        if let Some(k) = k {
-            self.warp.clock.observe(1 << lane, &k, acquire);
-        }
-    }
-
-    /// Block (for shared memory) and key of an address in the tables of synchronising accesses.
-    fn sync_key(&self, window: Window, address: u64) -> Option<(Option<usize>, u64)> {
-        let shared = |a: u32| {
-            self.shared_target(a).map(|(block, a)| (Some(block), SHARED_WINDOW | u64::from(a)))
-        };
-        match (window, target(address)) {
-            (Window::Shared, _) => shared(address as u32),
-            (Window::Generic, Target::Shared(a)) => shared(a),
-            (_, Target::Global { .. }) => Some((None, address)),
-            _ => None,
         }
     }
 }

@@ -184,6 +184,7 @@ impl Clock {
     }
 
     /// The lanes of an actor that are known up to a time.
+    #[inline]
     fn known_lanes(&self, actor: Actor, clock: u32) -> u32 {
         match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
             Ok(i) => self.entries[i].known_lanes(clock),

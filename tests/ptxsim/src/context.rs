@@ -27,6 +27,7 @@ pub struct Cx<'a, 'g> {
 }
 
 /// The lanes of a mask, ascending.
+#[inline]
 pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     let mut rest = mask;
     std::iter::from_fn(move || {
@@ -273,6 +274,7 @@ impl Cx<'_, '_> {
     }
 
     /// Index in the gang of the block that a shared address names, and the address in it.
+    #[inline]
     pub fn shared_target(&self, address: u32) -> Option<(usize, u32)> {
         let rank = address >> crate::memory::RANK_SHIFT;
         let local = address & ((1 << crate::memory::RANK_SHIFT) - 1);

@@ -246,6 +246,7 @@ impl<'g> Grid<'g> {
     }
 
     /// A global buffer or module variable.
+    #[inline]
     pub fn buffer(&self, number: usize) -> Option<&GlobalBuffer> {
         match number.checked_sub(FIRST_MODULE_VARIABLE) {
             Some(i) => self.variables.get(i),
@@ -254,6 +255,7 @@ impl<'g> Grid<'g> {
     }
 
     /// A buffer whose number is known to be right.
+    #[inline]
     pub fn existing(&self, number: usize) -> &GlobalBuffer {
         match number.checked_sub(FIRST_MODULE_VARIABLE) {
             Some(i) => &self.variables[i],
@@ -301,6 +303,7 @@ impl<'g> Grid<'g> {
     }
 
     /// Whether any atomic has been published.
+    #[inline]
     pub fn has_sync(&self) -> bool {
         self.synchronised.load(Ordering::Relaxed)
     }

@@ -14,6 +14,7 @@ pub enum MmaShape {
     M16n8k8Tf32,
 }
 
+#[inline]
 fn group(lane: usize) -> (usize, usize) {
     (lane >> 2 & 7, lane & 3)
 }
@@ -65,6 +66,7 @@ pub fn wgmma_a(thread: usize, i: usize) -> (usize, usize) {
 
 /// (row, column) in an 8 × 8 matrix of the `high` or low half of a register of `ldmatrix`,
 /// `stmatrix` or `movmatrix`.
+#[inline]
 pub fn matrix_element(lane: usize, high: bool, trans: bool) -> (usize, usize) {
     let (g, t) = group(lane);
     let element = 2 * t + usize::from(high);

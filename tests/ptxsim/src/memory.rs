@@ -46,6 +46,7 @@ pub enum Target {
 }
 
 /// Takes a generic address apart.
+#[inline]
 pub fn target(address: u64) -> Target {
     let low = address & ((1 << WINDOW_BITS) - 1);
     match address >> WINDOW_BITS << WINDOW_BITS {
@@ -75,6 +76,7 @@ pub struct Page {
 
 impl Page {
     /// Copies bytes in at an offset in the page and marks them initialised.
+    #[inline]
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         copy_few(&mut self.data[offset as usize..][..bytes.len()], bytes);
         self.shadow.mark_initialised(offset, bytes.len() as u32);
@@ -103,6 +105,7 @@ impl GlobalBuffer {
     }
 
     /// The page that holds byte `offset`, which must be inside.
+    #[inline]
     pub fn page(&self, offset: u64) -> MutexGuard<'_, Page> {
         lock(&self.pages[(offset / PAGE) as usize])
     }
@@ -194,6 +197,7 @@ pub fn copy_few(to: &mut [u8], from: &[u8]) {
     }
 }
 
+#[inline]
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -263,6 +267,7 @@ impl SharedMemory {
     }
 
     /// Writes bytes at an address that lies in a range, and marks them initialised.
+    #[inline]
     pub fn write(&mut self, address: u32, bytes: &[u8]) {
         let at = self.index(address);
         copy_few(&mut self.data[at..at + bytes.len()], bytes);

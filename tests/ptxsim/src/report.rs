@@ -241,13 +241,18 @@ impl Serialize for Report {
             })
         };
         let shared = self.shared_phases();
-        let bytes: Vec<_> = (self.buffers.iter())
-            .map(|b| {
-                let mut value = json!(b);
-                value["ratio"] = json!(b.ratio());
-                value
-            })
-            .collect();
+        let mut bytes = serde_json::Map::new();
+        for b in &self.buffers {
+            let mut value = json!(b);
+            value["ratio"] = json!(b.ratio());
+            // Names are the caller's and may repeat.
+            let same = self.buffers.iter().take_while(|o| !std::ptr::eq(*o, b));
+            let name = match same.filter(|o| o.name == b.name).count() {
+                0 => b.name.clone(),
+                n => format!("{}#{}", b.name, n + 1),
+            };
+            bytes.insert(name, value);
+        }
         let report = json!({
             "clean": self.is_clean(),
             "complete": self.complete,

@@ -144,15 +144,18 @@ impl Shadow {
     }
 
     /// Records a read; `space` is that of the allocation. Bytes outside it are ignored.
+    #[inline]
     pub fn read(&mut self, a: &Access, space: ProxySpace) -> Result<(), Race> {
         self.access(a, space, false)
     }
 
     /// Records a write, or a read-modify-write.
+    #[inline]
     pub fn write(&mut self, a: &Access, space: ProxySpace) -> Result<(), Race> {
         self.access(a, space, true)
     }
 
+    #[inline]
     fn access(&mut self, a: &Access, space: ProxySpace, write: bool) -> Result<(), Race> {
         let mark = Mark::new(a);
         let mut first = Ok(());
@@ -177,6 +180,7 @@ impl Shadow {
     }
 
     /// Whether all these bytes were written.
+    #[inline]
     pub fn is_initialised(&self, offset: u64, bytes: u32) -> bool {
         let end = offset.saturating_add(u64::from(bytes));
         end <= self.bytes
@@ -184,6 +188,7 @@ impl Shadow {
     }
 
     /// These bytes have been written.
+    #[inline]
     pub fn mark_initialised(&mut self, offset: u64, bytes: u32) {
         let end = offset.saturating_add(u64::from(bytes)).min(self.bytes);
         words(offset, end).for_each(|(word, mask)| self.initialised[word] |= mask);
@@ -197,6 +202,7 @@ impl Shadow {
 }
 
 /// The words of a bit set that a range touches, each with the bits touched.
+#[inline]
 fn words(start: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
     let last = if start < end { end.div_ceil(64) } else { start / 64 };
     (start / 64..last).map(move |word| {

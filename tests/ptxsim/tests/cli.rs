@@ -192,8 +192,8 @@ fn a_clean_run_writes_its_output_and_a_report() {
     assert_eq!(case.ints("c.bin"), [0, 1, 2, 3]);
     assert_eq!((&report["errors"], &report["races"]), (&json!([]), &json!([])));
     let bytes = &report["global_bytes"];
-    assert_eq!((&bytes[0]["name"], &bytes[0]["read"]), (&json!("a"), &json!(16)));
-    assert_eq!((&bytes[1]["name"], &bytes[1]["written"]), (&json!("c"), &json!(16)));
+    assert_eq!((&bytes["a"]["read"], &bytes["a"]["ratio"]), (&json!(16), &json!(1.0)));
+    assert_eq!(bytes["c"]["written"], 16);
     assert_eq!(report["counts"]["classes"]["global-store"], 1);
     assert_eq!(report["bank_conflicts"]["excess"], 0);
     assert!(report["bound"].is_object());

@@ -82,6 +82,7 @@ impl WarpClock {
     }
 
     /// The warp's index in the grid.
+    #[inline]
     pub fn warp(&self) -> u32 {
         self.warp
     }
@@ -96,6 +97,7 @@ impl WarpClock {
     }
 
     /// The epoch of an access that these lanes make now.
+    #[inline]
     pub fn epoch(&self, lanes: u32) -> Epoch {
         Epoch { actor: Actor::thread(self.warp), clock: self.now, lanes }
     }
@@ -123,6 +125,7 @@ impl WarpClock {
     }
 
     /// Whether every lane knows all of the actor's lanes up to that time.
+    #[inline]
     pub(crate) fn all_know(&self, actor: Actor, clock: u32) -> bool {
         self.common.generic.known_lanes(actor, clock) == ALL_LANES
     }

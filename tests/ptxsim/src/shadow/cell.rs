@@ -24,6 +24,7 @@ pub(super) struct Mark {
 const ASYNC_BIT: u32 = 1 << 31;
 
 impl Mark {
+    #[inline]
     pub fn new(a: &Access) -> Self {
         let block = Block { cta: a.cta, cluster: a.cluster };
         let proxy = if a.proxy == Proxy::Async { ASYNC_BIT } else { 0 };
@@ -36,6 +37,7 @@ impl Mark {
         }
     }
 
+    #[inline]
     fn proxy(&self) -> Proxy {
         if self.pc & ASYNC_BIT != 0 { Proxy::Async } else { Proxy::Generic }
     }
@@ -45,6 +47,7 @@ impl Mark {
     }
 
     /// Morally strong: both strong, of one proxy and the same bytes, each in the other's scope.
+    #[inline]
     fn exempts(&self, other: &Self) -> bool {
         let (Some(a), Some(b)) = (&self.strong, &other.strong) else { return false };
         self.proxy() == other.proxy()
@@ -64,6 +67,7 @@ impl Mark {
     /// knows them too, and whatever they conflict with conflicts with this one. So it is for
     /// earlier accesses of the same lanes. It is for all that this one knows if a thread makes it:
     /// only a thread hands on its knowledge together with its own accesses.
+    #[inline]
     fn strip(&self, old: &mut Self, a: &Access, recent: &mut Recent) {
         let alike =
             self.proxy() == old.proxy() && (self.strong.is_none() || self.strong == old.strong);
@@ -89,15 +93,18 @@ struct Marks {
 }
 
 impl Marks {
+    #[inline]
     fn iter(&self) -> impl Iterator<Item = &Mark> {
         self.first.iter().chain(self.more.as_ref().map_or(&[][..], |more| more.as_slice()))
     }
 
+    #[inline]
     fn replace(&mut self, mark: &Mark) {
         *self = Self { first: Some(mark.clone()), more: None };
     }
 
     /// Adds an access and drops those it covers.
+    #[inline]
     fn insert(&mut self, mark: &Mark, a: &Access, recent: &mut Recent) {
         if let Some(more) = &mut self.more {
             more.iter_mut().for_each(|old| mark.strip(old, a, recent));
@@ -127,6 +134,7 @@ pub(super) struct Cell {
 
 impl Cell {
     /// Checks an access against those before it and records it.
+    #[inline]
     pub fn access(
         &mut self,
         a: &Access,
@@ -160,6 +168,7 @@ impl Cell {
 }
 
 /// What is wrong between an earlier access and a new one, at least one of which writes.
+#[inline]
 fn conflict(
     old: &Mark,
     old_write: bool,
@@ -204,6 +213,7 @@ impl Region {
     pub const BYTES: u64 = 256;
 
     /// The cells of a range, each with its offset, after making them as fine as the range needs.
+    #[inline]
     pub fn cells(&mut self, from: u32, to: u32) -> impl Iterator<Item = (&mut Cell, u32)> {
         let need = (from | to).trailing_zeros();
         if need < self.shift {

@@ -1,0 +1,125 @@
+//! Findings and reports: what is kept, what is counted, how it reads.
+
+use ptxsim::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
+use ptxsim::{Arch, Device, Launch, Module};
+
+fn finding(kind: Kind, line: u32) -> Diagnostic {
+    let at = |ptx_line, lane| Location {
+        ptx_line,
+        source: Some(("kernel.cu".into(), 7)),
+        block: [1, 2, 3],
+        warp: 4,
+        lane,
+    };
+    Diagnostic {
+        kind,
+        message: "reads what another access wrote".into(),
+        at: at(line, 5),
+        other: Some(at(99, 6)),
+        address: Some(Place { space: "shared".into(), buffer: "tile".into(), offset: -4 }),
+        repeated: 1,
+    }
+}
+
+#[test]
+fn findings_are_one_for_each_kind_and_pair_of_instructions() {
+    let mut found = Findings::default();
+    for _ in 0..3 {
+        found.add(10, Some(20), finding(Kind::Race, 1));
+    }
+    found.add(10, Some(21), finding(Kind::Race, 2));
+    found.add(10, Some(20), finding(Kind::OutOfBounds, 3));
+    let mut repeated: Vec<_> = found.iter().map(|d| (d.kind, d.repeated)).collect();
+    repeated.sort();
+    assert_eq!(repeated, [(Kind::OutOfBounds, 1), (Kind::Race, 1), (Kind::Race, 3)]);
+    assert_eq!(found.dropped(), 0);
+}
+
+#[test]
+fn a_flood_is_kept_short_and_counted() {
+    let mut found = Findings::default();
+    (0..1000).for_each(|pc| found.add(pc, None, finding(Kind::Race, pc)));
+    assert_eq!((found.iter().count(), found.dropped()), (100, 900));
+    let mut sum = Findings::default();
+    sum.merge(found.clone());
+    sum.merge(found);
+    assert_eq!((sum.iter().count(), sum.dropped()), (100, 1800));
+    assert!(sum.iter().all(|d| d.repeated == 2));
+}
+
+#[test]
+fn a_finding_names_both_sides() {
+    let text = finding(Kind::MissingProxyFence, 12).to_string();
+    for part in [
+        "missing-proxy-fence: reads what another access wrote",
+        "kernel.cu:7 (PTX line 12), block (1, 2, 3), warp 4, lane 5",
+        "shared tile-4",
+        "PTX line 99",
+        "lane 6",
+    ] {
+        assert!(text.contains(part), "{part:?} in {text:?}");
+    }
+}
+
+#[test]
+fn kinds_read_the_same_in_text_and_json() {
+    for kind in [Kind::Race, Kind::UninitialisedRegister, Kind::MissingWgmmaFence, Kind::Deadlock] {
+        let json = serde_json::to_string(&kind).expect("a string");
+        assert_eq!(json, format!("\"{kind}\""));
+    }
+}
+
+/// Adds 1 to each element of `data`; block i takes 32 of them.
+const INCREMENT: &str = "
+    .version 8.0 .target sm_80 .address_size 64
+    .visible .entry increment(.param .u64 data) {
+        .reg .b32 %r<8>; .reg .b64 %x<4>;
+        .shared .b32 tile[1024];
+        ld.param.u64 %x0, [data];
+        mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x;
+        mad.lo.u32 %r2, %r1, 32, %r0;
+        mul.wide.u32 %x1, %r2, 4; add.u64 %x0, %x0, %x1;
+        ld.global.u32 %r3, [%x0];
+        mov.u32 %r5, tile; mul.lo.u32 %r6, %r0, 128; add.u32 %r5, %r5, %r6;
+        st.shared.u32 [%r5], %r3;
+        ld.shared.u32 %r3, [%r5];
+        add.u32 %r4, %r3, 1;
+        st.global.u32 [%x0], %r4;
+        ret;
+    }";
+
+#[test]
+fn counts_are_exact() {
+    let module = Module::parse(INCREMENT).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let data = device.buffer("data", &(0..128u32).collect::<Vec<_>>());
+    let launch = Launch::linear(4, 32);
+    let report = device.launch(&module, "increment", &launch, &[data.into()]).expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(device.read::<u32>(data).expect("written"), (1..129).collect::<Vec<_>>());
+    assert_eq!(report.instructions(), 4 * 15);
+    let b = report.buffer("data").expect("it was touched");
+    assert_eq!((b.traffic.read, b.traffic.written), (512, 512));
+    assert_eq!((b.traffic.read_sectors, b.traffic.written_sectors), (16, 16));
+    assert_eq!((b.distinct_read, b.distinct_written, b.ratio()), (512, 512, 1.0));
+    // All 32 lanes in one bank: 32 wavefronts for each store and load, 31 of them excess.
+    let shared = report.shared_phases();
+    assert_eq!((shared.phases, shared.excess), (4 * 64, 4 * 62));
+    let json = serde_json::to_value(&report).expect("it serialises");
+    assert_eq!(json["counts"]["warp_instructions"], 60);
+    assert_eq!(json["bank_conflicts"]["excess"], 248);
+    assert_eq!(json["global_bytes"]["data"]["distinct_read"], 512);
+    assert_eq!(json["bound"]["limiter"], report.bound.limiter);
+}
+
+#[test]
+fn several_schedules_count_once() {
+    let module = Module::parse(INCREMENT).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let data = device.buffer("data", &[0u32; 128]);
+    let launch = Launch::linear(4, 32);
+    let report = device.explore(&module, "increment", &launch, &[data.into()], 4).expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    assert_eq!((report.schedules.len(), report.instructions()), (4, 60));
+    assert_eq!(device.read::<u32>(data).expect("written"), [1; 128]);
+}
