@@ -241,3 +241,42 @@ fn warps_that_end_early_are_not_waited_for() {
     .threads(96)
     .is_clean();
 }
+
+#[test]
+fn more_blocks_waited_for_than_there_are() {
+    let text = "mov.u64 d0, ticket;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        red.relaxed.gpu.global.add.u32 [d0], 1;
+        WAIT:
+        nanosleep.u32 20;      // <-- here
+        ld.relaxed.gpu.global.u32 r0, [d0];      // <-- here
+        -setp.lt.u32 p, r0, 3;      // <-- here
+        +setp.lt.u32 p, r0, 2;
+        @p bra WAIT;      // <-- here
+        DONE:
+        mov.u32 r1, 0;";
+    Case::new(text).blocks(2).co_resident().at_most(50_000).reports_at_one(Deadlock);
+}
+
+#[test]
+fn cluster_barrier_that_one_block_leaves_out() {
+    Case::new(
+        "mov.u32 r0, %cluster_ctarank;
+        setp.eq.u32 p, r0, 1;
+        setp.eq.u32 q, warp, 0;
+        and.pred p, p, q;
+        -@p bra SPIN;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;      // <-- here
+        bra DONE;
+        SPIN:
+        bar.sync 1, 64;      // <-- here
+        DONE:
+        mov.u32 r1, 0;",
+    )
+    .threads(64)
+    .cluster(2)
+    .says("cluster barrier")
+    .reports_at_one(Deadlock);
+}

@@ -226,3 +226,36 @@ fn copied_bytes_in_a_bulk_store_without_a_proxy_fence() {
     )
     .reports(MissingProxyFence);
 }
+
+/// A loop over two buffers: the next tile is copied while one is read.
+const PIPELINE: &str = ".shared .align 16 .b8 tile[2048];
+    mov.u32 sh, tile;
+    mov.u32 r0, 0;
+    mad.lo.u32 r1, tid, 16, sh;
+    mad.wide.u32 d0, tid, 16, in;
+    cp.async.cg.shared.global [r1], [d0], 16;
+    cp.async.commit_group;
+    LOOP:
+    add.u32 r2, r0, 1;
+    and.b32 r3, r2, 1;
+    mad.lo.u32 r3, r3, 1024, r1;
+    setp.lt.u32 p, r2, 4;
+    @p cp.async.cg.shared.global [r3], [d0], 16;    // <-- here
+    cp.async.commit_group;
+    cp.async.wait_group 1;
+    bar.sync 0;
+    and.b32 r4, r0, 1;
+    xor.b32 r5, tid, 32;
+    mad.lo.u32 r5, r5, 16, sh;
+    mad.lo.u32 r5, r4, 1024, r5;
+    ld.shared.u32 r6, [r5];    // <-- here
+    +bar.sync 0;
+    mov.u32 r0, r2;
+    setp.lt.u32 p, r0, 4;
+    @p bra LOOP;
+    cp.async.wait_all;";
+
+#[test]
+fn pipeline_without_the_second_barrier() {
+    Case::new(PIPELINE).threads(64).reports_one_of(&[PendingWrite, PendingRead, Race]);
+}

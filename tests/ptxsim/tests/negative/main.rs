@@ -10,5 +10,6 @@ mod memory;
 mod products;
 mod races;
 mod registers;
-mod tensor_copies;
+mod tensor_loads;
+mod tensor_stores;
 mod transactions;

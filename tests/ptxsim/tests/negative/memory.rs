@@ -292,6 +292,7 @@ fn shared_memory_nobody_has_written() {
         mov.u32 sh, tile;
         mad.lo.u32 r0, tid, 4, sh;
         st.shared.u32 [r0], tid;
+        bar.warp.sync -1;
         -ld.shared.u32 r1, [r0+4];   // <-- here
         +ld.shared.u32 r1, [r0];",
     )

@@ -289,3 +289,134 @@ fn shared_memory_of_another_block_without_the_cluster_barrier() {
     .cluster(2)
     .reports(Race);
 }
+
+/// One thread of each block takes part for all of them, between two barriers of the block.
+const GRID_BARRIER: &str = "mov.u64 d1, ticket;
+    mad.lo.u32 r0, block, 64, tid;
+    mad.wide.u32 d0, r0, 4, raw;
+    st.global.u32 [d0], tid;    // <-- here
+    bar.sync 0;
+    setp.ne.u32 p, tid, 0;
+    @p bra ALL;
+    +fence.acq_rel.gpu;
+    red.relaxed.gpu.global.add.u32 [d1], 1;
+    WAIT:
+    ld.relaxed.gpu.global.u32 r1, [d1];
+    setp.lt.u32 p, r1, 2;
+    @p bra WAIT;
+    +fence.acq_rel.gpu;
+    ALL:
+    bar.sync 0;
+    xor.b32 r0, r0, 64;
+    mad.wide.u32 d0, r0, 4, raw;
+    ld.global.u32 r1, [d0];    // <-- here";
+
+#[test]
+fn grid_barrier_without_fences() {
+    Case::new(GRID_BARRIER).threads(64).blocks(2).co_resident().reports(Race);
+}
+
+#[test]
+fn atomics_and_relaxed_accesses_of_one_word() {
+    Case::new(
+        "atom.global.add.u32 r0, [out], 1;
+        ld.relaxed.gpu.global.u32 r1, [out];
+        st.volatile.global.u32 [out], r1;
+        red.global.max.u32 [out], 7;",
+    )
+    .threads(64)
+    .blocks(2)
+    .is_clean();
+}
+
+#[test]
+fn blocks_that_read_the_same_words() {
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, in;
+        ld.global.nc.u32 r0, [d0];
+        ld.global.u32 r1, [in];
+        mad.lo.u32 r2, block, 32, tid;
+        mad.wide.u32 d1, r2, 4, raw;
+        st.global.u32 [d1], r0;
+        ld.global.u32 r3, [d1];",
+    )
+    .blocks(3)
+    .is_clean();
+}
+
+#[test]
+fn elements_of_a_vector_that_overlap_another_lanes() {
+    Case::new(
+        ".shared .align 16 .b8 tile[1024];
+        mov.u32 sh, tile;
+        -mad.lo.u32 r0, tid, 8, sh;
+        +mad.lo.u32 r0, tid, 16, sh;
+        and.b32 r0, r0, -16;
+        st.shared.v4.u32 [r0], {tid, tid, tid, tid};      // <-- here",
+    )
+    .reports(Race);
+}
+
+#[test]
+fn neighbouring_bytes_are_no_race() {
+    Case::new(
+        ".shared .align 16 .b8 tile[256];
+        mov.u32 sh, tile;
+        add.u32 r0, sh, tid;
+        st.shared.u8 [r0], tid;
+        bar.sync 0;
+        xor.b32 r1, tid, 33;
+        add.u32 r1, sh, r1;
+        ld.shared.u8 r2, [r1];",
+    )
+    .threads(64)
+    .is_clean();
+}
+
+#[test]
+fn atomics_in_shared_memory_of_different_sizes() {
+    Case::new(
+        ".shared .align 8 .b8 tile[8];
+        mov.u32 sh, tile;
+        setp.eq.u32 p, tid, 0;
+        @p st.shared.u64 [sh], 0;
+        bar.sync 0;
+        setp.eq.u32 p, warp, 0;
+        mov.u64 d0, 1;
+        @p red.shared.add.u32 [sh], 1;      // <-- here
+        -@!p red.shared.add.u64 [sh], d0;      // <-- here
+        +@!p red.shared.add.u32 [sh], 1;",
+    )
+    .threads(64)
+    .reports(Race);
+}
+
+#[test]
+fn volatile_accesses_do_not_order_others() {
+    Case::new(
+        ".shared .align 4 .b8 tile[4];
+        .shared .align 4 .b8 flag[4];
+        mov.u32 sh, tile;
+        mov.u32 r0, flag;
+        setp.eq.u32 p, tid, 0;
+        @p st.shared.u32 [r0], 0;
+        bar.sync 0;
+        setp.ne.u32 q, lane, 0;
+        @q bra DONE;
+        @!p bra READER;
+        st.shared.u32 [sh], 1;      // <-- here
+        +membar.cta;
+        st.volatile.shared.u32 [r0], 1;
+        bra DONE;
+        READER:
+        ld.volatile.shared.u32 r1, [r0];
+        setp.eq.u32 q, r1, 0;
+        @q bra READER;
+        +membar.cta;
+        ld.shared.u32 r2, [sh];      // <-- here
+        DONE:
+        mov.u32 r3, 0;",
+    )
+    .threads(64)
+    .reports(Race);
+}

@@ -293,3 +293,58 @@ fn token_of_an_old_phase() {
     )
     .reports(Mbarrier);
 }
+
+#[test]
+fn remote_arrival_that_underflows() {
+    Case::new(
+        ".shared .align 8 .b8 bar[8];
+        mov.u32 r0, bar;
+        mov.u32 r1, %cluster_ctarank;
+        setp.eq.u32 p, tid, 0;
+        -@p mbarrier.init.shared.b64 [r0], 1;
+        +@p mbarrier.init.shared.b64 [r0], 2;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        mapa.shared::cluster.u32 r2, r0, 0;
+        @p mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r2];     // <-- here
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;",
+    )
+    .cluster(2)
+    .reports(Mbarrier);
+}
+
+#[test]
+fn remote_arrival_that_releases_nothing() {
+    Case::new(
+        ".shared .align 8 .b8 bar[8];
+        .shared .align 4 .b8 tile[4];
+        mov.u32 r0, bar;
+        mov.u32 sh, tile;
+        mov.u32 r1, %cluster_ctarank;
+        setp.eq.u32 p, tid, 0;
+        @p mbarrier.init.shared.b64 [r0], 1;
+        @p st.shared.u32 [sh], 0;
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;
+        setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mapa.shared::cluster.u32 r2, r0, 0;
+        mapa.shared::cluster.u32 r3, sh, 0;
+        setp.eq.u32 p, r1, 0;
+        @p bra WAIT;
+        st.shared::cluster.u32 [r3], 5;     // <-- here
+        -mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [r2];
+        +mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r2];
+        bra DONE;
+        WAIT:
+        mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [r0], 0;
+        @!p bra WAIT;
+        ld.shared.u32 r4, [sh];     // <-- here
+        DONE:
+        barrier.cluster.arrive.aligned;
+        barrier.cluster.wait.aligned;",
+    )
+    .cluster(2)
+    .reports(Race);
+}

@@ -1,7 +1,7 @@
-//! Bulk and tensor copies: waits, bytes, proxies, buffers that are used again.
+//! Bulk and tensor copies to shared memory: waits, bytes, proxies, buffers that are used again.
 
 use ptxsim::diagnostic::Kind::{
-    Deadlock, InvalidOperand, Mbarrier, MissingProxyFence, PendingRead, PendingWrite, Race,
+    Deadlock, Mbarrier, MissingProxyFence, PendingRead, PendingWrite, Race,
 };
 use ptxsim::tensor_map::{Dtype, TensorMap};
 
@@ -10,11 +10,6 @@ use crate::case::Case;
 /// Tiles of 4 rows of 8 words out of the 32 rows of `in`.
 fn tiles() -> TensorMap {
     TensorMap::dense(Dtype::U32, vec![8, 32], vec![8, 4])
-}
-
-/// The same of `out`.
-fn output() -> TensorMap {
-    TensorMap { address: 1, ..tiles() }
 }
 
 #[test]
@@ -212,200 +207,6 @@ fn buffer_filled_again_before_the_consumer_has_arrived() {
 }
 
 #[test]
-fn store_from_shared_memory_without_a_proxy_fence() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
-        +fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .map(output())
-    .reports(MissingProxyFence);
-}
-
-#[test]
-fn store_without_a_barrier_after_the_fence() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
-        fence.proxy.async.shared::cta;
-        +bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .map(output())
-    .reports(Race);
-}
-
-#[test]
-fn source_overwritten_before_it_was_read() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
-        cp.async.bulk.commit_group;
-        +cp.async.bulk.wait_group.read 0;
-        st.shared.u32 [sh], 7;    // <-- here
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .map(output())
-    .reports(PendingRead);
-}
-
-#[test]
-fn source_overwritten_by_another_warp_before_it_was_read() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, lane, 4, sh;
-        setp.eq.u32 p, warp, 0;
-        setp.eq.u32 q, tid, 0;
-        @p st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        @q cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
-        @q cp.async.bulk.commit_group;
-        +@q cp.async.bulk.wait_group.read 0;
-        bar.sync 0;
-        @!p st.shared.u32 [r0], 7;    // <-- here",
-    )
-    .threads(64)
-    .map(output())
-    .reports(PendingRead);
-}
-
-#[test]
-fn result_read_after_only_the_source_was_waited_for() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
-        cp.async.bulk.commit_group;
-        -cp.async.bulk.wait_group.read 0;
-        +cp.async.bulk.wait_group 0;
-        ld.global.u32 r1, [out];    // <-- here
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .reports(PendingWrite);
-}
-
-#[test]
-fn group_that_was_never_committed() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
-        +cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group.read 0;
-        st.shared.u32 [sh], 7;    // <-- here
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .reports(PendingRead);
-}
-
-#[test]
-fn copies_of_two_blocks_to_the_same_place() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
-        +cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [sh], 128;
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .blocks(2)
-    .reports_one_of(&[PendingWrite, Race]);
-}
-
-#[test]
-fn size_that_is_no_multiple_of_sixteen() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 120;    // <-- here
-        +cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 112;
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .reports(InvalidOperand);
-}
-
-#[test]
-fn tensor_map_that_is_none() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        -mov.u64 tensor, in;
-        cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [tensor, {0, 4}], [sh];    // <-- here
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
-    )
-    .map(output())
-    .reports(InvalidOperand);
-}
-
-#[test]
 fn global_memory_written_by_stores_before_a_load() {
     Case::new(
         ".shared .align 128 .b8 tile[64];
@@ -425,27 +226,6 @@ fn global_memory_written_by_stores_before_a_load() {
         @!p bra WAIT;
         DONE:
         mov.u32 r1, 0;",
-    )
-    .reports(MissingProxyFence);
-}
-
-#[test]
-fn fence_of_the_wrong_state_space() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
-        -fence.proxy.async.global;
-        +fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
-        cp.async.bulk.commit_group;
-        cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
     )
     .reports(MissingProxyFence);
 }
@@ -486,26 +266,6 @@ fn multicast_to_a_block_whose_mbarrier_is_not_initialised() {
 }
 
 #[test]
-fn block_that_ends_while_its_shared_memory_is_read() {
-    Case::new(
-        ".shared .align 128 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
-        fence.proxy.async.shared::cta;
-        bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;    // <-- here
-        cp.async.bulk.commit_group;
-        +cp.async.bulk.wait_group.read 0;
-        DONE:
-        mov.u32 r1, 0;",
-    )
-    .reports(PendingRead);
-}
-
-#[test]
 fn block_that_ends_while_its_shared_memory_is_written() {
     Case::new(
         ".shared .align 128 .b8 tile[64];
@@ -525,4 +285,93 @@ fn block_that_ends_while_its_shared_memory_is_written() {
         exit;    // <-- here",
     )
     .reports(PendingWrite);
+}
+
+#[test]
+fn a_barrier_hands_on_what_one_thread_has_waited_for() {
+    Case::new(
+        ".shared .align 128 .b8 tile[128];
+        .shared .align 8 .b8 bar[8];
+        mov.u32 sh, tile;
+        mov.u32 r0, bar;
+        mad.lo.u32 r1, lane, 4, sh;
+        setp.ne.u32 p, tid, 0;
+        @p bra CONSUME;
+        mbarrier.init.shared.b64 [r0], 1;
+        fence.proxy.async;
+        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 4}], [r0];    // <-- here
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        @!p bra WAIT;
+        CONSUME:
+        +bar.sync 0;
+        ld.shared.u32 r2, [r1];    // <-- here",
+    )
+    .threads(64)
+    .map(tiles())
+    .reports_one_of(&[PendingWrite, PendingRead, Race]);
+}
+
+/// A ring of two buffers through which four tiles pass.
+const RING: &str = ".shared .align 128 .b8 tile[256];
+    .shared .align 8 .b8 full[16];
+    .shared .align 8 .b8 empty[16];
+    mov.u32 r0, full;
+    mov.u32 r1, empty;
+    setp.ne.u32 p, tid, 0;
+    @p bra READY;
+    mbarrier.init.shared.b64 [r0], 1;
+    mbarrier.init.shared.b64 [r0+8], 1;
+    mbarrier.init.shared.b64 [r1], 32;
+    mbarrier.init.shared.b64 [r1+8], 32;
+    fence.mbarrier_init.release.cluster;
+    READY:
+    bar.sync 0;
+    mov.u32 r2, 0;
+    setp.ne.u32 p, warp, 0;
+    @p bra CONSUMER;
+    setp.ne.u32 p, tid, 0;
+    @p bra DONE;
+    PRODUCER:
+    and.b32 r3, r2, 1;
+    mad.lo.u32 r4, r3, 8, r0;
+    mad.lo.u32 r5, r3, 8, r1;
+    mov.u32 sh, tile;
+    mad.lo.u32 sh, r3, 128, sh;
+    shr.u32 r6, r2, 1;
+    xor.b32 r6, r6, 1;
+    EMPTY:
+    mbarrier.try_wait.parity.shared.b64 p, [r5], r6;
+    @!p bra EMPTY;
+    mbarrier.arrive.expect_tx.shared.b64 _, [r4], 128;
+    shl.b32 r7, r2, 2;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, r7}], [r4];    // <-- here
+    add.u32 r2, r2, 1;
+    setp.lt.u32 p, r2, 4;
+    @p bra PRODUCER;
+    bra DONE;
+    CONSUMER:
+    and.b32 r3, r2, 1;
+    mad.lo.u32 r4, r3, 8, r0;
+    mad.lo.u32 r5, r3, 8, r1;
+    mov.u32 sh, tile;
+    mad.lo.u32 sh, r3, 128, sh;
+    mad.lo.u32 sh, lane, 4, sh;
+    shr.u32 r6, r2, 1;
+    FULL:
+    mbarrier.try_wait.parity.shared.b64 p, [r4], r6;
+    @!p bra FULL;
+    -mbarrier.arrive.shared.b64 _, [r5];
+    ld.shared.u32 r8, [sh];    // <-- here
+    +mbarrier.arrive.shared.b64 _, [r5];
+    add.u32 r2, r2, 1;
+    setp.lt.u32 p, r2, 4;
+    @p bra CONSUMER;
+    DONE:
+    mov.u32 r9, 0;";
+
+#[test]
+fn arrival_before_the_last_read() {
+    Case::new(RING).threads(64).map(tiles()).reports_one_of(&[PendingWrite, PendingRead, Race]);
 }
