@@ -90,6 +90,56 @@ impl<T> AsyncQueue<T> {
     }
 }
 
+/// The groups of one lane, on the clock of its asynchronous actor.
+#[derive(Clone, Debug)]
+pub struct LaneGroups<T> {
+    /// The copies themselves.
+    pub queue: AsyncQueue<T>,
+    clock: u32,
+    /// The clock at the end of every group that is pending.
+    ends: VecDeque<u32>,
+}
+
+impl<T> Default for LaneGroups<T> {
+    fn default() -> Self {
+        Self { queue: AsyncQueue::default(), clock: 0, ends: VecDeque::new() }
+    }
+}
+
+impl<T> LaneGroups<T> {
+    /// The time of copies issued now.
+    pub fn now(&self) -> u32 {
+        self.clock + 1
+    }
+
+    /// Lets time move on without closing a group; returns that of the copies so far.
+    pub fn tick(&mut self) -> u32 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Closes a group.
+    pub fn commit(&mut self) {
+        self.queue.commit();
+        self.clock += 1;
+        self.ends.push_back(self.clock);
+    }
+
+    /// The time up to which copies are complete once at most `n` groups are pending; None when
+    /// there is nothing to wait for.
+    pub fn reached(&self, n: usize) -> Option<u32> {
+        let done = self.ends.len().saturating_sub(n);
+        done.checked_sub(1).and_then(|i| self.ends.get(i)).copied()
+    }
+
+    /// Waits until at most `n` groups are pending: the copies to complete, in order.
+    pub fn wait(&mut self, n: usize) -> Vec<T> {
+        let done = self.ends.len().saturating_sub(n);
+        self.ends.drain(..done);
+        self.queue.wait(n)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,11 +3,11 @@
 //! Loads complete on an mbarrier, stores in groups of the issuing thread. All accesses are checked
 //! and recorded when the copy is issued; the bytes move at once, or as late as a wait allows.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use crate::access::{Actor, Mode, Region, Window};
 use crate::ast::{Operand, Type};
-use crate::async_queue::AsyncQueue;
+use crate::async_queue::LaneGroups;
 use crate::clock::{self, Epoch, Scope};
 use crate::context::{Cx, lanes};
 use crate::count::Class;
@@ -19,9 +19,9 @@ use crate::ops::atomic::{OPERATIONS, Operation, operation};
 use crate::ops::mbarrier::{At, cell, deliver, find_async};
 use crate::program::{Address, Decoded, Src};
 use crate::shadow::Proxy;
-use crate::tensor_map::{Dtype, TensorMap};
+use crate::tensor_map::Dtype;
 
-use super::copy::{Move, Reduction, perform};
+use super::copy::{Move, Reduction, Run, perform, tensor_runs};
 
 /// Alignment of a tensor copy's tile in shared memory.
 const TILE_ALIGN: u32 = 128;
@@ -37,14 +37,10 @@ pub struct GangState {
 /// One lane's stores.
 #[derive(Default)]
 struct Lane {
-    queue: AsyncQueue<Store>,
-    /// Closed groups.
-    clock: u32,
-    /// Number of every group that is pending.
-    ends: VecDeque<u32>,
-    /// Number of the last group whose sources have been waited for.
+    groups: LaneGroups<Store>,
+    /// Time up to which sources have been waited for.
     read: u32,
-    /// Number of the group of the last store, and its program counter.
+    /// Time of the last store, and its program counter.
     last: (u32, u32),
 }
 
@@ -110,10 +106,7 @@ fn lane<'s>(cx: &'s mut Cx<'_, '_>, l: usize) -> &'s mut Lane {
 
 fn commit(cx: &mut Cx<'_, '_>) {
     for l in lanes(cx.mask) {
-        let lane = lane(cx, l);
-        lane.queue.commit();
-        lane.clock += 1;
-        lane.ends.push_back(lane.clock);
+        lane(cx, l).groups.commit();
     }
 }
 
@@ -122,22 +115,20 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize, read: bool) {
     let warp = cx.warp.global;
     for l in lanes(cx.mask) {
         let Some(mut lane) = cx.gang.bulk.lanes.remove(&(warp, l as u32)) else { continue };
-        let done = lane.ends.len().saturating_sub(n);
-        let last = done.checked_sub(1).and_then(|i| lane.ends.get(i)).copied();
-        lane.read = lane.read.max(last.unwrap_or_default());
+        let reached = lane.groups.reached(n);
+        lane.read = lane.read.max(reached.unwrap_or_default());
         if read {
-            lane.queue.wait_read(n).for_each(|store| store.capture(cx.gang));
+            lane.groups.queue.wait_read(n).for_each(|store| store.capture(cx.gang));
         } else {
-            lane.ends.drain(..done);
-            for store in lane.queue.wait(n) {
+            for store in lane.groups.wait(n) {
                 store.perform(cx.gang, cx.grid);
             }
         }
         let epoch = |actor, clock| Epoch { actor, clock, lanes: 1 << l };
         let clock = &mut cx.warp.clock;
         clock.learn(1 << l, &epoch(clock::Actor::bulk_read(warp), lane.read));
-        if let Some(last) = last.filter(|_| !read) {
-            clock.learn(1 << l, &epoch(clock::Actor::bulk(warp), last));
+        if let Some(reached) = reached.filter(|_| !read) {
+            clock.learn(1 << l, &epoch(clock::Actor::bulk(warp), reached));
         }
         cx.gang.bulk.lanes.insert((warp, l as u32), lane);
     }
@@ -159,8 +150,8 @@ pub fn warp_ended(cx: &mut Cx<'_, '_>) {
 /// Performs the stores nobody has waited for; false when there are none.
 pub fn perform_one(state: &mut State, grid: &Grid<'_>) -> bool {
     let mut lanes = state.bulk.lanes.values_mut();
-    let Some(lane) = lanes.find(|l| l.queue.pending() > 0) else { return false };
-    for store in lane.queue.complete_issued() {
+    let Some(lane) = lanes.find(|l| l.groups.queue.pending() > 0) else { return false };
+    for store in lane.groups.queue.complete_issued() {
         store.perform(state, grid);
     }
     true
@@ -429,7 +420,7 @@ impl Copy {
             Err(error) => return cx.report_lane(Kind::InvalidOperand, l as u32, error),
         };
         let warp = cx.warp.global;
-        let clock = lane(cx, l).clock + 1;
+        let clock = lane(cx, l).groups.now();
         lane(cx, l).last = (clock, cx.pc);
         let of = |actor, strong| Actor {
             lane: l as u32,
@@ -465,7 +456,7 @@ impl Copy {
         let moves = runs.iter().flat_map(|r| r.placed(block, address, false)).collect();
         let store = Store { moves, reduction, captured: None };
         if cx.grid.options.timing.is_lazy() {
-            lane(cx, l).queue.issue(store);
+            lane(cx, l).groups.queue.issue(store);
         } else {
             store.perform(cx.gang, cx.grid);
         }
@@ -496,76 +487,4 @@ fn element_type(dtype: Dtype) -> Type {
         Dtype::F64 => Type::F64,
         Dtype::Bf16 => Type::Bf16,
     }
-}
-
-/// Bytes that lie together in global memory and in the tile.
-struct Run {
-    /// None: outside the tensor.
-    global: Option<Region>,
-    bytes: u32,
-    /// Offset in the tile before the swizzle.
-    tile: u32,
-    map: Option<std::sync::Arc<TensorMap>>,
-}
-
-impl Run {
-    fn linear(global: Option<Region>, bytes: u32) -> Self {
-        Self { global, bytes, tile: 0, map: None }
-    }
-
-    /// The moves of the run for a tile at a shared address.
-    fn placed(&self, block: usize, base: u32, load: bool) -> Vec<Move> {
-        let part = |address: u32, from: u32, bytes: u32| {
-            let shared = Region::Shared { block, address };
-            let global = match self.global {
-                Some(Region::Global { buffer, offset }) => {
-                    Some(Region::Global { buffer, offset: offset + u64::from(from) })
-                }
-                _ => None,
-            };
-            match (load, global, &self.map) {
-                (true, Some(global), _) => Some(Move::between(global, shared, bytes)),
-                (true, None, Some(map)) => {
-                    Some(Move::fill(shared, bytes, map.fill_bits(), map.dtype.bytes()))
-                }
-                (false, Some(global), _) => Some(Move::between(shared, global, bytes)),
-                _ => None,
-            }
-        };
-        match &self.map {
-            None => part(base + self.tile, 0, self.bytes).into_iter().collect(),
-            Some(map) => {
-                let run =
-                    crate::tensor_map::Run { global: None, bytes: self.bytes, tile: self.tile };
-                let swizzle = |a| crate::layout::swizzle(a, map.swizzle);
-                run.place(base.into(), swizzle)
-                    .filter_map(|(address, from, bytes)| part(address as u32, from, bytes))
-                    .collect()
-            }
-        }
-    }
-}
-
-type Runs = Option<(Vec<Run>, u32, Option<Dtype>)>;
-
-/// The runs of a box; None after a report of a run outside its buffer.
-fn tensor_runs(cx: &mut Cx<'_, '_>, lane: u32, map: &[u8], at: &[i32]) -> Result<Runs> {
-    let map = TensorMap::decode(map).map_err(|e| e.to_string())?;
-    let runs = map.runs(at).map_err(|e| e.to_string())?;
-    let map = std::sync::Arc::new(map);
-    let mut out = Vec::with_capacity(runs.len());
-    for run in runs {
-        let global = match run.global {
-            None => None,
-            Some(offset) => {
-                let address = map.address.wrapping_add(offset);
-                match cx.locate(lane, Window::Global, address, run.bytes, 1) {
-                    None => return Ok(None),
-                    found => found,
-                }
-            }
-        };
-        out.push(Run { global, bytes: run.bytes, tile: run.tile, map: Some(map.clone()) });
-    }
-    Ok(Some((out, map.box_bytes() as u32, Some(map.dtype))))
 }

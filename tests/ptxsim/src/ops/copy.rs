@@ -1,10 +1,13 @@
-//! The bytes of bulk copies on their way.
+//! The bytes of bulk copies: where they lie, and how they are moved.
 
 use std::sync::Arc;
 
-use crate::access::Region;
+use crate::access::{Region, Window};
+use crate::context::Cx;
+use crate::decode::Result;
 use crate::gang::State;
 use crate::launch::Grid;
+use crate::tensor_map::{Dtype, TensorMap};
 
 /// Bytes to be moved.
 pub struct Move {
@@ -104,4 +107,79 @@ pub fn perform(state: &mut State, grid: &Grid<'_>, moves: &[Move]) {
         let bytes = m.read(state, Some(grid));
         m.write(state, grid, &bytes, None);
     }
+}
+
+/// Bytes that lie together in global memory and in the tile.
+pub struct Run {
+    /// None: outside the tensor.
+    pub global: Option<Region>,
+    /// How many.
+    pub bytes: u32,
+    /// Offset in the tile before the swizzle.
+    tile: u32,
+    map: Option<Arc<TensorMap>>,
+}
+
+impl Run {
+    /// Bytes that are no tensor.
+    pub fn linear(global: Option<Region>, bytes: u32) -> Self {
+        Self { global, bytes, tile: 0, map: None }
+    }
+
+    /// The moves of the run for a tile at a shared address.
+    pub fn placed(&self, block: usize, base: u32, load: bool) -> Vec<Move> {
+        let part = |address: u32, from: u32, bytes: u32| {
+            let shared = Region::Shared { block, address };
+            let global = match self.global {
+                Some(Region::Global { buffer, offset }) => {
+                    Some(Region::Global { buffer, offset: offset + u64::from(from) })
+                }
+                _ => None,
+            };
+            match (load, global, &self.map) {
+                (true, Some(global), _) => Some(Move::between(global, shared, bytes)),
+                (true, None, Some(map)) => {
+                    Some(Move::fill(shared, bytes, map.fill_bits(), map.dtype.bytes()))
+                }
+                (false, Some(global), _) => Some(Move::between(shared, global, bytes)),
+                _ => None,
+            }
+        };
+        match &self.map {
+            None => part(base + self.tile, 0, self.bytes).into_iter().collect(),
+            Some(map) => {
+                let run =
+                    crate::tensor_map::Run { global: None, bytes: self.bytes, tile: self.tile };
+                let swizzle = |a| crate::layout::swizzle(a, map.swizzle);
+                run.place(base.into(), swizzle)
+                    .filter_map(|(address, from, bytes)| part(address as u32, from, bytes))
+                    .collect()
+            }
+        }
+    }
+}
+
+/// Runs of a copy, its bytes, and the element type of a tensor.
+pub type Runs = Option<(Vec<Run>, u32, Option<Dtype>)>;
+
+/// The runs of a box; None after a report of a run outside its buffer.
+pub fn tensor_runs(cx: &mut Cx<'_, '_>, lane: u32, map: &[u8], at: &[i32]) -> Result<Runs> {
+    let map = TensorMap::decode(map).map_err(|e| e.to_string())?;
+    let runs = map.runs(at).map_err(|e| e.to_string())?;
+    let map = Arc::new(map);
+    let mut out = Vec::with_capacity(runs.len());
+    for run in runs {
+        let global = match run.global {
+            None => None,
+            Some(offset) => {
+                let address = map.address.wrapping_add(offset);
+                match cx.locate(lane, Window::Global, address, run.bytes, 1) {
+                    None => return Ok(None),
+                    found => found,
+                }
+            }
+        };
+        out.push(Run { global, bytes: run.bytes, tile: run.tile, map: Some(map.clone()) });
+    }
+    Ok(Some((out, map.box_bytes() as u32, Some(map.dtype))))
 }

@@ -3,11 +3,11 @@
 //! The accesses are recorded when the copy is issued, under the lane's own asynchronous actor; the
 //! bytes move at once, or when a wait needs them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use crate::access::{Actor, Mode, Region, Window};
 use crate::ast::{Operand, Type};
-use crate::async_queue::AsyncQueue;
+use crate::async_queue::LaneGroups;
 use crate::clock::{self, Epoch};
 use crate::context::{Cx, lanes};
 use crate::count::Class;
@@ -23,17 +23,7 @@ use crate::shadow::Proxy;
 /// Copies not waited for, by warp of the grid and lane.
 #[derive(Default)]
 pub struct GangState {
-    lanes: BTreeMap<(u32, u32), Lane>,
-}
-
-/// One lane's copies.
-#[derive(Default)]
-struct Lane {
-    queue: AsyncQueue<Copy>,
-    /// Time of the lane's asynchronous actor: moves on when a group or a deferred arrive closes.
-    clock: u32,
-    /// Its value at the end of every group that is pending.
-    ends: VecDeque<u32>,
+    lanes: BTreeMap<(u32, u32), LaneGroups<Copy>>,
 }
 
 /// One copy.
@@ -86,16 +76,13 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     copy(op, env)
 }
 
-fn lane<'s>(cx: &'s mut Cx<'_, '_>, l: usize) -> &'s mut Lane {
+fn lane<'s>(cx: &'s mut Cx<'_, '_>, l: usize) -> &'s mut LaneGroups<Copy> {
     cx.gang.cp_async.lanes.entry((cx.warp.global, l as u32)).or_default()
 }
 
 fn commit(cx: &mut Cx<'_, '_>) {
     for l in lanes(cx.mask) {
-        let lane = lane(cx, l);
-        lane.queue.commit();
-        lane.clock += 1;
-        lane.ends.push_back(lane.clock);
+        lane(cx, l).commit();
     }
 }
 
@@ -105,11 +92,10 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) {
     let mut learnt: BTreeMap<u32, u32> = BTreeMap::new();
     for l in lanes(cx.mask) {
         let lane = lane(cx, l);
-        let done = lane.ends.len().saturating_sub(n);
-        if let Some(end) = lane.ends.drain(..done).next_back() {
-            *learnt.entry(end).or_default() |= 1 << l;
+        if let Some(reached) = lane.reached(n) {
+            *learnt.entry(reached).or_default() |= 1 << l;
         }
-        for copy in lane.queue.wait(n) {
+        for copy in lane.wait(n) {
             copy.perform(cx.gang, cx.grid);
         }
     }
@@ -179,7 +165,7 @@ fn issue(cx: &mut Cx<'_, '_>, d: &Address, s: &Address, size: u32, extra: &Extra
             cx.report_lane(Kind::InvalidOperand, l as u32, text);
             continue;
         }
-        let clock = lane(cx, l).clock + 1;
+        let clock = lane(cx, l).now();
         let epoch = Epoch { actor: clock::Actor::cp_async(cx.warp.global), clock, lanes: 1 << l };
         // cp.async works in the generic proxy.
         let actor = Actor { lane: l as u32, epoch, proxy: Proxy::Generic, strong: None };
@@ -228,10 +214,10 @@ fn deferred_arrive(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
                 }
             };
             let (key, by) = ((cx.warp.global, l as u32), (cx.pc, cx.warp.global, l as u32));
-            let lane = lane(cx, l);
-            lane.clock += 1;
+            // Copies issued from here on are not among those the arrive stands for.
+            let clock = lane(cx, l).tick();
             let actor = clock::Actor::cp_async(key.0);
-            let epoch = Epoch { actor, clock: lane.clock, lanes: 1 << l };
+            let epoch = Epoch { actor, clock, lanes: 1 << l };
             cx.gang.start(cx.grid, move |state, grid| {
                 let copies = state.cp_async.lanes.get_mut(&key).map(|l| l.queue.complete_issued());
                 copies.into_iter().flatten().for_each(|copy| copy.perform(state, grid));
