@@ -27,6 +27,8 @@ const ROUNDINGS: [(&str, Rounding); 9] = [
 #[derive(Clone, Copy)]
 struct Mode {
     rounding: Rounding,
+    /// Whether a rounding is written.
+    rounds: bool,
     /// To an integral value (`.rni` and the like).
     integral: bool,
     flush: bool,
@@ -37,10 +39,37 @@ struct Mode {
 impl Mode {
     fn take(op: &mut Opcode<'_>) -> Self {
         let integral = op.rest().iter().any(|m| matches!(*m, "rni" | "rzi" | "rmi" | "rpi"));
-        let rounding = op.one_of(&ROUNDINGS).unwrap_or(Rounding::Nearest);
+        let rounding = op.one_of(&ROUNDINGS);
+        let (rounds, rounding) = (rounding.is_some(), rounding.unwrap_or(Rounding::Nearest));
         let flush = op.take("ftz");
         let saturate = op.take("sat");
-        Self { rounding, integral, flush, saturate, relu: op.take("relu") }
+        Self { rounding, rounds, integral, flush, saturate, relu: op.take("relu") }
+    }
+
+    /// A rounding must be written exactly where a conversion may round.
+    fn check(self, to: Type, from: Type) -> Result<()> {
+        let (integer_to, integer_from) = (int(to).is_ok(), int(from).is_ok());
+        let needed = match (integer_from, integer_to) {
+            (true, true) => false,
+            (false, true) => return self.expect(true),
+            (true, false) => true,
+            (false, false) => to.size() < from.size(),
+        };
+        match (needed, self.rounds) {
+            (true, _) => self.expect(false),
+            (false, true) if integer_from || to.size() > from.size() => {
+                Err("a rounding where nothing is rounded".into())
+            }
+            (false, _) => Ok(()),
+        }
+    }
+
+    fn expect(self, integral: bool) -> Result<()> {
+        match (self.rounds, self.integral == integral) {
+            (true, true) => Ok(()),
+            (_, _) if integral => Err("one of .rni, .rzi, .rmi and .rpi is missing".into()),
+            (_, _) => Err("one of .rn, .rz, .rm and .rp is missing".into()),
+        }
     }
 }
 
@@ -143,6 +172,7 @@ fn single(
     d: &Operand,
     a: &Operand,
 ) -> Result<Decoded> {
+    mode.check(to, from)?;
     let width = env.width(d)?;
     let (d, a) = (env.dst(d, to)?, env.src(a, from)?);
     let class = Class::Convert;
