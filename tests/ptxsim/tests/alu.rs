@@ -259,3 +259,22 @@ fn an_unknown_modifier_is_an_error_with_its_line() {
     let error = run("add.fancy.s32 %r3, %r0, %r1;", &[[0; 3]]).expect_err("an error").to_string();
     assert!(error.contains(".fancy") && error.contains("32:"), "{error}");
 }
+
+#[test]
+fn what_the_assembler_refuses_is_refused() {
+    for (text, what) in [
+        ("cvt.s32.f32 %r3, %r0;", ".rzi"),
+        ("cvt.rn.s32.f32 %r3, %r0;", ".rzi"),
+        ("cvt.f32.s32 %r3, %r0;", ".rn"),
+        ("cvt.rn.u32.s32 %r3, %r0;", "nothing is rounded"),
+        ("fma.f32 %r3, %r0, %r1, %r2;", "rounding"),
+        ("rcp.f32 %r3, %r0;", ".approx"),
+        ("mul.s32 %r3, %r0, %r1;", ".lo"),
+        ("setp.s32 %p1, %r0, %r1;", "comparison"),
+        ("shl.b32 %r3, %r0;", "operands"),
+        ("frobnicate.b32 %r3, %r0;", "frobnicate"),
+    ] {
+        let error = run(text, &[[0; 3]]).expect_err(text).to_string();
+        assert!(error.contains(what), "{text}: {error}");
+    }
+}
