@@ -306,10 +306,21 @@ impl Cx<'_, '_> {
         address: Option<Place>,
         other: Option<(u32, Location)>,
     ) {
-        let at = self.grid.location(self.pc, self.warp.global, lane);
         let (other_pc, other) = other.unzip();
-        let diagnostic = Diagnostic { kind, message, at, other, address, repeated: 1 };
+        let diagnostic = self.diagnostic(kind, lane, message, address, other);
         self.gang.findings.add(self.pc, other_pc, diagnostic);
+    }
+
+    fn diagnostic(
+        &self,
+        kind: Kind,
+        lane: u32,
+        message: String,
+        address: Option<Place>,
+        other: Option<Location>,
+    ) -> Diagnostic {
+        let at = self.grid.location(self.pc, self.warp.global, lane);
+        Diagnostic { kind, message, at, other, address, repeated: 1 }
     }
 
     /// Reports something after which the launch cannot go on.
@@ -319,9 +330,17 @@ impl Cx<'_, '_> {
         Flow::Fault
     }
 
-    /// Reports a race found by the shadow of some memory.
+    /// Reports a race found by the shadow of some memory; one that hardware is known to forgive
+    /// only as a warning.
     #[cold]
-    pub fn report_race(&mut self, lane: u32, race: &Race, what: &str, place: Place) {
+    pub fn report_race(
+        &mut self,
+        lane: u32,
+        race: &Race,
+        what: &str,
+        place: Place,
+        forgiven: bool,
+    ) {
         let kind = match race.conflict {
             Conflict::PendingWrite => Kind::PendingWrite,
             Conflict::PendingRead => Kind::PendingRead,
@@ -351,7 +370,9 @@ impl Cx<'_, '_> {
         let by = self.grid.actor(race.other.actor);
         let other = self.grid.location_of(race.other_pc, &race.other);
         let message = format!("{what}: {order} (the other: {by})");
-        self.report_at(kind, lane, message, Some(place), Some((race.other_pc, other)));
+        let diagnostic = self.diagnostic(kind, lane, message, Some(place), Some(other));
+        let found = if forgiven { &mut self.gang.warnings } else { &mut self.gang.findings };
+        found.add(self.pc, Some(race.other_pc), diagnostic);
     }
 }
 

@@ -62,6 +62,8 @@ pub struct State {
     pub counters: Counters,
     /// What was found.
     pub findings: Findings,
+    /// What breaks a rule that hardware is known not to insist on.
+    pub warnings: Findings,
     /// Counts events that something may have waited for.
     pub version: u64,
     /// Counts stores and atomics that change something: what polls of memory wait for.
@@ -135,6 +137,8 @@ pub struct Outcome {
     pub counters: Counters,
     /// What was found.
     pub findings: Findings,
+    /// What breaks a rule that hardware is known not to insist on.
+    pub warnings: Findings,
     /// Whether it ran to its end.
     pub complete: bool,
 }
@@ -150,6 +154,7 @@ impl<'g> Gang<'g> {
             blocks: Vec::new(),
             counters: Counters::new(grid.kernel.instrs.len()),
             findings: Findings::default(),
+            warnings: Findings::default(),
             version: 1,
             activity: 0,
             pending: Vec::new(),
@@ -221,8 +226,8 @@ impl<'g> Gang<'g> {
             }
         };
         while complete && self.perform_one() {}
-        let State { counters, findings, .. } = self.state;
-        Outcome { counters, findings, complete }
+        let State { counters, findings, warnings, .. } = self.state;
+        Outcome { counters, findings, warnings, complete }
     }
 
     /// Whether a warp may do something it could not do before.

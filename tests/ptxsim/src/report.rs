@@ -70,6 +70,7 @@ pub struct Schedule {
 #[derive(Clone, Debug)]
 pub struct Report {
     findings: Findings,
+    warnings: Findings,
     /// Lines that were executed, in the order of the text.
     pub lines: Vec<Line>,
     /// Buffers that were touched.
@@ -85,11 +86,12 @@ pub struct Report {
 impl Report {
     pub(crate) fn new(grid: &Grid<'_>, outcomes: Vec<Outcome>) -> Self {
         let mut counters = Counters::new(grid.kernel.instrs.len());
-        let mut findings = Findings::default();
+        let (mut findings, mut warnings) = (Findings::default(), Findings::default());
         let mut complete = true;
         for outcome in outcomes {
             counters.merge(outcome.counters);
             findings.merge(outcome.findings);
+            warnings.merge(outcome.warnings);
             complete &= outcome.complete;
         }
         let lines = lines(grid, &counters);
@@ -106,7 +108,7 @@ impl Report {
         };
         let bound = Bound::new(grid.arch, &work);
         let schedule = Schedule { seed: grid.options.seed, timing: grid.options.timing };
-        Self { findings, lines, buffers, bound, schedules: vec![schedule], complete }
+        Self { findings, warnings, lines, buffers, bound, schedules: vec![schedule], complete }
     }
 
     /// Whether nothing was found and every run came to its end.
@@ -117,6 +119,14 @@ impl Report {
     /// What was found.
     pub fn diagnostics(&self) -> impl Iterator<Item = &Diagnostic> {
         self.findings.iter()
+    }
+
+    /// What breaks a rule that hardware is known not to insist on ([`Options::strict_proxies`]); a
+    /// clean report may have some.
+    ///
+    /// [`Options::strict_proxies`]: crate::Options::strict_proxies
+    pub fn warnings(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.warnings.iter()
     }
 
     /// Whether something of this kind was found.
@@ -155,6 +165,7 @@ impl Report {
     /// Adds the findings of another schedule of the same launch.
     pub fn merge(&mut self, other: Self) {
         self.findings.merge(other.findings);
+        self.warnings.merge(other.warnings);
         self.schedules.extend(other.schedules);
         self.complete &= other.complete;
     }
@@ -258,6 +269,7 @@ impl Serialize for Report {
             "complete": self.complete,
             "errors": errors,
             "races": races,
+            "warnings": self.warnings().collect::<Vec<_>>(),
             "findings_dropped": self.findings.dropped(),
             "counts": {
                 "warp_instructions": self.instructions(),
@@ -281,6 +293,9 @@ impl Serialize for Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for diagnostic in self.warnings() {
+            writeln!(f, "warning: {diagnostic}")?;
+        }
         for diagnostic in self.diagnostics() {
             writeln!(f, "{diagnostic}")?;
         }

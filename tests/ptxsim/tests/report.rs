@@ -123,3 +123,39 @@ fn several_schedules_count_once() {
     assert_eq!((report.schedules.len(), report.instructions()), (4, 60));
     assert_eq!(device.read::<u32>(data).expect("written"), [1; 128]);
 }
+
+/// A bulk copy that completes on an mbarrier nobody has fenced.
+const UNFENCED: &str = "
+    .version 8.0 .target sm_90a .address_size 64
+    .visible .entry copy(.param .u64 from) {
+        .reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %x<2>;
+        .shared .align 16 .b8 tile[16];
+        .shared .align 8 .b8 full[8];
+        ld.param.u64 %x0, [from];
+        mov.u32 %r0, tile; mov.u32 %r1, full;
+        mbarrier.init.shared::cta.b64 [%r1], 1;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 16;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%x0], 16, [%r1];
+    WAIT:
+        mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r1], 0;
+        @!%p0 bra WAIT;
+        ret;
+    }";
+
+#[test]
+fn what_hardware_forgives_is_a_warning() {
+    let module = Module::parse(UNFENCED).expect("it parses");
+    for strict in [false, true] {
+        let mut device = Device::new(Arch::Sm90a);
+        device.options.strict_proxies = strict;
+        let from = device.buffer("from", &[0u32; 4]);
+        let report =
+            device.launch(&module, "copy", &Launch::linear(1, 1), &[from.into()]).expect("it runs");
+        assert_eq!(report.is_clean(), !strict, "{report}");
+        assert_eq!(report.has(Kind::MissingProxyFence), strict, "{report}");
+        assert_eq!(report.warnings().count(), usize::from(!strict), "{report}");
+        let json = serde_json::to_value(&report).expect("it serialises");
+        let list = if strict { "races" } else { "warnings" };
+        assert_eq!(json[list][0]["kind"], "missing-proxy-fence");
+    }
+}

@@ -5,7 +5,7 @@ use crate::clock::{ActorKind, ProxySpace};
 use crate::context::Cx;
 use crate::diagnostic::Kind;
 use crate::memory::PAGE;
-use crate::shadow::{Access, Conflict};
+use crate::shadow::{Access, Conflict, Race};
 
 impl<'g> Cx<'_, 'g> {
     /// Checks and records an access in the shadow: initialised, no race, not an mbarrier object,
@@ -164,23 +164,31 @@ impl<'g> Cx<'_, 'g> {
         region: Region,
         bytes: u32,
         uninitialised: bool,
-        race: Option<&crate::shadow::Race>,
+        race: Option<&Race>,
         lane: u32,
         what: &str,
     ) {
         let Some(place) = self.region_place(region) else { return };
         if let Some(race) = race {
-            let by_cp_async = race.other.actor.kind() == ActorKind::CpAsync;
-            if race.conflict == Conflict::MissingProxyFence
-                && by_cp_async
-                && !self.grid.options.strict_proxies
-            {
-                return;
-            }
-            self.report_race(lane, race, what, place);
+            let forgiven = self.is_forgiven(region, race);
+            self.report_race(lane, race, what, place, forgiven);
         } else if uninitialised {
             let text = format!("{what} of {bytes} bytes at {place} that were never written");
             self.report_at(Kind::UninitialisedMemory, lane, text, Some(place), None);
         }
+    }
+    /// Whether only the text of the rules asks for the fence that is missing: compilers leave it
+    /// out after cp.async and mbarrier.init.
+    fn is_forgiven(&self, region: Region, race: &Race) -> bool {
+        let object = match region {
+            Region::Shared { block, address } => {
+                self.gang.blocks[block].shared.mbarriers.contains_key(&address)
+            }
+            _ => false,
+        };
+        let by_cp_async = race.other.actor.kind() == ActorKind::CpAsync;
+        race.conflict == Conflict::MissingProxyFence
+            && (by_cp_async || object)
+            && !self.grid.options.strict_proxies
     }
 }

@@ -349,9 +349,7 @@ pub fn find(cx: &mut Cx<'_, '_>, lane: usize, window: Window, address: u64) -> O
 
 /// The same for an asynchronous copy, which needs a proxy fence after the initialisation.
 pub fn find_async(cx: &mut Cx<'_, '_>, lane: usize, window: Window, address: u64) -> Option<At> {
-    let strict = cx.grid.options.strict_proxies;
-    let proxy = if strict { Proxy::Async } else { Proxy::Generic };
-    find_by(cx, lane, window, address, proxy)
+    find_by(cx, lane, window, address, Proxy::Async)
 }
 
 fn find_by(

@@ -219,6 +219,7 @@ impl Case {
         for timing in [Timing::Eager, Timing::Lazy] {
             for seed in 0..3 {
                 let (mut device, args) = self.device();
+                device.options.strict_proxies = true;
                 device.options.timing = timing;
                 device.options.seed = seed;
                 device.options.residency = self.residency;

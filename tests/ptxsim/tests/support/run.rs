@@ -26,7 +26,9 @@ pub fn parse(case: &str, ptx: &str) -> Module {
 #[track_caller]
 pub fn compiled(file: &str, arch_name: &str) -> (Module, Device) {
     let module = parse(file, &tools::kernel(file, arch_name));
-    (module, Device::new(arch(arch_name)))
+    let mut device = Device::new(arch(arch_name));
+    device.options.strict_proxies = true;
+    (module, device)
 }
 
 /// Runs a kernel under several schedules; whatever is reported fails the test.

@@ -89,8 +89,6 @@ impl Case {
         let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let module: Module = run::parse(&self.label, &text);
         let mut device = Device::new(run::arch(&self.arch));
-        // Triton leaves out proxy fences after cp.async and mbarrier.init.
-        device.options.strict_proxies = false;
         let mut rng = generator(&self.label);
         let place = |(name, described): (&String, &Described)| {
             (name.clone(), described.place(name, &mut device, &mut rng))
