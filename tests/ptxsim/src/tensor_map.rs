@@ -1,5 +1,7 @@
 //! Tensor maps: the description of a tensor in global memory that bulk tensor copies use.
 
+pub mod replace;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 

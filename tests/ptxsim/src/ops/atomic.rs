@@ -12,7 +12,7 @@ use crate::program::{Decoded, Src};
 /// atom, red, fence, membar.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     match op.root() {
-        "fence" => fence(op),
+        "fence" => fence(op, env),
         "membar" => {
             if !(op.take("gl") || op.take("cta") || op.take("sys")) {
                 return Err("the level is missing".into());
@@ -27,11 +27,14 @@ fn fence_all() -> Decoded {
     Decoded::next(Class::Barrier, |cx| cx.warp.clock.fence(cx.mask))
 }
 
-fn fence(op: &mut Opcode<'_>) -> Result<Decoded> {
-    let [] = op.operands()?;
+fn fence(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     if op.take("proxy") {
-        return proxy_fence(op);
+        return match op.take("tensormap::generic") {
+            true => super::tensormap::fence(op, env),
+            false => proxy_fence(op),
+        };
     }
+    let [] = op.operands()?;
     if op.take("mbarrier_init") {
         op.expect("release")?;
         op.expect("cluster")?;
@@ -45,6 +48,7 @@ fn fence(op: &mut Opcode<'_>) -> Result<Decoded> {
 }
 
 fn proxy_fence(op: &mut Opcode<'_>) -> Result<Decoded> {
+    let [] = op.operands()?;
     if !(op.take("async") || op.take("alias")) {
         return Err("this proxy is not supported".into());
     }

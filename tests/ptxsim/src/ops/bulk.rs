@@ -305,6 +305,7 @@ impl Copy {
             Some(Global::Tensor { map, coordinates }) => {
                 let address = cx.addresses(map)[l];
                 let region = cx.locate(lane, Window::Generic, address, 128, 64)?;
+                cx.touch(region, 128, Mode::Read, cx.own(l, None), "tensor map");
                 let mut bytes = [0; 128];
                 cx.copy_out(l, region, &mut bytes);
                 let at: Vec<i32> = coordinates.iter().map(|c| cx.read(c)[l] as i32).collect();

@@ -19,6 +19,7 @@ pub mod mbarrier;
 pub mod misc;
 pub mod mma;
 pub mod moves;
+pub mod tensormap;
 pub mod warp;
 pub mod wgmma;
 
@@ -50,6 +51,7 @@ fn family(root: &str) -> Option<Decoder> {
         "setmaxnreg" | "griddepcontrol" | "getctarank" => misc::decode,
         "ldmatrix" | "stmatrix" | "movmatrix" => matrix::decode,
         "mma" => mma::decode,
+        "tensormap" => tensormap::decode,
         "wgmma" => wgmma::decode,
         "cp" => cp_async::decode,
         "mbarrier" => mbarrier::decode,
