@@ -68,6 +68,21 @@ pub struct Rates {
 }
 
 impl Arch {
+    /// Whether it runs code for a `.target` of the text: one that is not newer, and for targets with
+    /// features of their own (`sm_90a`) that very one.
+    pub fn runs(self, target: &str) -> bool {
+        let own = self.to_string();
+        let number = |name: &str| -> Option<u32> {
+            name.strip_prefix("sm_")?.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().ok()
+        };
+        let first = target.split(',').next().unwrap_or_default().trim();
+        match (number(first), number(&own)) {
+            _ if first.ends_with('a') => first == own,
+            (Some(target), Some(own)) => target <= own,
+            _ => false,
+        }
+    }
+
     /// Whether it has clusters, mbarrier transactions and tensor copies.
     pub fn is_hopper(self) -> bool {
         matches!(self, Self::Sm90 | Self::Sm90a)
@@ -119,5 +134,26 @@ impl Arch {
             issue: 4.0,
             shared: 128.0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        assert!(Arch::Sm80.runs("sm_80") && Arch::Sm80.runs("sm_75") && Arch::Sm90a.runs("sm_80"));
+        assert!(Arch::Sm90a.runs("sm_90a") && Arch::Sm90a.runs("sm_90, debug"));
+        assert!(!Arch::Sm80.runs("sm_86") && !Arch::Sm90.runs("sm_90a"));
+        assert!(!Arch::Sm90a.runs("sm_100a") && !Arch::Sm90a.runs("texmode_unified"));
+    }
+
+    #[test]
+    fn names() {
+        for (name, arch) in NAMES {
+            assert_eq!((name.parse(), arch.to_string()), (Ok(arch), name.to_string()));
+        }
+        assert!("sm_70".parse::<Arch>().is_err_and(|e| e.to_string().contains("sm_70")));
     }
 }

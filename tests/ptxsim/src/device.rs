@@ -263,6 +263,10 @@ impl Device {
         launch: &Launch,
         args: &[Arg],
     ) -> Result<Report, LaunchError> {
+        if !self.arch.runs(&module.ast.target) {
+            let target = module.ast.target.clone();
+            return Err(LaunchError::Target { target, arch: self.arch });
+        }
         let kernel = module.kernel(kernel)?;
         let params = self.params(&kernel, args)?;
         let variables = module.variables();

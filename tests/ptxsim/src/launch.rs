@@ -142,6 +142,14 @@ pub enum LaunchError {
         /// Where and what.
         error: DecodeError,
     },
+    /// The text is for another architecture.
+    #[error("the text is for {target}, which {arch} does not run")]
+    Target {
+        /// `.target` of the text.
+        target: String,
+        /// The device's.
+        arch: Arch,
+    },
     /// Wrong number of arguments.
     #[error("kernel {kernel} takes {expected} arguments, {given} given")]
     ArgumentCount {

@@ -38,7 +38,7 @@ ret;
 "
     );
     let module = Module::parse(&text).expect("the text parses");
-    let mut device = Device::new(Arch::Sm90);
+    let mut device = Device::new(Arch::Sm90a);
     let all: Vec<[u64; 3]> = (0..32).map(|l| rows[l.min(rows.len() - 1)]).collect();
     let input = device.buffer("in", all.as_flattened());
     let output = device.uninitialised::<u64>("out", 32);

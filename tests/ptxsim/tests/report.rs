@@ -159,3 +159,13 @@ fn what_hardware_forgives_is_a_warning() {
         assert_eq!(json[list][0]["kind"], "missing-proxy-fence");
     }
 }
+
+#[test]
+fn text_for_another_architecture_is_refused() {
+    let module = Module::parse(UNFENCED).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let from = device.buffer("from", &[0u32; 4]);
+    let refused = device.launch(&module, "copy", &Launch::linear(1, 1), &[from.into()]);
+    let error = refused.expect_err("a refusal").to_string();
+    assert!(error.contains("sm_90a") && error.contains("sm_80"), "{error}");
+}
