@@ -169,3 +169,30 @@ fn text_for_another_architecture_is_refused() {
     let error = refused.expect_err("a refusal").to_string();
     assert!(error.contains("sm_90a") && error.contains("sm_80"), "{error}");
 }
+
+#[test]
+fn a_failed_assertion_ends_the_launch() {
+    let text = "
+        .version 8.0 .target sm_80 .address_size 64
+        .extern .func __assertfail(.param .b64 message, .param .b32 line) .noreturn;
+        .visible .entry asserts(.param .u32 limit) {
+            .reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %x<2>;
+            ld.param.u32 %r0, [limit]; mov.u32 %r1, %tid.x;
+            setp.lt.u32 %p0, %r1, %r0; @%p0 bra FINE;
+            { .param .b64 message; .param .b32 line;
+              mov.u64 %x0, 0; st.param.b64 [message], %x0;
+              mov.u32 %r2, 7; st.param.b32 [line], %r2;
+              call.uni __assertfail, (message, line);
+            }
+        FINE:
+            ret;
+        }";
+    let module = Module::parse(text).expect("it parses");
+    for (limit, fails) in [(32, false), (20, true)] {
+        let mut device = Device::new(Arch::Sm80);
+        let args = [ptxsim::Arg::U32(limit)];
+        let launch = Launch::linear(1, 32);
+        let report = device.launch(&module, "asserts", &launch, &args).expect("it runs");
+        assert_eq!((report.has(Kind::Trap), report.is_clean()), (fails, !fails), "{report}");
+    }
+}

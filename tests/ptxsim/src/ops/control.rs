@@ -5,8 +5,9 @@ use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::diagnostic::Kind;
 use crate::program::{Decoded, Flow, Waiting};
+use crate::scope::fails_assertion;
 
-/// bra, ret, exit, trap, brkpt, nanosleep, pmevent.
+/// bra, ret, exit, call of a failed assertion, trap, brkpt, nanosleep, pmevent.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     op.take("uni");
     match op.root() {
@@ -35,6 +36,10 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
                 Flow::Spin(Waiting::Poll)
             }))
         }
+        // All other calls have been expanded.
+        "call" if fails_assertion(op.instr) => Ok(Decoded::flow(Class::Control, |cx| {
+            cx.fault(Kind::Trap, "an assertion of the kernel fails".into())
+        })),
         "trap" | "brkpt" => {
             let [] = op.operands()?;
             Ok(Decoded::flow(Class::Control, |cx| cx.fault(Kind::Trap, "trap executed".into())))

@@ -44,7 +44,9 @@ fn family(root: &str) -> Option<Decoder> {
         "testp" => float::testp,
         "cvt" => convert::decode,
         "mov" | "cvta" | "mapa" => moves::decode,
-        "bra" | "ret" | "exit" | "trap" | "brkpt" | "nanosleep" | "pmevent" => control::decode,
+        "bra" | "ret" | "exit" | "call" | "trap" | "brkpt" | "nanosleep" | "pmevent" => {
+            control::decode
+        }
         "ld" | "ldu" | "st" | "prefetch" | "prefetchu" | "discard" | "isspacep"
         | "createpolicy" => load_store::decode,
         "bar" | "barrier" => barrier::decode,
