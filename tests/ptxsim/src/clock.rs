@@ -14,7 +14,7 @@ mod warp;
 
 pub(crate) use sync::Block;
 pub use sync::{Scope, SyncTable};
-pub use warp::WarpClock;
+pub use warp::{Reach, WarpClock};
 
 /// All lanes of a warp.
 pub const ALL_LANES: u32 = !0;

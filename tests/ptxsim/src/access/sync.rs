@@ -1,7 +1,7 @@
 //! What atomics and other strong accesses carry from thread to thread.
 
 use super::Window;
-use crate::clock::Scope;
+use crate::clock::{Knowledge, Reach, Scope};
 use crate::context::Cx;
 use crate::memory::{SHARED_WINDOW, Target, target};
 
@@ -16,7 +16,23 @@ impl Cx<'_, '_> {
         release: bool,
         rmw: bool,
     ) {
-        let k = self.warp.clock.publish(1 << lane, release);
+        let k = self.warp.clock.publish(1 << lane, release, Reach::of(scope));
+        self.hand_on(window, address, scope, k, rmw);
+        // A fence of the block serves the block, whatever the scope of the access.
+        if !release && scope != Scope::Cta {
+            let k = self.warp.clock.publish(1 << lane, false, Reach::Block);
+            self.hand_on(window, address, Scope::Cta, k, true);
+        }
+    }
+
+    fn hand_on(
+        &mut self,
+        window: Window,
+        address: u64,
+        scope: Scope,
+        k: Option<Knowledge>,
+        rmw: bool,
+    ) {
         let b = &self.gang.blocks[self.warp.block];
         let (cta, cluster) = (b.linear, b.cluster);
         match self.sync_key(window, address) {
@@ -37,17 +53,23 @@ impl Cx<'_, '_> {
         scope: Scope,
         acquire: bool,
     ) {
+        if let Some(k) = self.handed_on(window, address, scope) {
+            self.warp.clock.observe(1 << lane, &k, acquire, Reach::of(scope));
+        }
+        if !acquire
+            && scope != Scope::Cta
+            && let Some(k) = self.handed_on(window, address, Scope::Cta)
+        {
+            self.warp.clock.observe(1 << lane, &k, false, Reach::Block);
+        }
+    }
+
+    fn handed_on(&self, window: Window, address: u64, scope: Scope) -> Option<Knowledge> {
         let b = &self.gang.blocks[self.warp.block];
         let (cta, cluster) = (b.linear, b.cluster);
-        let k = match self.sync_key(window, address) {
-            None => None,
-            Some((Some(block), key)) => {
-                self.gang.blocks[block].sync.observe(key, scope, cta, cluster)
-            }
-            Some((None, key)) => self.grid.sync().observe(key, scope, cta, cluster),
-        };
-        if let Some(k) = k {
-            self.warp.clock.observe(1 << lane, &k, acquire);
+        match self.sync_key(window, address)? {
+            (Some(block), key) => self.gang.blocks[block].sync.observe(key, scope, cta, cluster),
+            (None, key) => self.grid.sync().observe(key, scope, cta, cluster),
         }
     }
 

@@ -1,7 +1,8 @@
 //! What the lanes of one warp know.
 
 use super::{
-    ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, bits, completes_with_fence,
+    ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, Scope, bits,
+    completes_with_fence,
 };
 
 /// Index of a clock in [`Knowledge`]: all, or what passed a fence of a space.
@@ -33,15 +34,36 @@ impl Own {
     }
 }
 
+/// How far a fence reaches: the patterns of relaxed accesses and fences are kept apart for each.
+#[derive(Copy, Clone, Debug, Eq, PartialEq)]
+pub enum Reach {
+    /// The threads of the block.
+    Block,
+    /// All threads.
+    Device,
+}
+
+impl Reach {
+    /// Of a scope; clusters count as the device.
+    pub fn of(scope: Scope) -> Self {
+        if scope == Scope::Cta { Self::Block } else { Self::Device }
+    }
+
+    /// The reaches that a fence of this one serves.
+    fn served(self) -> &'static [usize] {
+        if self == Self::Block { &[0] } else { &[0, 1] }
+    }
+}
+
 /// What one lane knows beyond the others.
 #[derive(Clone, Debug, Default)]
 struct Lane {
     known: Knowledge,
     own: Own,
-    /// What a relaxed store of the lane releases, if it fenced apart from the others.
-    snapshot: Option<Knowledge>,
+    /// What a relaxed store of the lane releases, if it fenced apart from the others; by [`Reach`].
+    snapshots: [Option<Knowledge>; 2],
     /// What relaxed loads saw and the next fence acquires.
-    observed: Option<Knowledge>,
+    observed: [Option<Knowledge>; 2],
 }
 
 /// What all lanes knew at a fence they executed together.
@@ -62,8 +84,8 @@ pub struct WarpClock {
     common: Knowledge,
     own: Own,
     lanes: Option<Box<[Option<Box<Lane>>; 32]>>,
-    snapshot: Option<Box<Snapshot>>,
-    observed: Option<Box<Knowledge>>,
+    snapshots: [Option<Box<Snapshot>>; 2],
+    observed: [Option<Box<Knowledge>>; 2],
 }
 
 impl WarpClock {
@@ -76,8 +98,8 @@ impl WarpClock {
             common: Knowledge::default(),
             own: Own::default(),
             lanes: None,
-            snapshot: None,
-            observed: None,
+            snapshots: [None, None],
+            observed: [None, None],
         }
     }
 
@@ -240,35 +262,44 @@ impl WarpClock {
     }
 
     /// `fence.acq_rel`, `fence.sc`, `membar`: acquires what relaxed loads of these lanes saw, and
-    /// lets their later relaxed stores release all up to here.
-    pub fn fence(&mut self, lanes: u32) {
-        self.acquire_observed(lanes);
+    /// lets their later relaxed stores release all up to here; as far as the fence reaches.
+    pub fn fence(&mut self, lanes: u32, reach: Reach) {
+        for &i in reach.served() {
+            self.acquire_observed(lanes, i);
+        }
+        for &i in reach.served() {
+            self.take_snapshot(lanes, i);
+        }
+        self.now += 1;
+    }
+
+    fn take_snapshot(&mut self, lanes: u32, i: usize) {
         let together = self.all(lanes);
         for lane in bits(lanes) {
             if !together || self.lane(lane).is_some() {
                 let mut k = Knowledge::default();
                 self.add_known(1 << lane, &mut k);
-                self.lane_mut(lane).snapshot = Some(k);
+                self.lane_mut(lane).snapshots[i] = Some(k);
             }
         }
         if together {
             let (known, own, at) = (self.common.clone(), self.own, self.now);
-            self.snapshot = Some(Box::new(Snapshot { known, own, at }));
+            self.snapshots[i] = Some(Box::new(Snapshot { known, own, at }));
         }
-        self.now += 1;
     }
 
     /// A strong store or read-modify-write of these lanes: what it hands on, which is all so far
-    /// with release semantics, else all up to the lanes' last fence.
-    pub fn publish(&mut self, lanes: u32, release: bool) -> Option<Knowledge> {
+    /// with release semantics, else all up to the lanes' last fence of that reach.
+    pub fn publish(&mut self, lanes: u32, release: bool, reach: Reach) -> Option<Knowledge> {
         if release {
             return Some(self.release(lanes));
         }
+        let i = reach as usize;
         let mut sum = None;
         for lane in bits(lanes) {
-            if let Some(snapshot) = self.lane(lane).and_then(|extra| extra.snapshot.as_ref()) {
+            if let Some(snapshot) = self.lane(lane).and_then(|extra| extra.snapshots[i].as_ref()) {
                 sum.get_or_insert_with(Knowledge::default).join(snapshot);
-            } else if let Some(snapshot) = &self.snapshot {
+            } else if let Some(snapshot) = &self.snapshots[i] {
                 let sum = sum.get_or_insert_with(Knowledge::default);
                 sum.join(&snapshot.known);
                 add_own(sum, self.warp, 1 << lane, snapshot.at, &snapshot.own);
@@ -278,29 +309,32 @@ impl WarpClock {
     }
 
     /// A strong load or read-modify-write of these lanes saw what another published: known now
-    /// with acquire semantics, else from their next fence on.
-    pub fn observe(&mut self, lanes: u32, k: &Knowledge, acquire: bool) {
+    /// with acquire semantics, else from their next fence of that reach on.
+    pub fn observe(&mut self, lanes: u32, k: &Knowledge, acquire: bool, reach: Reach) {
         if acquire {
             return self.acquire(lanes, k);
         }
+        let i = reach as usize;
         if self.all(lanes) {
-            return self.observed.get_or_insert_default().join(k);
+            return self.observed[i].get_or_insert_default().join(k);
         }
-        bits(lanes).for_each(|lane| self.lane_mut(lane).observed.get_or_insert_default().join(k));
+        for lane in bits(lanes) {
+            self.lane_mut(lane).observed[i].get_or_insert_default().join(k);
+        }
     }
 
     /// What the warp saw together stays for lanes that have not fenced yet.
-    fn acquire_observed(&mut self, lanes: u32) {
-        if let Some(k) = &self.observed.clone() {
+    fn acquire_observed(&mut self, lanes: u32, i: usize) {
+        if let Some(k) = &self.observed[i].clone() {
             self.acquire(lanes, k);
             if self.all(lanes) {
-                self.observed = None;
+                self.observed[i] = None;
             }
         }
         for lane in bits(lanes) {
             let extra = self.lanes.as_mut().and_then(|lanes| lanes[lane].as_mut());
             let Some(extra) = extra else { continue };
-            if let Some(k) = extra.observed.take() {
+            if let Some(k) = extra.observed[i].take() {
                 extra.known.join(&k);
             }
         }
@@ -339,7 +373,8 @@ impl WarpClock {
         let Some(lanes) = &mut self.lanes else { return };
         for slot in lanes.iter_mut() {
             let Some(lane) = slot else { continue };
-            if lane.snapshot.is_none() && lane.observed.is_none() {
+            let idle = lane.snapshots.iter().chain(&lane.observed).all(Option::is_none);
+            if idle {
                 *slot = None;
             } else {
                 lane.known = Knowledge::default();

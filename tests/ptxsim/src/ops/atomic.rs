@@ -2,7 +2,7 @@
 
 use crate::access::Window;
 use crate::ast::Type;
-use crate::clock::{ProxySpace, Scope};
+use crate::clock::{ProxySpace, Reach, Scope};
 use crate::context::lanes;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result, mask};
@@ -14,17 +14,16 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     match op.root() {
         "fence" => fence(op, env),
         "membar" => {
-            if !(op.take("gl") || op.take("cta") || op.take("sys")) {
-                return Err("the level is missing".into());
-            }
-            Ok(fence_all())
+            let levels = [("cta", Scope::Cta), ("gl", Scope::Gpu), ("sys", Scope::Sys)];
+            Ok(fence_of(op.one_of(&levels).ok_or("the level is missing")?))
         }
         _ => atomic(op, env),
     }
 }
 
-fn fence_all() -> Decoded {
-    Decoded::next(Class::Barrier, |cx| cx.warp.clock.fence(cx.mask))
+fn fence_of(scope: Scope) -> Decoded {
+    let reach = Reach::of(scope);
+    Decoded::next(Class::Barrier, move |cx| cx.warp.clock.fence(cx.mask, reach))
 }
 
 fn fence(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
@@ -43,8 +42,7 @@ fn fence(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     for m in ["sc", "acq_rel", "acquire", "release"] {
         op.take(m);
     }
-    scope(op);
-    Ok(fence_all())
+    Ok(fence_of(scope(op).ok_or("the scope is missing")?))
 }
 
 fn proxy_fence(op: &mut Opcode<'_>) -> Result<Decoded> {

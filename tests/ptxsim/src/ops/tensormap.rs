@@ -2,7 +2,7 @@
 
 use crate::access::{Mode, Window};
 use crate::ast::Operand;
-use crate::clock::Scope;
+use crate::clock::{Reach, Scope};
 use crate::context::{Cx, lanes};
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
@@ -111,7 +111,8 @@ pub fn fence(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let scope: Scope = scope(op).ok_or("the scope is missing")?;
     if !acquires {
         let [] = op.operands()?;
-        return Ok(Decoded::next(Class::Barrier, |cx| cx.warp.clock.fence(cx.mask)));
+        let reach = Reach::of(scope);
+        return Ok(Decoded::next(Class::Barrier, move |cx| cx.warp.clock.fence(cx.mask, reach)));
     }
     let [a, Operand::Int(bytes)] = op.operands()? else {
         return Err("the number of bytes is no constant".into());

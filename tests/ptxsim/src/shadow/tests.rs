@@ -1,7 +1,7 @@
 //! Every rule as a pair: the mistake is reported, its correction is not.
 
 use super::*;
-use crate::clock::{ALL_LANES, Knowledge, SyncTable};
+use crate::clock::{ALL_LANES, Knowledge, Reach, SyncTable};
 
 mod oracle;
 
@@ -294,22 +294,22 @@ fn ticket(fences: bool, sync: bool, scope: Scope) -> Result<(), Conflict> {
     for warp in 0..2 {
         w.write((warp, 4), 64 * warp as u64).unwrap();
         if fences {
-            w.warps[warp].fence(ALL_LANES);
+            w.warps[warp].fence(ALL_LANES, Reach::Device);
         }
         if sync {
             w.warps[warp].sync_lanes(ALL_LANES);
-            w.warps[warp].fence(LANE_0);
+            w.warps[warp].fence(LANE_0, Reach::Device);
         }
         let block = warp as u32;
         if let Some(k) = table.observe(1024, scope, block, block) {
-            w.warps[warp].observe(LANE_0, &k, false);
+            w.warps[warp].observe(LANE_0, &k, false, Reach::Device);
         }
-        let k = w.warps[warp].publish(LANE_0, false);
+        let k = w.warps[warp].publish(LANE_0, false, Reach::Device);
         table.publish(1024, scope, block, block, k, true);
         w.access((warp, 0), (1024, 4), Some(scope), true)?;
     }
     if fences {
-        w.warps[1].fence(LANE_0);
+        w.warps[1].fence(LANE_0, Reach::Device);
     }
     w.warps[1].sync_lanes(ALL_LANES);
     w.read((1, 7), 0)
@@ -444,12 +444,12 @@ fn relaxed_store_releases_up_to_the_fence() {
     for (late, acquire) in [(false, true), (true, true), (false, false)] {
         let mut w = World::new(2);
         w.write((0, 0), 0).unwrap();
-        w.warps[0].fence(ALL_LANES);
+        w.warps[0].fence(ALL_LANES, Reach::Device);
         if late {
             w.write((0, 0), 0).unwrap();
         }
-        let k = w.warps[0].publish(LANE_0, false).unwrap();
-        w.warps[1].observe(LANE_0, &k, acquire);
+        let k = w.warps[0].publish(LANE_0, false, Reach::Device).unwrap();
+        w.warps[1].observe(LANE_0, &k, acquire, Reach::Device);
         assert_eq!(w.read((1, 0), 0).is_ok(), !late && acquire);
     }
 }

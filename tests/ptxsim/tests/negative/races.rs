@@ -201,6 +201,30 @@ fn ticket_without_fences() {
 }
 
 #[test]
+fn ticket_with_fences_of_the_block_only() {
+    Case::new(
+        "setp.ne.u32 p, tid, 0;
+        @p bra DONE;
+        mov.u64 d1, ticket;
+        mad.wide.u32 d0, block, 4, raw;
+        st.global.u32 [d0], block;    // <-- here
+        -fence.acq_rel.cta;
+        +fence.acq_rel.gpu;
+        atom.global.add.u32 r0, [d1], 1;
+        -fence.acq_rel.cta;
+        +fence.acq_rel.gpu;
+        setp.ne.u32 p, r0, 1;
+        @p bra DONE;
+        xor.b32 r1, block, 1;
+        mad.wide.u32 d0, r1, 4, raw;
+        ld.global.u32 r2, [d0];    // <-- here
+        DONE:",
+    )
+    .blocks(2)
+    .reports(Race);
+}
+
+#[test]
 fn ticket_that_acquires_and_releases() {
     Case::new(
         "setp.ne.u32 p, tid, 0;
