@@ -66,7 +66,7 @@ pub fn arithmetic(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type) -> Result<Decode
             let bit = 1u64 << (8 * ty.size() - 1);
             // The sign is the first operand's.
             Ok(Decoded::next(Class::Float, move |cx| {
-                cx.map2(d, &s[0], &s[1], |a, b| b & !bit & (bit * 2 - 1) | a & bit);
+                cx.map2(d, &s[0], &s[1], |a, b| b & (bit - 1) | a & bit);
             }))
         }
         "div" => division(op, env, ty),
@@ -261,7 +261,7 @@ pub fn special(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let ty = op.ty()?;
     match ty {
         Type::F32 => {}
-        Type::F64 => return special_f64(op, env, rounding),
+        Type::F64 => return special_f64(op, env, rounding, approx && mode.flush),
         _ => return super::half::special(op, env, ty),
     }
     let (d, s) = operands::<1>(op, env, ty)?;
@@ -294,11 +294,24 @@ pub fn special(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     }))
 }
 
-fn special_f64(op: &Opcode<'_>, env: &Env<'_>, rounding: Option<Rounding>) -> Result<Decoded> {
-    let f: fn(f64) -> f64 = match (op.root(), rounding) {
-        ("rcp", Some(Rounding::Nearest)) => f64::recip,
-        ("sqrt", Some(Rounding::Nearest)) => f64::sqrt,
-        (root, _) => return Err(format!("this {root} of .f64 is not supported")),
+/// The upper half of an f64, a subnormal flushed: all that the approximations of f64 work with.
+fn upper(x: f64) -> f64 {
+    let x = f64::from_bits(x.to_bits() & !0xFFFF_FFFF);
+    if x.is_subnormal() { 0f64.copysign(x) } else { x }
+}
+
+fn special_f64(
+    op: &Opcode<'_>,
+    env: &Env<'_>,
+    rounding: Option<Rounding>,
+    approx: bool,
+) -> Result<Decoded> {
+    let f: fn(f64) -> f64 = match (op.root(), rounding, approx) {
+        ("rcp", Some(Rounding::Nearest), false) => f64::recip,
+        ("sqrt", Some(Rounding::Nearest), false) => f64::sqrt,
+        ("rcp", None, true) => |x| upper(upper(x).recip()),
+        ("rsqrt", None, true) => |x| upper(upper(x).sqrt().recip()),
+        (root, ..) => return Err(format!("this {root} of .f64 is not supported")),
     };
     let (d, s) = operands::<1>(op, env, Type::F64)?;
     Ok(Decoded::next(Class::Special, move |cx| {

@@ -285,9 +285,25 @@ fn extremum(op: &mut Opcode<'_>, env: &Env<'_>, ty: Type, i: Int) -> Result<Deco
     })
 }
 
-/// popc, clz, brev, bfind, bfe, bfi, szext, prmt, shf, sad, dp4a, dp2a.
+/// bmsk: `b` ones from bit `a` on.
+fn bit_mask(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    let wrap = op.take("wrap");
+    if !wrap {
+        op.expect("clamp")?;
+    }
+    op.expect("b32")?;
+    binary(op, env, (Type::B32, Type::U32, Type::U32), move |a, b| {
+        let (a, b) = if wrap { (a & 31, b & 31) } else { (a.min(32), b.min(32)) };
+        (((1 << b) - 1) << a) & 0xFFFF_FFFF
+    })
+}
+
+/// popc, clz, brev, bfind, bfe, bfi, bmsk, szext, prmt, shf, sad, dp4a, dp2a.
 pub fn bits(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let root = op.root();
+    if root == "bmsk" {
+        return bit_mask(op, env);
+    }
     if root.starts_with("dp") {
         return dot(op, env);
     }

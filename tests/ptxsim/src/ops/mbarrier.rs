@@ -107,9 +107,8 @@ fn inval(op: &mut Opcode<'_>, env: &Env<'_>, window: Window) -> Result<Decoded> 
             }
             let shared = &mut cx.gang.blocks[place.block].shared;
             shared.mbarriers.remove(&place.address);
+            // Arrivals before it are the object's own affair: no write to what they have read.
             shared.mark_mbarrier(place.address, false);
-            let region = Region::Shared { block: place.block, address: place.address };
-            cx.touch(region, BYTES, Mode::Write, cx.own(l, None), "mbarrier.inval");
         }
     }))
 }

@@ -36,8 +36,8 @@ fn family(root: &str) -> Option<Decoder> {
         | "copysign" => arithmetic,
         "addc" | "subc" | "madc" => integer::with_carry,
         "mul24" | "mad24" => integer::product24,
-        "popc" | "clz" | "brev" | "bfind" | "bfe" | "bfi" | "szext" | "prmt" | "shf" | "sad"
-        | "dp4a" | "dp2a" => integer::bits,
+        "popc" | "clz" | "brev" | "bfind" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "shf"
+        | "sad" | "dp4a" | "dp2a" => integer::bits,
         "and" | "or" | "xor" | "not" | "cnot" | "lop3" | "shl" | "shr" => logic::decode,
         "setp" | "set" | "selp" | "slct" => compare::decode,
         "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "tanh" | "sin" | "cos" => float::special,

@@ -26,25 +26,48 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     }
 }
 
-/// Member mask of a collective; Err: what to return instead of going on.
-fn members(cx: &mut Cx<'_, '_>, mask: &Src) -> Result<u32, Flow> {
-    let members = cx.uniform(mask, "the member mask") as u32;
-    match cx.gathered(members) {
-        Some(flow) => Err(flow),
-        None => Ok(members),
+/// Runs a collective once for each set of lanes that names the same members; all of them must be
+/// here.
+fn collective(cx: &mut Cx<'_, '_>, mask: &Src, body: impl Fn(&mut Cx<'_, '_>, u32)) -> Flow {
+    let (masks, all) = (cx.read(mask), cx.mask);
+    let sets = |rest: u32| {
+        let members = masks[rest.trailing_zeros() as usize & 31];
+        let same = lanes(rest).filter(|l| masks[*l] == members).fold(0u32, |m, l| m | 1 << l);
+        (members as u32, same)
+    };
+    let mut rest = all;
+    while rest != 0 {
+        let (members, same) = sets(rest);
+        let others = members & all & !same;
+        if others != 0 {
+            let text = format!("lanes {others:#x} of the mask {members:#x} give another mask");
+            return cx.fault(Kind::Divergence, text);
+        }
+        cx.mask = same;
+        let flow = cx.gathered(members);
+        cx.mask = all;
+        if let Some(flow) = flow {
+            return flow;
+        }
+        rest &= !same;
     }
+    rest = all;
+    while rest != 0 {
+        let (members, same) = sets(rest);
+        (cx.mask, cx.defined) = (same, u32::MAX);
+        body(cx, members);
+        rest &= !same;
+    }
+    cx.mask = all;
+    Flow::Next
 }
 
 /// bar.warp.sync: orders memory among the lanes of the mask.
 pub fn sync(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let [mask] = op.operands()?;
     let mask = env.src(mask, Type::B32)?;
-    Ok(Decoded::flow(Class::Barrier, move |cx| match members(cx, &mask) {
-        Err(flow) => flow,
-        Ok(members) => {
-            cx.warp.clock.sync_lanes(members);
-            Flow::Next
-        }
+    Ok(Decoded::flow(Class::Barrier, move |cx| {
+        collective(cx, &mask, |cx, members| cx.warp.clock.sync_lanes(members))
     }))
 }
 
@@ -102,29 +125,27 @@ fn shfl(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
         env.src(mask, Type::B32)?,
     ];
     Ok(Decoded::flow(Class::Shuffle, move |cx| {
-        let members = match members(cx, &mask) {
-            Err(flow) => return flow,
-            Ok(members) => members,
-        };
-        let (b, c) = (cx.read(&b), cx.read(&c));
-        let a = cx.take(&a);
-        let held = std::mem::replace(&mut cx.defined, 0);
-        let (mut out, mut inside) = (a, 0);
-        for l in lanes(cx.mask) {
-            let (from, ok) = mode.source(l as u32, b[l] as u32, c[l] as u32);
-            if members >> from & 1 == 0 {
-                let text =
-                    format!("lane {l} reads lane {from}, which is not in the mask {members:#x}");
-                cx.report_lane(Kind::InvalidOperand, l as u32, text);
+        collective(cx, &mask, |cx, members| {
+            let (b, c) = (cx.read(&b), cx.read(&c));
+            let a = cx.take(&a);
+            let held = std::mem::replace(&mut cx.defined, 0);
+            let (mut out, mut inside) = (a, 0);
+            for l in lanes(cx.mask) {
+                let (from, ok) = mode.source(l as u32, b[l] as u32, c[l] as u32);
+                if members >> from & 1 == 0 {
+                    let text = format!(
+                        "lane {l} reads lane {from}, which is not in the mask {members:#x}"
+                    );
+                    cx.report_lane(Kind::InvalidOperand, l as u32, text);
+                }
+                out[l] = a[from as usize];
+                cx.defined |= (held >> from & 1) << l;
+                inside |= u32::from(ok) << l;
             }
-            out[l] = a[from as usize];
-            cx.defined |= (held >> from & 1) << l;
-            inside |= u32::from(ok) << l;
-        }
-        cx.write(d, &out);
-        cx.defined = u32::MAX;
-        cx.set(p, inside);
-        Flow::Next
+            cx.write(d, &out);
+            cx.defined = u32::MAX;
+            cx.set(p, inside);
+        })
     }))
 }
 
@@ -134,13 +155,11 @@ fn vote(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     if op.take("ballot") {
         op.expect("b32")?;
         let d = env.dst(d, Type::B32)?;
-        return Ok(Decoded::flow(Class::Shuffle, move |cx| match members(cx, &mask) {
-            Err(flow) => flow,
-            Ok(members) => {
+        return Ok(Decoded::flow(Class::Shuffle, move |cx| {
+            collective(cx, &mask, |cx, members| {
                 let votes = cx.test(a) & members;
                 cx.write(d, &[votes.into(); 32]);
-                Flow::Next
-            }
+            })
         }));
     }
     type Rule = fn(u32, u32) -> bool;
@@ -152,13 +171,11 @@ fn vote(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let rule = op.one_of(&rules).ok_or("the mode is missing")?;
     op.expect("pred")?;
     let d = env.pred_dst(d)?;
-    Ok(Decoded::flow(Class::Shuffle, move |cx| match members(cx, &mask) {
-        Err(flow) => flow,
-        Ok(members) => {
+    Ok(Decoded::flow(Class::Shuffle, move |cx| {
+        collective(cx, &mask, |cx, members| {
             let votes = cx.test(a) & members;
             cx.set(d, if rule(votes, members) { u32::MAX } else { 0 });
-            Flow::Next
-        }
+        })
     }))
 }
 
@@ -172,22 +189,19 @@ fn matching(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let (d, p) = env.dst_pair(d, Type::B32)?;
     let (a, mask) = (env.src(a, ty)?, env.src(mask, Type::B32)?);
     Ok(Decoded::flow(Class::Shuffle, move |cx| {
-        let members = match members(cx, &mask) {
-            Err(flow) => return flow,
-            Ok(members) => members,
-        };
-        let a = cx.read(&a);
-        let same =
-            |l: usize| lanes(members).filter(|o| a[*o] == a[l]).fold(0u32, |m, o| m | 1 << o);
-        let any: [u32; 32] = std::array::from_fn(same);
-        if all {
-            let agree = lanes(members).all(|l| any[l] == members);
-            cx.write(d, &[if agree { members.into() } else { 0 }; 32]);
-            cx.set(p, if agree { u32::MAX } else { 0 });
-        } else {
-            cx.write(d, &any.map(u64::from));
-        }
-        Flow::Next
+        collective(cx, &mask, |cx, members| {
+            let a = cx.read(&a);
+            let same =
+                |l: usize| lanes(members).filter(|o| a[*o] == a[l]).fold(0u32, |m, o| m | 1 << o);
+            let any: [u32; 32] = std::array::from_fn(same);
+            if all {
+                let agree = lanes(members).all(|l| any[l] == members);
+                cx.write(d, &[if agree { members.into() } else { 0 }; 32]);
+                cx.set(p, if agree { u32::MAX } else { 0 });
+            } else {
+                cx.write(d, &any.map(u64::from));
+            }
+        })
     }))
 }
 
@@ -216,14 +230,12 @@ fn redux(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let f = op.one_of(&table).ok_or("the operation is missing")?;
     let [d, a, mask] = op.operands()?;
     let (d, a, mask) = (env.dst(d, ty)?, env.src(a, ty)?, env.src(mask, Type::B32)?);
-    Ok(Decoded::flow(Class::Shuffle, move |cx| match members(cx, &mask) {
-        Err(flow) => flow,
-        Ok(members) => {
+    Ok(Decoded::flow(Class::Shuffle, move |cx| {
+        collective(cx, &mask, |cx, members| {
             let a = cx.read(&a);
             let v = lanes(members).map(|l| a[l] as u32).reduce(f).unwrap_or_default();
             cx.write(d, &[v.into(); 32]);
-            Flow::Next
-        }
+        })
     }))
 }
 
@@ -232,13 +244,11 @@ fn elect(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let [d, mask] = op.operands()?;
     let (d, p) = env.dst_pair(d, Type::B32)?;
     let mask = env.src(mask, Type::B32)?;
-    Ok(Decoded::flow(Class::Shuffle, move |cx| match members(cx, &mask) {
-        Err(flow) => flow,
-        Ok(members) => {
+    Ok(Decoded::flow(Class::Shuffle, move |cx| {
+        collective(cx, &mask, |cx, members| {
             let leader = members.trailing_zeros();
             cx.write(d, &[leader.into(); 32]);
             cx.set(p, 1 << leader);
-            Flow::Next
-        }
+        })
     }))
 }

@@ -7,6 +7,7 @@ mod arithmetic;
 mod blocks;
 mod clusters;
 mod copies;
+mod libraries;
 mod modes;
 mod products;
 mod warps;
