@@ -160,10 +160,11 @@ fn mask_that_names_lanes_that_went_elsewhere() {
 #[test]
 fn mask_that_differs_between_lanes() {
     Case::new(
-        "mov.u32 r0, -1;
-        -shl.b32 r1, 1, tid;
-        -and.b32 r0, r0, r1;
+        "setp.lt.u32 p, lane, 16;
+        -selp.b32 r0, 0xffff, -1, p;
+        +selp.b32 r0, 0xffff, 0xffff0000, p;
         vote.sync.ballot.b32 r2, 1, r0;     // <-- here",
     )
-    .reports(InvalidOperand);
+    .says("give another mask")
+    .reports(Divergence);
 }
