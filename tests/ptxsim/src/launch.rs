@@ -40,7 +40,8 @@ impl Timing {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Residency {
-    /// Each block (or cluster) to its end, in a random order, several cores at once.
+    /// Each block (or cluster) to its end, in a random order, several cores at once: for kernels
+    /// whose blocks do not wait for each other.
     #[default]
     Sequential,
     /// All blocks interleaved: for kernels whose blocks wait for each other.
