@@ -406,17 +406,17 @@ fn step(cx: &mut Cx<'_, '_>, g: usize) -> Step {
 /// Ends the executing lanes.
 fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     cx.warp.exit(g, cx.mask);
+    ops::barrier::lanes_ended(cx);
+    ops::cluster::lanes_ended(cx);
+    cx.gang.progress();
     if cx.warp.live != 0 {
         return Step::On;
     }
-    cx.gang.progress();
     let pending = cx.warp.wgmma.pending();
     if pending > 0 {
         let text = format!("{pending} wgmma were never waited for");
         cx.report(Kind::AccumulatorInFlight, text);
     }
-    ops::barrier::warp_ended(cx);
-    ops::cluster::warp_ended(cx);
     let block = cx.block();
     block.running -= 1;
     let ended = block.ended();

@@ -196,3 +196,34 @@ fn a_failed_assertion_ends_the_launch() {
         assert_eq!((report.has(Kind::Trap), report.is_clean()), (fails, !fails), "{report}");
     }
 }
+
+/// Lanes that have ended are not waited for, by barriers of the block and of the cluster.
+#[test]
+fn lanes_that_end_early_hold_nobody_up() {
+    let text = |barrier: &str| {
+        format!(
+            "
+        .version 8.0 .target sm_90a .address_size 64
+        .visible .entry ends(.param .u64 out) {{
+            .reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %x<4>;
+            ld.param.u64 %x0, [out]; mov.u32 %r0, %tid.x;
+            setp.ge.u32 %p0, %r0, 40; @%p0 ret;
+            {barrier}
+            mul.wide.u32 %x1, %r0, 4; add.u64 %x1, %x0, %x1;
+            st.global.u32 [%x1], %r0;
+            {barrier}
+            ret;
+        }}"
+        )
+    };
+    for barrier in ["bar.sync 0;", "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"]
+    {
+        let module = Module::parse(&text(barrier)).expect("it parses");
+        let mut device = Device::new(Arch::Sm90a);
+        let out = device.uninitialised::<u32>("out", 40);
+        let report =
+            device.launch(&module, "ends", &Launch::linear(1, 96), &[out.into()]).expect("it runs");
+        assert!(report.is_clean(), "{barrier}\n{report}");
+        assert!(device.read::<u32>(out).expect("written").into_iter().eq(0..40));
+    }
+}

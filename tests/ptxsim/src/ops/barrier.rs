@@ -43,11 +43,11 @@ impl BlockState {
     }
 }
 
-/// A warp has ended: barriers that waited only for it open.
-pub fn warp_ended(cx: &mut Cx<'_, '_>) {
-    let index = cx.warp.index;
+/// The executing lanes have ended: barriers that waited only for them open.
+pub fn lanes_ended(cx: &mut Cx<'_, '_>) {
+    let (index, lanes) = (cx.warp.index, cx.mask);
     let barriers = &mut cx.block().barriers;
-    for release in barriers.named.exit(index, u32::MAX) {
+    for release in barriers.named.exit(index, lanes) {
         barriers.release(&release);
     }
 }

@@ -46,10 +46,11 @@ fn own<'c>(cx: &'c mut Cx<'_, '_>) -> (&'c mut Cluster, u32) {
     (cx.gang.clusters.clusters.entry(block.cluster).or_insert_with(new), warp)
 }
 
-/// A warp has ended: a barrier that waited only for it opens.
-pub fn warp_ended(cx: &mut Cx<'_, '_>) {
+/// The executing lanes have ended: a barrier that waited only for them opens.
+pub fn lanes_ended(cx: &mut Cx<'_, '_>) {
+    let lanes = cx.mask;
     let (cluster, warp) = own(cx);
-    let completed = cluster.barrier.exit(warp, u32::MAX);
+    let completed = cluster.barrier.exit(warp, lanes);
     cluster.settle(completed);
 }
 
