@@ -1,0 +1,123 @@
+// σ(x) = ELU(x) + 1 and the retrieval's denominator, on tiles in shared memory.
+#pragma once
+
+#include "common/tile.cuh"
+#include "params.h"
+
+namespace infini {
+
+constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr float kLog2E = 1.44269504f;
+
+// x + 1 for x > 0, e^x otherwise; below f32's smallest normal number 0 (ex2 flushes). NaN stays.
+__device__ __forceinline__ float sigma(float x) {
+  return x > 0.0f ? x + 1.0f : ptx::ex2_approx_ftz(x * kLog2E);
+}
+
+// The denominator under the problem's policy, of a row scaled by e^-shift (shift <= 0), and 0 where
+// it counts as 0.
+__device__ __forceinline__ float denominator(const InfiniProblem& p, float dot, float shift) {
+  float den = dot;
+  if (p.denominator != INFINI_DENOMINATOR_EXACT) {
+    const float epsilon = p.epsilon * ptx::ex2_approx_ftz(-shift * kLog2E);
+    den = p.denominator == INFINI_DENOMINATOR_CLAMP ? fmaxf(dot, epsilon) : dot + epsilon;
+  }
+  return fabsf(den) < kSmallestNormal ? 0.0f : den;
+}
+
+// How many lanes share a row of `Columns` elements in map_rows: a power of two that divides its
+// chunks.
+template <int Columns>
+constexpr int row_lanes() {
+  return Columns % 64 == 0 ? 8 : 4;
+}
+
+template <int Lanes>
+__device__ __forceinline__ float lanes_max(float x) {
+#pragma unroll
+  for (int i = Lanes / 2; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, i));
+  return x;
+}
+
+template <int Lanes>
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (int i = Lanes / 2; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffff, x, i);
+  return x;
+}
+
+__device__ __forceinline__ Chunk load_chunk(uint32_t address) {
+  Chunk c;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(c.x[0]), "=r"(c.x[1]), "=r"(c.x[2]), "=r"(c.x[3])
+               : "r"(address)
+               : "memory");
+  return c;
+}
+
+__device__ __forceinline__ void store_chunk(uint32_t address, const Chunk& c) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(c.x[0]), "r"(c.x[1]),
+               "r"(c.x[2]), "r"(c.x[3])
+               : "memory");
+}
+
+// Largest channel of a row held in 16-byte chunks by `Lanes` lanes.
+template <int Lanes, class T, int R, int C>
+__device__ __forceinline__ float row_max(const Tile<T, R, C>& tile, int row, int lane) {
+  float top = -INFINITY;
+#pragma unroll
+  for (int chunk = lane; chunk < C / 8; chunk += Lanes) {
+    float x[8];
+    widen<T>(load_chunk(tile.at(row, chunk)), x);
+#pragma unroll
+    for (float value : x) top = fmaxf(top, value);
+  }
+  return lanes_max<Lanes>(top);
+}
+
+// Whether map_rows scales rows so that nothing underflows.
+enum class Shift { kNone, kMaximum };
+
+// σ of every row of a tile, in place and rounded. Under Shift::kMaximum of rows scaled by e^-shift,
+// shift = min(row maximum, 0): a retrieval is invariant to its row's scale. (Keys that are written
+// are not.) `each(row, den, first)` gets the denominator of the rounded row in all lanes of the row,
+// `first` true in one of them, and returns whether the row counts: one that does not becomes 0, as
+// do rows from `end` on. z [C] lies in shared memory. Every thread of the block takes part; the
+// caller synchronises before and after.
+template <Shift kShift, int Threads, class T, int R, int C, class Each>
+__device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R, C>& tile,
+                                         const float* z, int end, Each each) {
+  constexpr int lanes = row_lanes<C>(), each_lane = C / 8 / lanes;
+  const int lane = threadIdx.x % lanes;
+#pragma unroll 1
+  for (int row = threadIdx.x / lanes; row < R; row += Threads / lanes) {
+    float shift = 0.0f;
+    if constexpr (kShift == Shift::kMaximum) {
+      const float top = row_max<lanes>(tile, row, lane);
+      // A row of -inf alone is weightless, as in the limit of ever smaller channels.
+      shift = top == -INFINITY ? 0.0f : fminf(top, 0.0f);
+    }
+    Chunk mapped[each_lane];
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < each_lane; ++i) {
+      const int chunk = lane + i * lanes;
+      float x[8];
+      widen<T>(load_chunk(tile.at(row, chunk)), x);
+#pragma unroll
+      for (float& value : x) value = sigma(value - shift);
+      mapped[i] = narrow<T>(x);
+      widen<T>(mapped[i], x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 8 + c];
+    }
+    dot = lanes_sum<lanes>(dot);
+    const bool counts = each(row, denominator(p, dot, shift), lane == 0) && row < end;
+#pragma unroll
+    for (int i = 0; i < each_lane; ++i) {
+      store_chunk(tile.at(row, lane + i * lanes), counts ? mapped[i] : Chunk{});
+    }
+  }
+}
+
+}  // namespace infini

@@ -1,0 +1,95 @@
+// Tile shapes and shared-memory sizes of every kernel, and the head dimensions they are compiled
+// for: the one place to change them. Plain C++, read by the kernels and by describe.cpp, from which
+// the host learns threads and bytes of every launch.
+#pragma once
+
+// (Dk, Dv) of the attention and memory kernels.
+#define INFINI_HEAD_DIMS(X) \
+  X(64, 64) X(96, 96) X(128, 128) X(256, 256) X(64, 128) X(128, 64) X(192, 128)
+
+// Dk alone, each once.
+#define INFINI_KEY_DIMS(X) X(64) X(96) X(128) X(192) X(256)
+
+namespace infini {
+
+constexpr int kWarp = 32;
+
+// Local attention of one query head: 4 warps, each of `row_tiles` x 16 query rows; blocks of `keys`
+// keys. Registers bound it: at Dv = 256 a second row tile of accumulators would spill.
+template <int Dk, int Dv>
+struct AttentionTile {
+  static constexpr int warps = 4;
+  static constexpr int threads = warps * kWarp;
+  static constexpr int row_tiles = Dv > 128 ? 1 : 2;
+  static constexpr int rows = warps * row_tiles * 16;
+  static constexpr int keys = 64;
+  static constexpr int blocks_per_sm = 2;
+  // Query tile, key tile, value tile; z; two factors per row.
+  static constexpr int shared_bytes =
+      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
+};
+
+// Decoding packs the query heads of a KV head into the rows of one tile.
+template <int Dk, int Dv>
+struct DecodeTile {
+  static constexpr int warps = 4;
+  static constexpr int threads = warps * kWarp;
+  static constexpr int row_tiles = 1;
+  static constexpr int rows = warps * row_tiles * 16;
+  static constexpr int keys = 64;
+  static constexpr int blocks_per_sm = 2;
+  static constexpr int shared_bytes =
+      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
+};
+
+// A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its
+// registers; tiles of 64 tokens, two stages.
+template <int Dk, int Columns>
+struct UpdateTile {
+  static constexpr int tokens = 64;
+  static constexpr int stages = 2;
+  static constexpr int warps = Columns / 16;
+  static constexpr int threads = warps * kWarp;
+  // Key and value tiles; z; one factor per token and stage.
+  static constexpr int shared_bytes =
+      stages * (2 * tokens * (Dk + Columns) + 4 * tokens) + 4 * Dk;
+};
+
+// Columns of V that one block of segment_state and commit takes: all, unless the accumulators
+// would not fit its registers; then K is read again (from L2) for the others.
+constexpr int update_columns(int value_dim) {
+  return value_dim <= 128 ? value_dim : value_dim % 128 == 0 ? 128 : value_dim / 2;
+}
+
+// The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention.
+constexpr int segment_columns(int value_dim) { return value_dim % 64 == 0 ? 64 : 48; }
+
+// Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
+// ring of [Dk x 32] panels.
+template <int Dk>
+struct ScanTile {
+  static constexpr int warps = Dk / 16;
+  static constexpr int threads = warps * kWarp;
+  static constexpr int columns = 32;
+  static constexpr int panel = 32;
+  static constexpr int stages = 4;
+  // Panels of G; the operand form of M; one maximum per warp.
+  static constexpr int shared_bytes = 2 * (stages * Dk * panel + Dk * columns) + 4 * warps;
+};
+
+// One-launch segment: attention blocks and update blocks side by side.
+template <int Dk, int Dv>
+struct SegmentTile {
+  using Attention = AttentionTile<Dk, Dv>;
+  using Update = UpdateTile<Dk, segment_columns(Dv)>;
+  static constexpr int threads = Attention::threads;
+  static constexpr int blocks_per_sm = 2;
+  static constexpr int shared_bytes = Attention::shared_bytes > Update::shared_bytes
+                                          ? Attention::shared_bytes
+                                          : Update::shared_bytes;
+};
+
+// Element-wise kernels.
+constexpr int kElementThreads = 256;
+
+}  // namespace infini

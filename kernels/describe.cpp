@@ -1,0 +1,69 @@
+// Prints one line per kernel: what the host must know to launch it. build.rs turns the lines into
+// the table that kernels are looked up in. Compiles with any C++17 compiler.
+//
+//   operation dtype Dk Dv threads shared_bytes blocks_per_sm rows columns
+//
+// 0 where a kernel does not depend on a column; rows: query rows per tile; columns: columns per
+// block.
+#include <cstdio>
+#include <string>
+
+#include "common/tiles.h"
+
+using namespace infini;
+
+namespace {
+
+struct Launch {
+  int threads, shared_bytes, blocks_per_sm, rows, columns;
+};
+
+void line(const char* operation, const char* dtype, int dk, int dv, Launch l) {
+  std::printf("%s %s %d %d %d %d %d %d %d\n", operation, dtype, dk, dv, l.threads, l.shared_bytes,
+              l.blocks_per_sm, l.rows, l.columns);
+}
+
+template <int Dk, int Dv>
+void head(const char* dtype) {
+  using A = AttentionTile<Dk, Dv>;
+  using D = DecodeTile<Dk, Dv>;
+  using S = SegmentTile<Dk, Dv>;
+  constexpr int columns = update_columns(Dv);
+  using U = UpdateTile<Dk, columns>;
+  line("segment_attention", dtype, Dk, Dv,
+       {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0});
+  line("segment", dtype, Dk, Dv,
+       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, segment_columns(Dv)});
+  line("decode", dtype, Dk, Dv, {D::threads, D::shared_bytes, D::blocks_per_sm, D::rows, 0});
+  line("segment_state", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
+  line("commit", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
+}
+
+template <int Dk>
+void key(const char* dtype) {
+  constexpr int columns = update_columns(Dk);
+  using U = UpdateTile<Dk, columns>;
+  using S = ScanTile<Dk>;
+  line("segment_transition", dtype, Dk, 0, {U::threads, U::shared_bytes, 1, 0, columns});
+  line("memory_scan", dtype, Dk, 0, {S::threads, S::shared_bytes, 1, 0, S::columns});
+}
+
+}  // namespace
+
+int main() {
+  for (const char* dtype : {"bf16", "f16"}) {
+#define INFINI_LINE(dk, dv) head<dk, dv>(dtype);
+    INFINI_HEAD_DIMS(INFINI_LINE)
+#undef INFINI_LINE
+#define INFINI_LINE(dk) key<dk>(dtype);
+    INFINI_KEY_DIMS(INFINI_LINE)
+#undef INFINI_LINE
+    for (const char* operation :
+         {"rotate_keys", "append", "clear_padding", "merge_partials", "snapshot"}) {
+      line(operation, dtype, 0, 0, {kElementThreads, 0, 1, 0, 0});
+    }
+  }
+  for (const char* operation : {"normaliser_scan", "sum", "compose", "table"}) {
+    line(operation, "any", 0, 0, {kElementThreads, 0, 1, 0, 0});
+  }
+}
