@@ -28,12 +28,12 @@ void head(const char* dtype) {
   using A = AttentionTile<Dk, Dv>;
   using D = DecodeTile<Dk, Dv>;
   using S = SegmentTile<Dk, Dv>;
-  constexpr int columns = update_columns(Dv);
+  constexpr int columns = kUpdateColumns<Dv>;
   using U = UpdateTile<Dk, columns>;
   line("segment_attention", dtype, Dk, Dv,
        {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0});
   line("segment", dtype, Dk, Dv,
-       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, segment_columns(Dv)});
+       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, kSegmentColumns<Dv>});
   line("decode", dtype, Dk, Dv, {D::threads, D::shared_bytes, D::blocks_per_sm, D::rows, 0});
   line("segment_state", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
   line("commit", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
@@ -41,7 +41,7 @@ void head(const char* dtype) {
 
 template <int Dk>
 void key(const char* dtype) {
-  constexpr int columns = update_columns(Dk);
+  constexpr int columns = kUpdateColumns<Dk>;
   using U = UpdateTile<Dk, columns>;
   using S = ScanTile<Dk>;
   line("segment_transition", dtype, Dk, 0, {U::threads, U::shared_bytes, 1, 0, columns});

@@ -28,9 +28,7 @@ __device__ __forceinline__ float denominator(const InfiniProblem& p, float dot, 
 // How many lanes share a row of `Columns` elements in map_rows: a power of two that divides its
 // chunks.
 template <int Columns>
-constexpr int row_lanes() {
-  return Columns % 64 == 0 ? 8 : 4;
-}
+constexpr int kRowLanes = Columns % 64 == 0 ? 8 : 4;
 
 template <int Lanes>
 __device__ __forceinline__ float lanes_max(float x) {
@@ -87,7 +85,7 @@ enum class Shift { kNone, kMaximum };
 template <Shift kShift, int Threads, class T, int R, int C, class Each>
 __device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R, C>& tile,
                                          const float* z, int end, Each each) {
-  constexpr int lanes = row_lanes<C>(), each_lane = C / 8 / lanes;
+  constexpr int lanes = kRowLanes<C>, each_lane = C / 8 / lanes;
   const int lane = threadIdx.x % lanes;
 #pragma unroll 1
   for (int row = threadIdx.x / lanes; row < R; row += Threads / lanes) {

@@ -57,12 +57,12 @@ struct UpdateTile {
 
 // Columns of V that one block of segment_state and commit takes: all, unless the accumulators
 // would not fit its registers; then K is read again (from L2) for the others.
-constexpr int update_columns(int value_dim) {
-  return value_dim <= 128 ? value_dim : value_dim % 128 == 0 ? 128 : value_dim / 2;
-}
+template <int Columns>
+constexpr int kUpdateColumns = Columns <= 128 ? Columns : Columns % 128 == 0 ? 128 : Columns / 2;
 
 // The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention.
-constexpr int segment_columns(int value_dim) { return value_dim % 64 == 0 ? 64 : 48; }
+template <int Dv>
+constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 48;
 
 // Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
 // ring of [Dk x 32] panels.
@@ -81,7 +81,7 @@ struct ScanTile {
 template <int Dk, int Dv>
 struct SegmentTile {
   using Attention = AttentionTile<Dk, Dv>;
-  using Update = UpdateTile<Dk, segment_columns(Dv)>;
+  using Update = UpdateTile<Dk, kSegmentColumns<Dv>>;
   static constexpr int threads = Attention::threads;
   static constexpr int blocks_per_sm = 2;
   static constexpr int shared_bytes = Attention::shared_bytes > Update::shared_bytes
