@@ -239,6 +239,12 @@ impl Device {
         Buffer(self.buffers.len() - 1)
     }
 
+    /// Ends the life of a buffer: from now on it has no bytes, and an access is out of bounds.
+    pub fn free(&mut self, buffer: Buffer) {
+        let freed = &mut self.buffers[buffer.0];
+        *freed = GlobalBuffer::new(&format!("{} (freed)", freed.name), 0);
+    }
+
     /// Address of a buffer's first byte in the simulated machine.
     pub fn address(&self, buffer: Buffer) -> u64 {
         global_address(buffer.0)

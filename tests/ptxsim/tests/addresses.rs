@@ -1,5 +1,6 @@
 //! Access to device memory by address.
 
+use ptxsim::diagnostic::Kind;
 use ptxsim::{AddressError, Arch, Arg, Device, Launch, Module, Uninitialised};
 
 /// More than a page of the simulator, and not a multiple of one.
@@ -58,19 +59,20 @@ fn ranges_must_lie_in_one_buffer() {
     assert_eq!(text, "1 bytes at offset 10000 of buffer data leave its 10000 bytes");
 }
 
+/// Copies 4 bytes from `data` to 64 bytes behind it.
+const COPY: &str = "
+    .version 8.0 .target sm_80 .address_size 64
+    .visible .entry copy(.param .u64 data) {
+        .reg .b32 %r; .reg .b64 %rd;
+        ld.param.u64 %rd, [data];
+        ld.global.u32 %r, [%rd];
+        st.global.u32 [%rd+64], %r;
+        ret;
+    }";
+
 #[test]
 fn a_kernel_may_read_what_was_written_and_nothing_more() {
-    let module = Module::parse(
-        ".version 8.0 .target sm_80 .address_size 64
-        .visible .entry copy(.param .u64 data) {
-            .reg .b32 %r; .reg .b64 %rd;
-            ld.param.u64 %rd, [data];
-            ld.global.u32 %r, [%rd];
-            st.global.u32 [%rd+64], %r;
-            ret;
-        }",
-    )
-    .expect("PTX");
+    let module = Module::parse(COPY).expect("PTX");
     let (mut device, at) = device();
     let run = |device: &mut Device| {
         let report = device.launch(&module, "copy", &Launch::linear(1, 1), &[Arg::U64(at)]);
@@ -81,4 +83,20 @@ fn a_kernel_may_read_what_was_written_and_nothing_more() {
     device.fill(at + 3, 1, 4).expect("inside");
     assert!(run(&mut device));
     assert_eq!(device.read_bytes(at + 64, 4).expect("the kernel wrote it"), [1, 2, 3, 4]);
+}
+
+#[test]
+fn a_freed_buffer_has_no_bytes() {
+    let module = Module::parse(COPY).expect("PTX");
+    let mut device = Device::new(Arch::Sm80);
+    let buffer = device.buffer("data", &[0u8; 128]);
+    let address = device.address(buffer);
+    device.free(buffer);
+    let args = [Arg::U64(address)];
+    let report = device.launch(&module, "copy", &Launch::linear(1, 1), &args).expect("a launch");
+    assert!(report.has(Kind::OutOfBounds), "{report}");
+    assert!(report.to_string().contains("data (freed)"), "{report}");
+    assert!(device.read_bytes(address, 1).is_err());
+    let next = device.buffer("next", &[1u8]);
+    assert_ne!(device.address(next), address, "addresses are not used again");
 }
