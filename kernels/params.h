@@ -201,7 +201,7 @@ struct InfiniSegmentTransition {
   struct InfiniRun run;
   InfiniAddress z;        // f32 [piece_count][Hkv][Dk]
   InfiniAddress g;        // out, T [piece_count][Hkv][Dk][Dk], true G = g * g_scale
-  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv], powers of two
+  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv][Dk / 16]: a power of two per 16 rows
 };
 
 enum { INFINI_START_MEMORY = 0, INFINI_START_ZERO = 1, INFINI_START_IDENTITY = 2 };
