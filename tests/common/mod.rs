@@ -11,6 +11,8 @@ pub mod driver;
 pub mod metric;
 pub mod model;
 pub mod plain;
+#[cfg(feature = "cuda")]
+pub mod simulator;
 pub mod stream;
 pub mod tolerance;
 
