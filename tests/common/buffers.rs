@@ -32,9 +32,19 @@ pub struct Strided<T> {
 }
 
 impl<T: Element> Strided<T> {
-    /// A buffer of guards; the view onto it has `shape`. `margin` guards lie before and after
-    /// it, and after every row under [`Arrangement::Gaps`].
-    pub fn new(shape: &[usize], arrangement: Arrangement, guard: f32, margin: usize) -> Self {
+    /// A buffer of guards; the view onto it has `shape`.
+    pub fn new(shape: &[usize], arrangement: Arrangement, guard: f32) -> Self {
+        Self::with_margin(shape, arrangement, guard, MARGIN)
+    }
+
+    /// The same with another number of guards before and after the view, and after every row
+    /// under [`Arrangement::Gaps`].
+    pub fn with_margin(
+        shape: &[usize],
+        arrangement: Arrangement,
+        guard: f32,
+        margin: usize,
+    ) -> Self {
         let rank = shape.len();
         let mut order: Vec<usize> = (0..rank).collect();
         if arrangement == Arrangement::HeadsFirst && rank >= 3 {
@@ -169,10 +179,15 @@ impl<T: Element> OutputBuffers<T> {
         asked: Asked,
         margin: usize,
     ) -> Self {
-        let main = || Strided::new(&[lead, &[heads, dv]].concat(), how, CANARY, margin);
+        let main = || Strided::with_margin(&[lead, &[heads, dv]].concat(), how, CANARY, margin);
         let (batch, tokens) = lead.split_at(lead.len() - 1);
         // Tokens are lse's last dimension, so heads and batch are what may be rearranged.
-        let lse = Strided::new(&[batch, &[heads], tokens].concat(), how.for_lse(), CANARY, margin);
+        let lse = Strided::with_margin(
+            &[batch, &[heads], tokens].concat(),
+            how.for_lse(),
+            CANARY,
+            margin,
+        );
         Self {
             o: main(),
             lse: asked.lse.then_some(lse),

@@ -238,7 +238,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let p = &self.case.problem;
         let (hq, hkv) = (p.heads(), p.kv_heads());
         [(hq, p.key_dim()), (hkv, p.key_dim()), (hkv, p.value_dim())].map(|(heads, dim)| {
-            Strided::new(&[lead, &[heads, dim]].concat(), how, f32::NAN, B::MARGIN)
+            Strided::with_margin(&[lead, &[heads, dim]].concat(), how, f32::NAN, B::MARGIN)
         })
     }
 
