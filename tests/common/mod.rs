@@ -14,6 +14,7 @@ pub mod plain;
 #[cfg(feature = "cuda")]
 pub mod simulator;
 pub mod stream;
+pub mod tensor_cases;
 pub mod tolerance;
 
 use half::{bf16, f16};

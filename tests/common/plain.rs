@@ -21,8 +21,10 @@ pub struct Plain {
     pub m: Vec<f64>,
     /// [Hkv, Dk], sums of rounded σ(k)
     pub z: Vec<f64>,
-    /// Nothing was committed yet.
-    empty: bool,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Tokens in (M, z).
+    pub committed: u64,
     /// Tokens of the open segment.
     open: Vec<Token>,
 }
@@ -51,7 +53,8 @@ impl Plain {
             problem: *problem,
             m: vec![0.0; heads * problem.key_dim() * problem.value_dim()],
             z: vec![0.0; heads * problem.key_dim()],
-            empty: true,
+            tokens: 0,
+            committed: 0,
             open: vec![],
         }
     }
@@ -85,6 +88,7 @@ impl Plain {
                 }
             }
             t += taken;
+            self.tokens += taken as u64;
             if self.open.len() == p.segment_len() {
                 self.commit();
             }
@@ -123,7 +127,7 @@ impl Plain {
         let p = &self.problem;
         let (dk, dv) = (p.key_dim(), p.value_dim());
         let mut r = vec![0.0; dv];
-        if self.empty {
+        if self.committed == 0 {
             return r;
         }
         let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -147,7 +151,8 @@ impl Plain {
 
     fn gated(&self, beta: f32, a_dot: &[f64], a_mem: &[f64]) -> Vec<f64> {
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-        let bypass = self.empty && self.problem.empty_memory() == EmptyMemory::Bypass;
+        let empty = self.committed == 0;
+        let bypass = empty && self.problem.empty_memory() == EmptyMemory::Bypass;
         let (g, rest) = match bypass {
             true => (0.0, 1.0),
             false => (sigmoid(beta.into()), sigmoid(-f64::from(beta))),
@@ -177,7 +182,7 @@ impl Plain {
             self.m[h * dk * dv..].iter_mut().zip(m).for_each(|(m, d)| *m += d);
             self.z[h * dk..].iter_mut().zip(z).for_each(|(z, d)| *z += d);
         }
-        self.empty &= segment.is_empty();
+        self.committed += segment.len() as u64;
     }
 }
 
