@@ -30,7 +30,7 @@ __device__ __forceinline__ void update_block(const InfiniProblem& p, const Infin
       },
       [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; }, [](int) {});
   update.store(partial, Dv, slice * Columns);
-  if (slice == 0) update.store_sums(partial + Dk * Dv);
+  if (slice == 0) update.store_sums(partial + Dk * Dv, shared);
 }
 
 }  // namespace infini
