@@ -107,7 +107,9 @@ struct InfiniChain {
   int32_t slot;
   int32_t first_piece;
   int32_t pieces;
-  int32_t empty;  // nothing was committed before its first piece
+  int32_t empty;       // nothing was committed before its first piece
+  uint64_t tokens;     // InfiniCounters.tokens after the chain
+  uint64_t committed;  // InfiniCounters.committed after the chain
 };
 
 // Pieces and chains of one run of a prefill.
@@ -236,8 +238,8 @@ struct InfiniSegmentAttention {
   int32_t reserved;
 };
 
-// Tokens after the last full segment go into the open segment, counters to their final values,
-// padded output rows to 0.
+// Tokens after the last full segment of every chain go into the open segment, and its slot's counters
+// get their values after the chain.
 struct InfiniAppend {
   struct InfiniProblem problem;
   struct InfiniCall call;
@@ -320,10 +322,11 @@ struct InfiniMergePartials {
   int32_t reserved;
 };
 
-// out[i] = sum over parts of in[p][i], f32, in order.
+// out[i] = sum over parts of in[p][i], in order and rounded once. Arrays begin at multiples of 16
+// bytes.
 struct InfiniSum {
   InfiniAddress inputs;  // InfiniAddress [parts] of f32 [count]
-  InfiniAddress out;     // f32 [count]
+  InfiniAddress out;     // f32 [count]; may be an input
   int64_t count;
   int32_t parts;
   int32_t reserved;
@@ -340,7 +343,7 @@ struct InfiniCompose {
   int32_t columns;
 };
 
-// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales.
+// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales. Dk is at most 256.
 struct InfiniSnapshot {
   InfiniAddress memory;
   InfiniAddress snapshot;

@@ -1,0 +1,17 @@
+// Copies words of the launch's own parameters to device memory: what a captured graph replays must
+// not lie in host memory.
+//
+// One block. No shared memory. Reads and writes `bytes`.
+#include "common/instantiate.h"
+
+namespace infini {
+
+__device__ __forceinline__ void table(const InfiniTable& p, unsigned char*) {
+  for (int i = threadIdx.x; i < p.bytes / 4; i += kElementThreads) {
+    pointer<uint32_t>(p.to)[i] = p.data[i];
+  }
+}
+
+}  // namespace infini
+
+INFINI_KERNEL(infini_table_sm80, table, InfiniTable, infini::kElementThreads, 1)
