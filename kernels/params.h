@@ -104,12 +104,14 @@ struct InfiniPiece {
 
 // Consecutive pieces of one sequence.
 struct InfiniChain {
+  int64_t tokens;     // the slot's counters after the call
+  int64_t committed;
   int32_t slot;
   int32_t first_piece;
   int32_t pieces;
-  int32_t empty;       // nothing was committed before its first piece
-  uint64_t tokens;     // InfiniCounters.tokens after the chain
-  uint64_t committed;  // InfiniCounters.committed after the chain
+  int32_t empty;  // nothing was committed before its first piece
+  int32_t ends;   // its last piece is the sequence's last of the call
+  int32_t reserved;
 };
 
 // Pieces and chains of one run of a prefill.
@@ -238,8 +240,8 @@ struct InfiniSegmentAttention {
   int32_t reserved;
 };
 
-// Tokens after the last full segment of every chain go into the open segment, and its slot's counters
-// get their values after the chain.
+// Of every chain that ends: tokens after the last full segment go into the open segment, counters
+// to their final values.
 struct InfiniAppend {
   struct InfiniProblem problem;
   struct InfiniCall call;

@@ -1,8 +1,8 @@
 // Affine maps of memories: c = a b + d per matrix, in f32 throughout: I - G must not be rounded
 // below that, so no tensor core is used.
 //
-// Tile: 32 x 32 of c per block, a warp per 4 rows and a lane per column; 32 channels of a and b at a
-// time through shared memory. Grid (columns / 32, Dk / 32, matrices).
+// Tile: 32 x 32 of c per block, a warp per 4 rows and a lane per column; 32 channels of a and b at
+// a time through shared memory. Grid (columns / 32, Dk / 32, matrices).
 //
 // Shared memory: a [32 x 32] and b [32 x 32], 8 KiB. Barriers: __syncthreads only, two per 32
 // channels: all are done with the tiles before; the tiles are there.

@@ -12,8 +12,8 @@ namespace infini {
 
 template <class T>
 __device__ __forceinline__ void snapshot(const InfiniSnapshot& p, unsigned char*) {
-  constexpr int kChunks = INFINI_SCALE_COLUMNS / 4;      // of four columns
-  constexpr int kRows = kElementThreads / kChunks;       // rows per pass
+  constexpr int kChunks = INFINI_SCALE_COLUMNS / 4;  // of four columns
+  constexpr int kRows = kElementThreads / kChunks;   // rows per pass
   constexpr int kPasses = 256 / kRows;
   const int row = threadIdx.x / kChunks;
   const int64_t matrix = blockIdx.y;
@@ -27,8 +27,8 @@ __device__ __forceinline__ void snapshot(const InfiniSnapshot& p, unsigned char*
   for (int i = 0; i < kPasses; ++i) {
     if (i * kRows >= p.key_dim) break;
     x[i] = *reinterpret_cast<const float4*>(pointer<const float>(p.memory) + at(i));
-    top = fmaxf(fmaxf(top, fmaxf(fabsf(x[i].x), fabsf(x[i].y))),
-                fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
+    top =
+        fmaxf(fmaxf(top, fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
   }
   const float scale = snapshot_scale(block_max<kElementThreads>(top));
 #pragma unroll

@@ -2,7 +2,8 @@
 //
 // Grid of any size, a thread per 16 bytes; addresses are multiples of 16, the last elements may be
 // fewer than four. `out` may be one of the inputs. No shared memory. Reads 4 bytes per element and
-// part, writes 4; additions in f64, which even devices with few of its units do as fast as they read.
+// part, writes 4; additions in f64, which even devices with few of its units do as fast as they
+// read.
 #include "common/instantiate.h"
 
 namespace infini {

@@ -1,7 +1,4 @@
-// Copies words of the launch's own parameters to device memory: what a captured graph replays must
-// not lie in host memory.
-//
-// One block. No shared memory. Reads and writes `bytes`.
+// Writes the launch's own parameters to device memory. One block; no shared memory.
 #include "common/instantiate.h"
 
 namespace infini {
