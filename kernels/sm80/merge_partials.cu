@@ -25,8 +25,7 @@ struct Merged {
     // Nothing attended yet (or NaN alone): any finite shift will do.
     const float shift = top == -INFINITY ? 0.0f : top;
     const float weight = lse == -INFINITY ? 0.0f : expf(lse - shift);
-    const float earlier =
-        sum == 0.0f ? 0.0f : sum * expf((before == -INFINITY ? 0.0f : before) - shift);
+    const float earlier = sum * expf(before - shift);
     sum = earlier + lanes_sum<32>(weight);
     keep = sum == 0.0f ? 0.0f : earlier / sum;
     return sum == 0.0f ? 0.0f : weight / sum;
