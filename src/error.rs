@@ -60,6 +60,16 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
+    /// No CUDA kernel is compiled for this value.
+    #[error("{argument}: {got} given, the CUDA kernels are compiled for {accepted}")]
+    Unsupported {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Value received.
+        got: String,
+        /// Every value accepted.
+        accepted: String,
+    },
     /// The state (or file, or map) was made for another problem.
     #[error("state: made for {field} = {got}, the call has {field} = {expected}")]
     Problem {

@@ -3,6 +3,8 @@
 
 mod call;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod error;
 mod memory;

@@ -1,0 +1,90 @@
+//! The table of compiled kernels.
+
+use crate::{DType, Error, Problem, Result};
+
+/// A compiled kernel and what a launch of it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Name of the operation, such as `segment_attention`.
+    pub operation: &'static str,
+    /// Name of the entry function.
+    pub symbol: &'static str,
+    /// The compiled file that holds it; see [`fatbin`] and [`ptx`].
+    pub file: &'static str,
+    /// Element type it is compiled for; none if it touches f32 alone.
+    pub dtype: Option<DType>,
+    /// Dk it is compiled for; 0: any.
+    pub key_dim: usize,
+    /// Dv it is compiled for; 0: any.
+    pub value_dim: usize,
+    /// Threads of a block, all in x.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Blocks that an SM is to hold at a time; registers are bounded accordingly.
+    pub blocks_per_sm: u32,
+    /// Query rows of a tile; 0 where there are none.
+    pub rows: usize,
+    /// Columns of M that a block takes; 0 where it takes none or all.
+    pub columns: usize,
+}
+
+/// Bytes of a compiled file, aligned for the driver's loader.
+#[repr(C, align(16))]
+#[allow(dead_code)] // where nothing was compiled: docs.rs
+struct Image<B: ?Sized>(B);
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// The kernel of an operation for a problem's element type and dimensions.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming the argument for which nothing is compiled (`operation`, `dtype`,
+/// `key_dim` or `(key_dim, value_dim)`), its value and everything that is accepted.
+pub fn find(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
+    let mut kernels: Vec<&'static Kernel> = KERNELS.iter().collect();
+    retain(&mut kernels, "operation", operation, |k| k.operation.to_owned())?;
+    if kernels[0].dtype.is_some() {
+        let dtype = problem.dtype().to_string();
+        retain(&mut kernels, "dtype", &dtype, |k| {
+            k.dtype.map_or(String::new(), |d| d.to_string())
+        })?;
+    }
+    let (dk, dv) = (problem.key_dim(), problem.value_dim());
+    match (kernels[0].key_dim, kernels[0].value_dim) {
+        (0, _) => {}
+        (_, 0) => retain(&mut kernels, "key_dim", &dk.to_string(), |k| k.key_dim.to_string())?,
+        _ => retain(&mut kernels, "(key_dim, value_dim)", &format!("({dk}, {dv})"), |k| {
+            format!("({}, {})", k.key_dim, k.value_dim)
+        })?,
+    }
+    Ok(kernels[0])
+}
+
+/// Keeps the kernels whose `name` is `wanted`; at least one, or an error.
+fn retain(
+    kernels: &mut Vec<&'static Kernel>,
+    argument: &'static str,
+    wanted: &str,
+    name: impl Fn(&Kernel) -> String,
+) -> Result<()> {
+    let mut accepted: Vec<String> = kernels.iter().map(|kernel| name(kernel)).collect();
+    kernels.retain(|kernel| name(kernel) == wanted);
+    if !kernels.is_empty() {
+        return Ok(());
+    }
+    let mut seen = std::collections::HashSet::new();
+    accepted.retain(|name| seen.insert(name.clone()));
+    Err(Error::Unsupported { argument, got: wanted.to_owned(), accepted: accepted.join(", ") })
+}
+
+/// The fatbin of a file of [`KERNELS`]: cubins of the architectures the crate was built for, and PTX
+/// for all others.
+pub fn fatbin(file: &str) -> Option<&'static [u8]> {
+    embedded_fatbin(file)
+}
+
+/// The PTX text of a file of [`KERNELS`], from which its cubins were assembled.
+pub fn ptx(file: &str) -> Option<&'static str> {
+    embedded_ptx(file)
+}
