@@ -14,7 +14,7 @@ use std::{env, fs, thread};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cuda::{Result, copy, read};
-use crate::tools::{self, Environment};
+use crate::tools;
 
 /// A folder of kernels: the architecture of its PTX, and those that get a cubin (devices between
 /// them run the cubin of the last smaller minor version, all others the PTX).
@@ -28,7 +28,7 @@ const FOLDERS: [Folder; 1] =
     [Folder { name: "sm80", ptx: "80", cubins: &["80", "90a", "100", "120"] }];
 
 struct Compiler<'a> {
-    nvcc: PathBuf,
+    nvcc: &'a Path,
     /// Release and the variables that nvcc reads flags from.
     identity: String,
     /// Architectures asked for, without `sm_`; none: all that the toolkit knows.
@@ -39,8 +39,8 @@ struct Compiler<'a> {
 }
 
 /// Compiles every file; names as `sm80/append`, sorted.
-pub fn all(environment: &Environment, kernels: &Path, out: &Path) -> Result<Vec<String>> {
-    let compiler = Compiler::new(environment, kernels)?;
+pub fn all(nvcc: &Path, kernels: &Path, out: &Path) -> Result<Vec<String>> {
+    let compiler = Compiler::new(nvcc, kernels, out)?;
     let mut work = Vec::new();
     for folder in &FOLDERS {
         let entries = fs::read_dir(kernels.join(folder.name)).into_iter().flatten().flatten();
@@ -76,11 +76,9 @@ pub fn all(environment: &Environment, kernels: &Path, out: &Path) -> Result<Vec<
 }
 
 impl<'a> Compiler<'a> {
-    fn new(environment: &Environment, kernels: &'a Path) -> Result<Self> {
-        tools::host_compiler()?;
-        let nvcc = environment.nvcc()?;
+    fn new(nvcc: &'a Path, kernels: &'a Path, out: &Path) -> Result<Self> {
         let ask = |flag| -> Result<String> {
-            let output = tools::execute(Command::new(&nvcc).arg(flag))?;
+            let output = tools::execute(Command::new(nvcc).arg(flag))?;
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
         let mut identity = ask("--version")?;
@@ -91,7 +89,10 @@ impl<'a> Compiler<'a> {
         let known = known.split_whitespace().filter_map(|code| code.strip_prefix("sm_"));
         let known: BTreeSet<String> = known.map(Into::into).collect();
         let asked = asked(&known)?;
-        let cache = environment.target.join("infini-attn-kernels");
+        // Beside all build folders of the target folder, whose root Cargo marks.
+        let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+        let target = out.ancestors().find(marked).unwrap_or(out);
+        let cache = target.join("infini-attn-kernels");
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
         Ok(Compiler { nvcc, identity, asked, known, kernels, cache })
     }
@@ -103,12 +104,12 @@ impl<'a> Compiler<'a> {
         let source = self.kernels.join(&name).with_extension("cu");
         let mut content = Vec::new();
         self.sources(&source, &mut BTreeSet::new(), &mut content)?;
-        let mut nvcc = Command::new(&self.nvcc);
+        let mut nvcc = Command::new(self.nvcc);
         nvcc.args(["-std=c++17", "-lineinfo", "-ptx", &format!("-arch=compute_{}", folder.ptx)]);
         let ptx =
             self.cached(nvcc.arg("-I").arg(self.kernels).arg(source), &content, &name, "ptx")?;
 
-        let mut nvcc = Command::new(&self.nvcc);
+        let mut nvcc = Command::new(self.nvcc);
         nvcc.arg("-fatbin").args(self.codes(folder)).arg(&ptx);
         let fatbin = self.cached(&mut nvcc, &[read(&ptx)?], &name, "fatbin")?;
 
@@ -179,7 +180,9 @@ impl<'a> Compiler<'a> {
             let include = include.split('"').next().unwrap_or_default();
             let beside = path.with_file_name(include);
             let header = if beside.is_file() { beside } else { self.kernels.join(include) };
-            self.sources(&header, seen, texts)?;
+            if header.is_file() {
+                self.sources(&header, seen, texts)?;
+            }
         }
         texts.push(text);
         Ok(())
