@@ -104,10 +104,14 @@ struct InfiniPiece {
 
 // Consecutive pieces of one sequence.
 struct InfiniChain {
+  int64_t tokens;     // the slot's counters after the call
+  int64_t committed;
   int32_t slot;
   int32_t first_piece;
   int32_t pieces;
   int32_t empty;  // nothing was committed before its first piece
+  int32_t ends;   // its last piece is the sequence's last of the call
+  int32_t reserved;
 };
 
 // Pieces and chains of one run of a prefill.
@@ -236,8 +240,8 @@ struct InfiniSegmentAttention {
   int32_t reserved;
 };
 
-// Tokens after the last full segment go into the open segment, counters to their final values,
-// padded output rows to 0.
+// Of every chain that ends: tokens after the last full segment go into the open segment, counters
+// to their final values.
 struct InfiniAppend {
   struct InfiniProblem problem;
   struct InfiniCall call;

@@ -3,43 +3,9 @@
 #pragma once
 
 #include "common/attention.cuh"
+#include "common/piece.cuh"
 
 namespace infini {
-
-// Row of a tensor.
-template <class T>
-__device__ __forceinline__ T* row_of(const InfiniTensor& t, int64_t batch, int64_t token,
-                                     int64_t head) {
-  return pointer<T>(t.data) + batch * t.batch + token * t.token + head * t.head;
-}
-
-// Where a head of a slot's open segment begins.
-template <class T>
-__device__ __forceinline__ const T* open_rows(uint64_t address, const InfiniProblem& p, int slot,
-                                              int kv_head, int columns) {
-  return pointer<const T>(address) +
-         (int64_t{slot} * p.kv_heads + kv_head) * p.segment_len * columns;
-}
-
-// Values of a piece's segment.
-template <class T, int Dv>
-__device__ __forceinline__ SegmentRows<T> values_of(const InfiniProblem& p, const InfiniTensor& v,
-                                                    const InfiniState& state,
-                                                    const InfiniPiece& piece, int kv_head) {
-  return {{open_rows<T>(state.open_v, p, piece.slot, kv_head, Dv), Dv},
-          {row_of<const T>(v, piece.batch, piece.first, kv_head), v.token},
-          piece.cached};
-}
-
-// Unrotated keys of a piece's segment.
-template <class T, int Dk>
-__device__ __forceinline__ SegmentRows<T> keys_of(const InfiniProblem& p, const InfiniTensor& k,
-                                                  const InfiniState& state,
-                                                  const InfiniPiece& piece, int kv_head) {
-  return {{open_rows<T>(state.open_k, p, piece.slot, kv_head, Dk), Dk},
-          {row_of<const T>(k, piece.batch, piece.first, kv_head), k.token},
-          piece.cached};
-}
 
 // Which outputs an attention block writes.
 enum class Branch { kBoth, kMemory };

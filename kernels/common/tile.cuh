@@ -110,7 +110,9 @@ __device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Segme
   if (first >= cached || first + R <= cached) {
     const bool open = first < cached;
     const int skip = open ? 0 : cached;
-    load_tile<Threads>(tile, open ? source.open : source.fresh, first - skip, end - skip, column);
+    const Rows<T> rows{open ? source.open.data : source.fresh.data,
+                       open ? source.open.stride : source.fresh.stride};
+    load_tile<Threads>(tile, rows, first - skip, end - skip, column);
     return;
   }
 #pragma unroll 1
