@@ -8,12 +8,13 @@
 
 namespace infini {
 
-// Tokens `first` to `end` of the segment, columns `slice * Columns` on of V.
+// Tokens `first` to `end` of the segment, columns `slice * Columns` on of V. `source` lies in shared
+// memory.
 template <int Threads, class T, int Dk, int Dv, int Columns>
 __device__ __forceinline__ void update_block(const InfiniProblem& p, const InfiniState& state,
-                                             const SegmentRows<T>& k, const SegmentRows<T>& v,
-                                             int64_t matrix, bool empty, int first, int end,
-                                             int slice, float* partial, unsigned char* shared) {
+                                             const Keys<T>& source, int64_t matrix,
+                                             bool empty, int first, int end, int slice,
+                                             float* partial, unsigned char* shared) {
   Update<T, Dk, Columns, Threads> update(shared);
   const bool delta = p.delta && !empty;
   const float* z = pointer<const float>(state.normalizer) + matrix * Dk;
@@ -24,13 +25,13 @@ __device__ __forceinline__ void update_block(const InfiniProblem& p, const Infin
                        slice * Columns);
   }
   update.template run<true>(
-      p, k, first, end, delta, slice == 0,
+      p, source.k, first, end, delta, slice == 0,
       [&](int stage, int token) {
-        load_tile<Threads>(update.value_tile(stage), v, token, end, slice * Columns);
+        load_tile<Threads>(update.value_tile(stage), source.v, token, end, slice * Columns);
       },
       [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; }, [](int) {});
   update.store(partial, Dv, slice * Columns);
-  if (slice == 0) update.store_sums(partial + Dk * Dv);
+  if (slice == 0) update.store_sums(partial + Dk * Dv, shared);
 }
 
 }  // namespace infini

@@ -121,11 +121,15 @@ pub fn cases() -> Vec<Case> {
     ]
     .concat();
     for case in &mut all {
-        // FNV-1a of the name: a case keeps its data when the table changes.
-        let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
-        case.seed = case.name.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 32;
+        case.seed = seed(&case.name);
     }
     all
+}
+
+/// FNV-1a of a case's name: it keeps its data when the table changes.
+pub fn seed(name: &str) -> u64 {
+    let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 32
 }
 
 impl Case {
