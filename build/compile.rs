@@ -110,10 +110,10 @@ impl<'a> Compiler<'a> {
         let known = known.split_whitespace().filter_map(|code| code.strip_prefix("sm_"));
         let known: BTreeSet<String> = known.map(Into::into).collect();
         let asked = asked(&known)?;
-        // Beside all build folders of the target folder, whose root Cargo marks.
-        let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
-        let target = out.ancestors().find(marked).unwrap_or(out);
-        let cache = target.join("infini-attn-kernels");
+        let cache = match env::var_os("INFINI_ATTN_KERNEL_CACHE") {
+            Some(folder) => folder.into(),
+            None => default_cache(out),
+        };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
         Ok(Compiler { nvcc, identity, asked, known, kernels, cache })
     }
@@ -123,8 +123,6 @@ impl<'a> Compiler<'a> {
         let source = self.kernels.join(&file.name).with_extension("cu");
         let mut content = Vec::new();
         self.sources(&source, &mut BTreeSet::new(), &mut content)?;
-        // In the line numbers there are paths.
-        content.push(source.display().to_string());
         let arch = format!("-arch=compute_{}", file.folder.ptx);
         let flags = ["-std=c++17", "-lineinfo", "-ptx", &arch].map(String::from);
         let ptx = self.cached(&file.name, "ptx", &flags, &source, content)?;
@@ -180,6 +178,11 @@ impl<'a> Compiler<'a> {
             let mut nvcc = Command::new(self.nvcc);
             nvcc.args(flags).arg("-I").arg(self.kernels).arg(source).arg("-o").arg(&own);
             let printed = tools::execute(&mut nvcc)?;
+            if extension == "ptx" {
+                // Names of source files from the root of the repository on: the same everywhere.
+                let root = self.kernels.parent().unwrap_or(self.kernels);
+                write(&own, &read(&own)?.replace(&format!("\"{}/", root.display()), "\""))?;
+            }
             println!("{name}.{extension}: {:.1} s", started.elapsed().as_secs_f64());
             for line in String::from_utf8_lossy(&printed.stderr).lines() {
                 println!("cargo::warning={line}");
@@ -211,6 +214,12 @@ impl<'a> Compiler<'a> {
         texts.push(text);
         Ok(())
     }
+}
+
+/// Beside all build folders of Cargo's target folder, whose root is marked.
+fn default_cache(out: &Path) -> PathBuf {
+    let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+    out.ancestors().find(marked).unwrap_or(out).join("infini-attn-kernels")
 }
 
 /// `INFINI_ATTN_CUDA_ARCHS`: architectures separated by commas, or `ptx` for none.

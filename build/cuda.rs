@@ -21,7 +21,7 @@ pub type Result<T> = std::result::Result<T, String>;
 
 /// Everything that changes the outcome besides kernels/. (The search path is left out: it changes
 /// too often and too rarely matters.)
-const VARIABLES: [&str; 12] = [
+const VARIABLES: [&str; 13] = [
     "NVCC",
     "CUDA_HOME",
     "CUDA_PATH",
@@ -32,6 +32,7 @@ const VARIABLES: [&str; 12] = [
     "NVCC_PREPEND_FLAGS",
     "NVCC_APPEND_FLAGS",
     "INFINI_ATTN_CUDA_ARCHS",
+    "INFINI_ATTN_KERNEL_CACHE",
     "INFINI_ATTN_PREBUILT",
     "DOCS_RS",
 ];

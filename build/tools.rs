@@ -8,16 +8,8 @@ use std::process::{Command, Output};
 
 use crate::cuda::Result;
 
-const INSTALL_NVCC: &str = "Install it into a Python environment (no root, no GPU needed):
-  python3 -m venv target/cuda-venv
-  target/cuda-venv/bin/pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 \
-nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
-or set INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md).";
-
-const INSTALL_LIBCLANG: &str = "Install it into a Python environment (no root needed):
-  python3 -m venv target/cuda-venv
-  target/cuda-venv/bin/pip install libclang==18.1.1
-or set INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md).";
+/// nvcc and libclang as Python packages, a line each.
+const REQUIREMENTS: &str = include_str!("requirements.txt");
 
 const INSTALL_HOST: &str = "Install one (`apt-get install g++`), name it in NVCC_CCBIN, or set \
 INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md).";
@@ -31,8 +23,7 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Finds nvcc and the host compiler, and loads libclang: the first two, like all of them, are
-    /// looked for even if another is missing, so that one message tells everything.
+    /// Finds nvcc and the host compiler, and loads libclang. One message names all that is missing.
     pub fn find(root: &Path) -> Result<Self> {
         let site_packages = site_packages(root);
         let nvcc = match env::var_os("DOCS_RS") {
@@ -73,7 +64,7 @@ fn nvcc(site_packages: &[PathBuf]) -> Result<PathBuf> {
     candidates.extend(releases.map(|release| release.join("bin/nvcc")));
     candidates.into_iter().find(|candidate| candidate.is_file()).ok_or_else(|| {
         let places = "$NVCC, $CUDA_HOME/bin, $CUDA_PATH/bin, $PATH, /usr/local/cuda/bin";
-        missing("nvcc", places, site_packages, INSTALL_NVCC)
+        missing("nvcc", places, site_packages)
     })
 }
 
@@ -100,18 +91,22 @@ fn load_libclang(site_packages: &[PathBuf]) -> Result<()> {
         }
     }
     let places = "$LIBCLANG_PATH, llvm-config, the system's library folders";
-    Err(missing("libclang", places, site_packages, INSTALL_LIBCLANG))
+    Err(missing("libclang", places, site_packages))
 }
 
-fn missing(what: &str, places: &str, site_packages: &[PathBuf], install: &str) -> String {
-    let mut message = format!(
-        "{what} not found; looked in {places}, the Python environments $VIRTUAL_ENV, \
-         $CONDA_PREFIX and target/cuda-venv"
-    );
-    if let Some(folder) = site_packages.first() {
-        message += &format!(" ({} and others)", folder.display());
-    }
-    format!("{message}.\n{install}")
+fn missing(what: &str, places: &str, site_packages: &[PathBuf]) -> String {
+    let packages = REQUIREMENTS.lines().filter(|line| !line.starts_with('#'));
+    let packages = packages.collect::<Vec<_>>().join(" ");
+    let looked_in: String =
+        site_packages.iter().map(|folder| format!("\n  {}", folder.display())).collect();
+    format!(
+        "{what} not found; looked in {places}, and the Python environments $VIRTUAL_ENV, \
+         $CONDA_PREFIX and target/cuda-venv{looked_in}\n\
+         Install it into a Python environment (no root, no GPU needed):\n  \
+         python3 -m venv target/cuda-venv\n  \
+         target/cuda-venv/bin/pip install {packages}\n\
+         or set INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md)."
+    )
 }
 
 /// Where a program may be: in every folder of the search path, or where its path says.
