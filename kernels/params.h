@@ -324,10 +324,11 @@ struct InfiniMergePartials {
   int32_t reserved;
 };
 
-// out[i] = sum over parts of in[p][i], f32, in order.
+// out[i] = sum over parts of in[p][i], in order and rounded once. Arrays begin at multiples of 16
+// bytes.
 struct InfiniSum {
   InfiniAddress inputs;  // InfiniAddress [parts] of f32 [count]
-  InfiniAddress out;     // f32 [count]
+  InfiniAddress out;     // f32 [count]; may be an input
   int64_t count;
   int32_t parts;
   int32_t reserved;
@@ -344,7 +345,7 @@ struct InfiniCompose {
   int32_t columns;
 };
 
-// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales.
+// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales. Dk is at most 256.
 struct InfiniSnapshot {
   InfiniAddress memory;
   InfiniAddress snapshot;

@@ -60,6 +60,16 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
+    /// An address in device memory cannot be served.
+    #[error("{argument}: address {got:#x} given, {requirement}")]
+    Address {
+        /// Name of the operand.
+        argument: String,
+        /// Address received.
+        got: u64,
+        /// What is accepted.
+        requirement: String,
+    },
     /// No CUDA kernel is compiled for this value.
     #[error("{argument}: {got} given, the CUDA kernels are compiled for {accepted}")]
     Unsupported {
@@ -123,6 +133,48 @@ pub enum Error {
         /// Tokens committed in the second.
         second_tokens: u64,
     },
+    /// No CUDA device can be used.
+    #[error("no usable CUDA device: {reason}")]
+    NoDevice {
+        /// What is missing: the driver library, the device, or its compute capability.
+        reason: String,
+    },
+    /// The CUDA driver refused something other than a launch.
+    #[error("CUDA: {what}: {reason}")]
+    Driver {
+        /// What was asked of it.
+        what: String,
+        /// Its answer.
+        reason: String,
+    },
+    /// A kernel could not be launched.
+    #[error("CUDA: launch of {kernel} on {grid:?} blocks of {threads} threads ({what}): {reason}")]
+    Launch {
+        /// Its symbol.
+        kernel: &'static str,
+        /// Blocks in x, y and z.
+        grid: [u32; 3],
+        /// Threads per block.
+        threads: u32,
+        /// The operation and its shapes.
+        what: String,
+        /// The driver's answer.
+        reason: String,
+    },
+    /// Something that cannot be part of a CUDA graph was asked of a stream that captures one.
+    #[error("{what} while the stream captures a graph: {instead}")]
+    Capturing {
+        /// What was asked.
+        what: String,
+        /// What to do before the capture begins.
+        instead: &'static str,
+    },
+    /// A kernel met an index that it could not accept and skipped that sequence.
+    #[error("CUDA: the device skipped a sequence: {}", status_names(*.bits))]
+    Status {
+        /// The status word, a sum of `INFINI_STATUS_*`.
+        bits: u32,
+    },
     /// A state file could not be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -159,5 +211,44 @@ impl Error {
         expected: impl Into<String>,
     ) -> Self {
         Self::Shape { argument, got: got.to_vec(), expected: expected.into() }
+    }
+}
+
+/// What the bits of a status word mean.
+fn status_names(bits: u32) -> String {
+    const NAMES: [&str; 4] = [
+        "a slot outside the state",
+        "a length outside what the call allows",
+        "a position outside the rotation tables",
+        "rotation changed inside an open segment",
+    ];
+    let mut names: Vec<String> = (NAMES.iter().enumerate())
+        .filter(|(i, _)| bits >> i & 1 == 1)
+        .map(|(_, name)| (*name).to_string())
+        .collect();
+    if bits >> NAMES.len() != 0 {
+        names.push(format!("unknown bits {:#x}", bits >> NAMES.len() << NAMES.len()));
+    }
+    names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_status_bit_has_a_name() {
+        let text = Error::Status { bits: 0b1010 }.to_string();
+        assert!(
+            text.ends_with(
+                "a length outside what the call allows, rotation changed inside an open segment"
+            ),
+            "{text}"
+        );
+        assert!(
+            Error::Status { bits: 17 }
+                .to_string()
+                .ends_with("a slot outside the state, unknown bits 0x10")
+        );
     }
 }

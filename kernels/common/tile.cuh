@@ -84,6 +84,13 @@ struct SegmentRows {
   int cached;
 };
 
+// Keys and values of a segment. Kernels hold it in shared memory, where it takes no registers through
+// their main loops.
+template <class T>
+struct Keys {
+  SegmentRows<T> k, v;
+};
+
 // Asynchronous copy of source rows `first` to `first + R` into a tile; rows from `end` on are zero
 // and not read. Columns `column` on. Every thread of the block takes part; the caller commits.
 template <int Threads, class T, int R, int C>

@@ -25,7 +25,7 @@ struct AttentionTile {
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
   // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
-  static constexpr int score_unroll = Dk == 128 && Dv == 128 ? 1 : 2;
+  static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
   // Query tile, key tile, value tile; z; one weight per row.
   static constexpr int shared_bytes =
       2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
@@ -40,7 +40,7 @@ struct DecodeTile {
   static constexpr int rows = warps * row_tiles * 16;
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
-  static constexpr int score_unroll = 4;
+  static constexpr int score_unroll = 2;
   static constexpr int shared_bytes =
       2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };

@@ -21,7 +21,7 @@ struct Update {
   using Shape = UpdateTile<Dk, Columns>;
   static constexpr int kTokens = Shape::tokens;
   static constexpr int kWarps = Columns / 16;
-  static constexpr int kSums = (Dk / 8 + kWarps - 1) / kWarps;
+  static constexpr int kPairs = Dk / 2, kGroups = Threads / kPairs;  // of the column sums
   static constexpr int kMemoryRows = 32;
 
   using KeyTile = Tile<T, kTokens, Dk>;
@@ -35,7 +35,7 @@ struct Update {
 
   // Registers of a warp that owns columns.
   float d[Dk / 8][4];        // dMt: rows v, columns k
-  float sums[kSums][4];      // column sums of sigma(K), of n8 tiles kWarps * i + warp
+  float2 sums;               // column sums of sigma(K): of one pair of columns, every kGroups rows
   uint32_t mt[Dk / 16][4];   // Mt snapshot, under the delta rule
   float memory_scale;        // what mt is divided by, negated
 
@@ -43,14 +43,10 @@ struct Update {
       : keys{ptx::shared_address(shared)},
         values{keys.base + 2 * KeyTile::bytes},
         z{reinterpret_cast<float*>(shared + 2 * (KeyTile::bytes + ValueTile::bytes))},
-        factor{z + Dk} {
+        factor{z + Dk},
+        sums{0.0f, 0.0f} {
 #pragma unroll
     for (auto& tile : d) {
-#pragma unroll
-      for (float& x : tile) x = 0.0f;
-    }
-#pragma unroll
-    for (auto& tile : sums) {
 #pragma unroll
       for (float& x : tile) x = 0.0f;
     }
@@ -117,14 +113,32 @@ struct Update {
                                       });
       __syncthreads();  // the tile is mapped
       prepare(stage);
-      if (owns()) add<kDelta>(stage, delta, sum);
+      if (sum) add_sums(stage);
+      if (owns()) add<kDelta>(stage, delta);
     }
     __syncthreads();
   }
 
+  __device__ __forceinline__ void add_sums(int stage) {
+    const int pair = threadIdx.x % kPairs, group = threadIdx.x / kPairs;
+    if (group >= kGroups) return;
+    const KeyTile k = key_tile(stage);
+#pragma unroll 8
+    for (int row = group; row < kTokens; row += kGroups) {
+      uint32_t x;
+      asm volatile("ld.shared.b32 %0, [%1];"
+                   : "=r"(x)
+                   : "r"(k.at(row, pair / 4) + pair % 4 * 4)
+                   : "memory");
+      const float2 values = unpack<T>(x);
+      sums.x += values.x;
+      sums.y += values.y;
+    }
+  }
+
   // dMt += (V - R)t sigma(K) of one tile.
   template <bool kDelta>
-  __device__ __forceinline__ void add(int stage, bool delta, bool sum) {
+  __device__ __forceinline__ void add(int stage, bool delta) {
     const KeyTile k = key_tile(stage);
     const ValueTile v = value_tile(stage);
 #pragma unroll 1
@@ -141,15 +155,6 @@ struct Update {
         if (kDelta && delta) {
           ptx::mma_m16n8k16<T>(d[2 * j], r, b[0], b[1]);
           ptx::mma_m16n8k16<T>(d[2 * j + 1], r, b[2], b[3]);
-        }
-        if (sum) {
-          const uint32_t one = pack<T>(1.0f, 1.0f), ones[4] = {one, one, one, one};
-          if (2 * j % kWarps == warp()) {
-            ptx::mma_m16n8k16<T>(sums[2 * j / kWarps], ones, b[0], b[1]);
-          }
-          if ((2 * j + 1) % kWarps == warp()) {
-            ptx::mma_m16n8k16<T>(sums[(2 * j + 1) / kWarps], ones, b[2], b[3]);
-          }
         }
       }
     }
@@ -191,15 +196,18 @@ struct Update {
     }
   }
 
-  // Column sums of sigma(K), f32 [Dk].
-  __device__ __forceinline__ void store_sums(float* to) const {
-    if (!owns() || lane() >= 4) return;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int tile = i * kWarps + warp();
-      if (tile >= Dk / 8) return;
-      to[tile * 8 + lane() * 2] = sums[i][0];
-      to[tile * 8 + lane() * 2 + 1] = sums[i][1];
+  // Column sums of sigma(K), f32 [Dk], by way of the key tiles.
+  __device__ __forceinline__ void store_sums(float* to, unsigned char* shared) const {
+    float2* parts = reinterpret_cast<float2*>(shared);
+    if (threadIdx.x < kGroups * kPairs) parts[threadIdx.x] = sums;
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < kPairs; pair += Threads) {
+      float2 sum = parts[pair];
+      for (int group = 1; group < kGroups; ++group) {
+        sum.x += parts[group * kPairs + pair].x;
+        sum.y += parts[group * kPairs + pair].y;
+      }
+      reinterpret_cast<float2*>(to)[pair] = sum;
     }
   }
 };

@@ -4,17 +4,9 @@
 // Grid (ceil(N / 8), Hkv, chains), a warp per token. No shared memory. Reads and writes each key
 // (and rotated key) and value once.
 #include "common/instantiate.h"
-#include "common/piece.cuh"
-#include "common/rotate.cuh"
+#include "common/open_rows.cuh"
 
 namespace infini {
-
-template <class T>
-__device__ __forceinline__ void copy_row(T* to, const T* from, int columns) {
-  for (int i = threadIdx.x % 32; i < columns / 8; i += 32) {
-    reinterpret_cast<Chunk*>(to)[i] = reinterpret_cast<const Chunk*>(from)[i];
-  }
-}
 
 template <class T>
 __device__ __forceinline__ void append(const InfiniAppend& p, unsigned char*) {
@@ -22,7 +14,7 @@ __device__ __forceinline__ void append(const InfiniAppend& p, unsigned char*) {
   if (!chain.ends) return;
   const int index = chain.first_piece + chain.pieces - 1, kv_head = blockIdx.y;
   const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[index];
-  const int token = blockIdx.x * 8 + threadIdx.x / 32;
+  const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool rotates = p.call.rope.rows > 0;
   const int dk = p.problem.key_dim, dv = p.problem.value_dim;
   if (!piece.full && token < piece.len) {
@@ -33,11 +25,11 @@ __device__ __forceinline__ void append(const InfiniAppend& p, unsigned char*) {
     const auto fresh = [&](const InfiniTensor& x) {
       return row_of<const T>(x, piece.batch, piece.first + token, kv_head);
     };
-    copy_row(open(p.state.open_k, dk), fresh(p.call.k), dk);
-    copy_row(open(p.state.open_v, dv), fresh(p.call.v), dv);
+    copy_row<32>(open(p.state.open_k, dk), fresh(p.call.k), dk, lane);
+    copy_row<32>(open(p.state.open_v, dv), fresh(p.call.v), dv, lane);
     if (rotates) {
       const T* rotated = segment_rows<T>(p.rotated, p.problem, index, kv_head, dk);
-      copy_row(open(p.state.open_k_rotated, dk), rotated + int64_t{token} * dk, dk);
+      copy_row<32>(open(p.state.open_k_rotated, dk), rotated + int64_t{token} * dk, dk, lane);
     }
   }
   if (blockIdx.x == 0 && kv_head == 0 && threadIdx.x == 0) {

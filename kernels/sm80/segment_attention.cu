@@ -45,6 +45,7 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
                      pointer<const float>(p.snapshot_scale) + record * (Dv / 32),
                      pointer<const float>(p.z) + record * Dk};
       task.piece = piece;
+      task.rope = p.call.rope;
       task.token = piece.first + first;
       task.first = first;
       task.rows = min(kRows, piece.len - first);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void segment_state(const InfiniSegmentState& p, unsig
   if (values) {
     update.store(pointer<float>(p.b) + record * (Dk * Dv), Dv, slice * kColumns);
   }
-  if (slice == 0) update.store_sums(pointer<float>(p.sums) + record * Dk);
+  if (slice == 0) update.store_sums(pointer<float>(p.sums) + record * Dk, shared);
 }
 
 template <int Dk, int Dv>

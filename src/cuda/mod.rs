@@ -3,7 +3,27 @@
 //! The kernels are compiled when the crate is built and lie in it as fatbins; [`KERNELS`] is the
 //! table they are looked up in. libcuda is never linked: it is opened when a device is.
 
-mod kernels;
-pub mod params;
+//!
+//! Calls come in two layers. The raw one takes addresses: a *plan* is made on the host from shapes
+//! alone ([`plan_prefill`]), printed or tested without a device, and run by a
+//! [`Launcher`].
 
+mod address;
+mod call;
+mod kernels;
+mod launcher;
+pub mod params;
+mod plan;
+mod prefill;
+mod sequences;
+mod state;
+mod tensor;
+
+pub use address::{Addresses, Operand, Requirement};
+pub use call::{Call, DeviceRope};
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
+pub use launcher::{Launch, Launcher};
+pub use plan::{Plan, PlannedLaunch};
+pub use prefill::{PrefillOptions, plan_prefill};
+pub use state::{Mirror, StateLayout};
+pub use tensor::DeviceTensor;

@@ -1,0 +1,363 @@
+//! A device, its kernels, and the launcher that runs plans on a stream.
+//!
+//! Nothing here touches the driver before [`Device::new`] or [`Device::from_stream`]: the crate
+//! starts on machines without one.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::sys::{self, CUfunction_attribute, CUresult, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
+use cudarc::nvrtc::Ptx;
+
+use super::kernels::{self, KERNELS, Kernel};
+use super::launcher::{Launch, Launcher};
+use super::params::{INFINI_TABLE_BYTES, InfiniTable};
+use crate::{Error, Result};
+
+/// Least compute capability the kernels run on.
+const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// Largest table that [`CudaLauncher`] writes from the parameters of launches; more is copied.
+const TABLE_LIMIT: usize = 16 << 10;
+
+/// Dynamic shared memory that a kernel gets without asking.
+const DEFAULT_SHARED: u32 = 48 << 10;
+
+/// A CUDA device and a stream on it. All work of a `Device` goes to its stream, in order, and is
+/// asynchronous: a call returns when everything is enqueued. A clone uses the same stream;
+/// [`Self::on`] another one. Loaded kernels are shared by all of them.
+///
+/// Kernels are loaded when they are first needed, which a stream that captures a graph does not
+/// allow: a call that is to be captured runs once before, or [`Self::load`] is called.
+#[derive(Clone, Debug)]
+pub struct Device {
+    stream: Arc<CudaStream>,
+    loaded: Arc<Loaded>,
+}
+
+/// What was loaded into the context so far.
+#[derive(Debug)]
+struct Loaded {
+    context: Arc<CudaContext>,
+    capability: (i32, i32),
+    tables: Mutex<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    /// By file.
+    modules: HashMap<&'static str, Arc<CudaModule>>,
+    /// By symbol.
+    functions: HashMap<&'static str, CudaFunction>,
+}
+
+impl Device {
+    /// The device of the given ordinal, with a stream of its own. The stream does not wait for the
+    /// legacy default stream, nor that for it.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] that says what is missing: the driver's library, the device, or compute
+    /// capability 8.0.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let context = open(ordinal)?;
+        let stream = context.new_stream().map_err(|e| no_device(ordinal, e))?;
+        Self::from_stream(stream)
+    }
+
+    /// A device whose work goes to the given stream of an application that uses cudarc itself.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] when the device's compute capability is below 8.0.
+    pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        let context = stream.context().clone();
+        let ordinal = context.ordinal();
+        let capability = context.compute_capability().map_err(|e| no_device(ordinal, e))?;
+        if capability < LEAST_CAPABILITY {
+            let name = context.name().unwrap_or_else(|_| "unnamed".into());
+            return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
+        }
+        let loaded = Loaded { context, capability, tables: Mutex::default() };
+        Ok(Self { stream, loaded: Arc::new(loaded) })
+    }
+
+    /// The same device, its loaded kernels included, with another stream.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the stream belongs to another context.
+    pub fn on(&self, stream: Arc<CudaStream>) -> Result<Self> {
+        if **stream.context() != *self.loaded.context {
+            let expected = "a stream of the device's own context";
+            return Err(Error::value("stream", "a stream of another context", expected));
+        }
+        Ok(Self { stream, loaded: self.loaded.clone() })
+    }
+
+    /// The stream that all work goes to.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Compute capability, (major, minor).
+    pub fn capability(&self) -> (i32, i32) {
+        self.loaded.capability
+    }
+
+    /// The device's name.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver does not tell.
+    pub fn name(&self) -> Result<String> {
+        self.loaded.context.name().map_err(|e| driver("name of the device", e))
+    }
+
+    /// Multiprocessors of the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver does not tell.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.loaded.context.attribute(count);
+        count.map(|n| n.max(1) as usize).map_err(|e| driver("number of multiprocessors", e))
+    }
+
+    /// Waits until everything enqueued so far is done.
+    ///
+    /// # Errors
+    /// [`Error::Capturing`], and [`Error::Driver`] with what went wrong on the device since the last
+    /// wait.
+    pub fn synchronize(&self) -> Result<()> {
+        self.refuse_capture("waiting for the device", "wait after the capture has ended")?;
+        self.stream.synchronize().map_err(|e| driver("synchronize", e))
+    }
+
+    /// Loads a kernel ahead of its first launch.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver has no code for the device or the device does not have the
+    /// shared memory, [`Error::Capturing`].
+    pub fn load(&self, kernel: &'static Kernel) -> Result<()> {
+        self.function(kernel).map(drop)
+    }
+
+    /// Whether the stream captures a graph.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also where a capture was invalidated.
+    pub fn is_capturing(&self) -> Result<bool> {
+        let status = self.stream.capture_status().map_err(|e| driver("capture status", e))?;
+        match status {
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(false),
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => Ok(true),
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED => Err(Error::Driver {
+                what: "capture status".into(),
+                reason: "an earlier error has invalidated the capture; end it first".into(),
+            }),
+        }
+    }
+
+    pub(super) fn refuse_capture(&self, what: &str, instead: &'static str) -> Result<()> {
+        if self.is_capturing()? {
+            return Err(Error::Capturing { what: what.into(), instead });
+        }
+        Ok(())
+    }
+
+    /// The launcher for plans.
+    pub fn launcher(&self) -> CudaLauncher<'_> {
+        CudaLauncher { device: self }
+    }
+
+    fn bind(&self) -> Result<()> {
+        self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
+    }
+
+    fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {
+        let mut tables = self.loaded.tables.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(function) = tables.functions.get(kernel.symbol) {
+            return Ok(function.clone());
+        }
+        let what = || format!("loading the kernel {}", kernel.symbol);
+        self.refuse_capture(&what(), "run the call once, or Device::load, before the capture")?;
+        self.bind()?;
+        let module = match tables.modules.get(kernel.file) {
+            Some(module) => module.clone(),
+            None => {
+                let module = load_module(&self.loaded.context, kernel.file)?;
+                tables.modules.insert(kernel.file, module.clone());
+                module
+            }
+        };
+        let function = module.load_function(kernel.symbol).map_err(|e| driver(what(), e))?;
+        if kernel.shared_bytes > DEFAULT_SHARED {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
+                driver(format!("{} with {} B of shared memory", what(), kernel.shared_bytes), e)
+            })?;
+        }
+        tables.functions.insert(kernel.symbol, function.clone());
+        Ok(function)
+    }
+}
+
+/// The context of a device, or why there is none.
+fn open(ordinal: usize) -> Result<Arc<CudaContext>> {
+    let missing = |reason: String| Err(Error::NoDevice { reason });
+    // SAFETY: opens the driver's library and closes it again. Without this check the first call of
+    // the driver would panic.
+    if !unsafe { sys::is_culib_present() } {
+        let candidates = "libcuda.so, libcuda.so.1 or nvcuda.dll";
+        return missing(format!("the CUDA driver is not installed ({candidates} not found)"));
+    }
+    match CudaContext::device_count() {
+        Err(e) => missing(format!("the driver does not start: {}", reason(e))),
+        Ok(count) if count <= 0 => missing("the driver finds no device".into()),
+        Ok(count) if ordinal >= count as usize => {
+            missing(format!("device {ordinal} asked for, the driver finds {count}"))
+        }
+        Ok(_) => CudaContext::new(ordinal).map_err(|e| no_device(ordinal, e)),
+    }
+}
+
+fn no_device(ordinal: usize, error: DriverError) -> Error {
+    Error::NoDevice { reason: format!("device {ordinal}: {}", reason(error)) }
+}
+
+fn too_old(ordinal: usize, name: &str, (major, minor): (i32, i32)) -> String {
+    let (least, zero) = LEAST_CAPABILITY;
+    format!(
+        "device {ordinal} ({name}) has compute capability {major}.{minor}, {least}.{zero} or later \
+         expected"
+    )
+}
+
+/// The driver's own words.
+pub(super) fn reason(error: DriverError) -> String {
+    let text = |s: std::result::Result<&std::ffi::CStr, DriverError>| {
+        s.map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned())
+    };
+    format!("{} ({})", text(error.error_string()), text(error.error_name()))
+}
+
+pub(super) fn driver(what: impl Into<String>, error: DriverError) -> Error {
+    Error::Driver { what: what.into(), reason: reason(error) }
+}
+
+/// A file's binary for the device, or its PTX where there is none.
+fn load_module(context: &Arc<CudaContext>, file: &'static str) -> Result<Arc<CudaModule>> {
+    let what = || format!("loading the kernels of {file}");
+    let absent = || Error::Driver { what: what(), reason: "not compiled into this build".into() };
+    let fatbin = kernels::fatbin(file).ok_or_else(absent)?;
+    match context.load_module(Ptx::from_binary(fatbin.to_vec())) {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
+            let text = kernels::ptx(file).ok_or_else(absent)?;
+            context.load_module(Ptx::from_src(text)).map_err(|e| driver(what(), e))
+        }
+        loaded => loaded.map_err(|e| driver(what(), e)),
+    }
+}
+
+/// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
+/// can be captured in a graph.
+#[derive(Debug)]
+pub struct CudaLauncher<'a> {
+    device: &'a Device,
+}
+
+impl CudaLauncher<'_> {
+    /// One launch of `table` per part: the bytes travel in the parameters, so a captured graph owns
+    /// them.
+    fn write_table(&mut self, to: u64, from: &[u8]) -> Result<()> {
+        let Some(kernel) = KERNELS.iter().find(|k| k.operation == "table") else {
+            let reason = "not compiled into this build".into();
+            return Err(Error::Driver { what: "the kernel table".into(), reason });
+        };
+        let most = INFINI_TABLE_BYTES as usize;
+        for (i, part) in from.chunks(most).enumerate() {
+            let mut table: InfiniTable = bytemuck::Zeroable::zeroed();
+            table.to = to + (i * most) as u64;
+            table.bytes = part.len() as i64;
+            bytemuck::cast_slice_mut(&mut table.data)[..part.len()].copy_from_slice(part);
+            let what = format!("table of {} B", from.len());
+            let params = bytemuck::bytes_of(&table);
+            self.launch(&Launch { kernel, grid: [1, 1, 1], params, what: &what })?;
+        }
+        Ok(())
+    }
+}
+
+impl Launcher for CudaLauncher<'_> {
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        let Launch { kernel, grid, params, what } = *launch;
+        let function = self.device.function(kernel)?;
+        self.device.bind()?;
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the function is alive; it has one parameter, which the driver copies out of
+        // `params` before it returns. What the addresses in it must satisfy is the caller's contract
+        // with `run`.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                grid.into(),
+                (kernel.threads, 1, 1),
+                kernel.shared_bytes,
+                self.device.stream.cu_stream(),
+                &mut arguments,
+            )
+        };
+        launched.map_err(|e| Error::Launch {
+            kernel: kernel.symbol,
+            grid,
+            threads: kernel.threads,
+            what: what.into(),
+            reason: reason(e),
+        })
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: the range is the caller's, by its contract with `run`.
+        unsafe { result::memset_d8_async(to, value, bytes as usize, stream) }
+            .map_err(|e| driver(format!("filling {bytes} B"), e))
+    }
+
+    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
+        if from.len() <= TABLE_LIMIT && from.len().is_multiple_of(4) {
+            return self.write_table(to, from);
+        }
+        let what = format!("a table of {} B (more than {TABLE_LIMIT})", from.len());
+        self.device.refuse_capture(&what, "use fewer sequences or pieces per captured call")?;
+        self.device.bind()?;
+        // SAFETY: the range is the caller's, by its contract with `run`; the driver has copied
+        // pageable memory to its own before it returns.
+        unsafe { result::memcpy_htod_async(to, from, self.device.stream.cu_stream()) }
+            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_driver_is_told_so() {
+        // SAFETY: as in `open`.
+        if unsafe { sys::is_culib_present() } {
+            println!("skipped: this machine has a driver");
+            return;
+        }
+        let text = Device::new(0).expect_err("no driver").to_string();
+        assert!(
+            text.starts_with("no usable CUDA device: the CUDA driver is not installed"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_old_device_is_named() {
+        let text = too_old(1, "GPU", (7, 5));
+        assert_eq!(text, "device 1 (GPU) has compute capability 7.5, 8.0 or later expected");
+    }
+}
