@@ -5,25 +5,31 @@
 
 //!
 //! Calls come in two layers. The raw one takes addresses: a *plan* is made on the host from shapes
-//! alone ([`plan_prefill`]), printed or tested without a device, and run by a
+//! alone ([`plan_prefill`], [`plan_segment`], [`plan_decode`], [`plan_flush`]), printed or tested without a device, and run by a
 //! [`Launcher`].
 
 mod address;
 mod call;
+mod commit;
+mod decode;
 mod kernels;
 mod launcher;
 pub mod params;
 mod plan;
 mod prefill;
+mod segment;
 mod sequences;
 mod state;
 mod tensor;
 
 pub use address::{Addresses, Operand, Requirement};
 pub use call::{Call, DeviceRope};
+pub use commit::plan_flush;
+pub use decode::{DecodeOptions, Runs, plan_decode};
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
 pub use launcher::{Launch, Launcher};
 pub use plan::{Plan, PlannedLaunch};
 pub use prefill::{PrefillOptions, plan_prefill};
+pub use segment::plan_segment;
 pub use state::{Mirror, StateLayout};
 pub use tensor::DeviceTensor;

@@ -79,7 +79,7 @@ pub fn plan_prefill(
         splits,
         split_len,
     };
-    let padding = padding(&call, &mut plan, &mut workspace)?;
+    let padding = padding(&call, None, &mut plan, &mut workspace)?;
     for (run, table) in runs.iter().zip(tables) {
         planner.run(run, table, &mut plan)?;
     }
