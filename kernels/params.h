@@ -263,8 +263,8 @@ struct InfiniClearPadding {
 // What the blocks of one (sequence, KV head) exchange.
 struct InfiniExchange {
   InfiniAddress partials;        // f32, see the kernel
-  InfiniAddress head_tickets;    // u32 [sequences][Hkv], 0 before and after every launch
-  InfiniAddress sequence_tickets;  // u32 [sequences], 0 before and after every launch
+  InfiniAddress head_tickets;    // u32 [sequences][Hkv] (decode: [row_tiles]), 0 between launches
+  InfiniAddress sequence_tickets;  // u32 [sequences], 0 between launches
 };
 
 // Up to one segment per sequence: attention of the new tokens, and the update where they complete
