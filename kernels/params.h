@@ -201,7 +201,7 @@ struct InfiniSegmentTransition {
   struct InfiniRun run;
   InfiniAddress z;        // f32 [piece_count][Hkv][Dk]
   InfiniAddress g;        // out, T [piece_count][Hkv][Dk][Dk], true G = g * g_scale
-  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv], powers of two
+  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv][Dk / 16]: a power of two per 16 rows
 };
 
 enum { INFINI_START_MEMORY = 0, INFINI_START_ZERO = 1, INFINI_START_IDENTITY = 2 };
@@ -263,8 +263,8 @@ struct InfiniClearPadding {
 // What the blocks of one (sequence, KV head) exchange.
 struct InfiniExchange {
   InfiniAddress partials;        // f32, see the kernel
-  InfiniAddress head_tickets;    // u32 [sequences][Hkv], 0 before and after every launch
-  InfiniAddress sequence_tickets;  // u32 [sequences], 0 before and after every launch
+  InfiniAddress head_tickets;    // u32 [sequences][Hkv] (decode: [row_tiles]), 0 between launches
+  InfiniAddress sequence_tickets;  // u32 [sequences], 0 between launches
 };
 
 // Up to one segment per sequence: attention of the new tokens, and the update where they complete

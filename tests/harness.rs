@@ -132,8 +132,8 @@ impl Backend for PlainBackend {
         None
     }
 
-    fn new_state(&self, problem: &Problem, slots: usize) -> Vec<Plain> {
-        vec![Plain::new(problem); slots]
+    fn new_state(&self, case: &Case, slots: usize) -> Vec<Plain> {
+        vec![Plain::new(&case.problem); slots]
     }
 
     fn call<T: Element>(

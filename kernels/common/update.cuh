@@ -90,8 +90,8 @@ struct Update {
   // epsilon is in units of `z`; `inverse(den)` the factor of a token.
   template <bool kDelta, class Load, class Inverse, class Prepare>
   __device__ __forceinline__ void run(const InfiniProblem& p, const SegmentRows<T>& k, int first,
-                                      int end, bool delta, bool sum, Load load, Inverse inverse,
-                                      Prepare prepare) {
+                                      const int& end, bool delta, bool sum, Load load,
+                                      Inverse inverse, Prepare prepare) {
     if (first >= end) return;
     load_tile<Threads>(key_tile(0), k, first, end);
     load(0, first);

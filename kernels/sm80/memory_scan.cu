@@ -180,7 +180,7 @@ struct Scan {
       if (p.b) load_b(change, i);
       float factor = 0.0f;
       if (transits(i)) {
-        factor = pointer<const float>(p.g_scale)[record(i)] / scale;
+        factor = pointer<const float>(p.g_scale)[record(i) * (Dk / 16) + threadIdx.x / 32] / scale;
         product(correction);
       }
 #pragma unroll

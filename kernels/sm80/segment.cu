@@ -69,22 +69,23 @@ struct Segment {
   }
 
   // Update block `id` of a sequence.
-  static __device__ __forceinline__ void update(const InfiniSegment& p, SegmentTask<T>& task,
+  static __device__ __forceinline__ void update(const InfiniSegment& p, const SegmentTask<T>& task,
                                                 int id, unsigned char* shared) {
     const InfiniPiece& piece = task.piece;
-    const int slice = id % kSlices, kv_head = task.kv_head;
-    const int chunk = id / kSlices / p.problem.kv_heads, first = chunk * p.chunk_len;
-    const int end = min(first + p.chunk_len, p.problem.segment_len);
+    const int kv_head = task.kv_head, chunk = id / kSlices / p.problem.kv_heads;
+    const int first = chunk * p.chunk_len, end = min(first + p.chunk_len, p.problem.segment_len);
     if (!piece.full || piece.len == 0 || first >= end) return;
-    const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
+    __shared__ UpdateTask<T> update;
     if (threadIdx.x == 0) {
-      task.source = {keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
-                     values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)};
+      const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
+      update = {{keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
+                 values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)},
+                matrix(p, piece, kv_head),
+                partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
+                first, end, id % kSlices * kColumns, piece.empty != 0};
     }
     __syncthreads();
-    update_block<kThreads, T, Dk, Dv, kColumns>(
-        p.problem, p.state, task.source, matrix(p, piece, kv_head), piece.empty, first, end, slice, partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
-        shared);
+    update_block<kThreads, T, Dk, Dv, kColumns>(p.problem, p.state, update, shared);
   }
 
   // What the last blocks do, after everything.

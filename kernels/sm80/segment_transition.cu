@@ -4,9 +4,9 @@
 // Tile: UpdateTile<Dk, columns> with W = D^-1 sigma(K) in the place of V: the same product, a warp
 // per 16 columns of G. Grid (Dk / columns, Hkv, pieces).
 //
-// Powers of two keep the 16-bit G in range: z is divided by the one that brings its largest channel
-// into [1, 2), so that W is of the order of 1 / Dk, and the sum over the tokens by one of the order
-// of their number. g_scale undoes both.
+// Powers of two keep the 16-bit operands in range: z is divided by the one that brings its largest
+// channel into [1, 2), so that W is of the order of 1 / Dk whatever the keys' scale, and the 16 rows
+// of G that a warp holds by the one that brings their largest element there. g_scale undoes both.
 //
 // Shared memory: two stages of key and W tiles, z, factors; at the end G on its way out.
 //
@@ -39,10 +39,16 @@ struct Transition {
     __syncthreads();  // W is complete
   }
 
-  // The accumulators, times `scale` and rounded, to rows `column` on of `to` [Dk][Dk], by way of
-  // shared memory.
-  static __device__ __forceinline__ void store(const Product& update, T* to, int column,
-                                               float scale) {
+  // A warp's 16 rows of G, scaled and rounded, to rows `column` on of `to` [Dk][Dk], by way of
+  // shared memory; the power of two they were multiplied by.
+  static __device__ __forceinline__ float store(const Product& update, T* to, int column) {
+    float top = 0.0f;
+#pragma unroll
+    for (const auto& tile : update.d) {
+#pragma unroll
+      for (float x : tile) top = fmaxf(top, fabsf(x));
+    }
+    const float scale = snapshot_scale(lanes_max<32>(top));
     const Tile<T, Columns, Dk> stage{update.keys.base};
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
 #pragma unroll
@@ -60,6 +66,7 @@ struct Transition {
       reinterpret_cast<Chunk*>(to + int64_t{column + row} * Dk)[chunk] =
           load_chunk(stage.at(row, chunk));
     }
+    return scale;
   }
 };
 
@@ -92,10 +99,10 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
       },
       [&](int stage) { Block::weigh(update, stage, column); });
 
-  // 2^-ceil(log2 N).
-  const float average = 1.0f / static_cast<float>(1u << (32 - __clz(p.problem.segment_len - 1)));
-  Block::store(update, pointer<T>(p.g) + record * (Dk * Dk), column, average);
-  if (column == 0 && threadIdx.x == 0) pointer<float>(p.g_scale)[record] = shrink / average;
+  const float scale = Block::store(update, pointer<T>(p.g) + record * (Dk * Dk), column);
+  if (threadIdx.x % 32 == 0) {
+    pointer<float>(p.g_scale)[record * (Dk / 16) + column / 16 + threadIdx.x / 32] = shrink / scale;
+  }
 }
 
 template <int Dk>

@@ -213,7 +213,7 @@ impl Arrays {
             sums: workspace.part(&[pieces, h, splits, dk], 4)?,
             z: workspace.part(&[pieces, h, dk], 4)?,
             g: workspace.part(&[delta, h, dk, dk], t)?,
-            g_scale: workspace.part(&[delta, h], 4)?,
+            g_scale: workspace.part(&[delta, h, dk / 16], 4)?,
             snapshot: workspace.part(&[pieces, h, dk, dv], t)?,
             snapshot_scale: workspace.part(&[pieces, h, scales], 4)?,
         })

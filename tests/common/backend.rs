@@ -21,7 +21,7 @@ pub trait Backend: Sync {
     const PARALLEL: bool = false;
     /// Why the backend does not run a case; none: it runs it.
     fn refuses(&self, case: &Case) -> Option<&'static str>;
-    fn new_state(&self, problem: &Problem, slots: usize) -> Self::State;
+    fn new_state(&self, case: &Case, slots: usize) -> Self::State;
     fn call<T: Element>(
         &self,
         problem: &Problem,
@@ -61,8 +61,8 @@ impl Backend for Cpu {
         beyond.then_some("decode takes at most 16 new tokens per sequence")
     }
 
-    fn new_state(&self, problem: &Problem, slots: usize) -> State {
-        State::new(problem, slots)
+    fn new_state(&self, case: &Case, slots: usize) -> State {
+        State::new(&case.problem, slots)
     }
 
     fn call<T: Element>(
@@ -106,8 +106,8 @@ impl Backend for ReferenceBackend {
         None
     }
 
-    fn new_state(&self, problem: &Problem, slots: usize) -> reference::State {
-        reference::State::new(problem, slots)
+    fn new_state(&self, case: &Case, slots: usize) -> reference::State {
+        reference::State::new(&case.problem, slots)
     }
 
     fn call<T: Element>(

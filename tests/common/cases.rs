@@ -185,6 +185,33 @@ impl Case {
         Case { name: format!("{} by {most}", self.name), calls, flush_after, ..self }
     }
 
+    /// The same streams in calls that end where a segment of theirs ends.
+    pub fn within_segments(self) -> Case {
+        let n = self.problem.segment_len();
+        let mut open = vec![0; self.sequences()];
+        let (mut calls, mut flush_after) = (vec![], vec![]);
+        for (i, call) in self.calls.iter().enumerate() {
+            let mut rest = call.clone();
+            loop {
+                let taken: Vec<usize> =
+                    rest.iter().zip(&open).map(|(rest, open)| *rest.min(&(n - open))).collect();
+                for (b, taken) in taken.iter().enumerate() {
+                    rest[b] -= taken;
+                    open[b] = (open[b] + taken) % n;
+                }
+                calls.push(taken);
+                if rest.iter().all(|rest| *rest == 0) {
+                    break;
+                }
+            }
+            if self.flush_after.contains(&i) {
+                flush_after.push(calls.len() - 1);
+                open.fill(0);
+            }
+        }
+        Case { name: format!("{} within segments", self.name), calls, flush_after, ..self }
+    }
+
     /// Largest number of tokens a sequence has in one call.
     pub fn largest_chunk(&self) -> usize {
         self.calls.iter().flatten().copied().max().unwrap_or(0)

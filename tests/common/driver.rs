@@ -91,9 +91,12 @@ impl<B: Backend> WithType for Job<'_, B> {
         let tables = self.case.rope.map(|r| rope_tables(TABLE_ROWS, r.channels, r.magnitude));
         let tables = tables.as_ref().map(|(cos, sin)| (&cos[..], &sin[..]));
         let mut run = Run::<T, B>::new(self.backend, self.case, tables);
+        run.fill_bystanders();
         (0..self.case.calls.len()).for_each(|i| run.call(i));
-        run.check_state();
-        run.check_outputs();
+        if !run.broken {
+            run.check_state();
+            run.check_outputs();
+        }
         run.checks
     }
 }
@@ -113,6 +116,8 @@ struct Run<'a, T, B: Backend> {
     seen: Vec<usize>,
     gathered: Vec<Results>,
     checks: Vec<Check>,
+    /// A call has failed: no further ones are made.
+    broken: bool,
 }
 
 impl<'a, T: Element, B: Backend> Run<'a, T, B> {
@@ -124,21 +129,20 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         };
         let streams = (0..case.sequences()).map(|b| stream(case, b)).collect::<Vec<_>>();
         let slots = case.slots.as_ref().map_or(case.sequences(), |(_, n)| *n);
-        let mut run = Self {
+        Self {
             backend,
             case,
             gate,
             tables,
             streams,
             positions: positions(case),
-            state: backend.new_state(p, slots),
+            state: backend.new_state(case, slots),
             bystanders: vec![],
             seen: vec![0; case.sequences()],
             gathered: (0..case.sequences()).map(|_| Results::default()).collect(),
             checks: vec![],
-        };
-        run.fill_bystanders(slots);
-        run
+            broken: false,
+        }
     }
 
     fn slot(&self, sequence: usize) -> usize {
@@ -146,8 +150,9 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     }
 
     /// Gives every slot that the case leaves alone a memory and an open segment of its own.
-    fn fill_bystanders(&mut self, slots: usize) {
+    fn fill_bystanders(&mut self) {
         let p = &self.case.problem;
+        let slots = self.case.slots.as_ref().map_or(self.case.sequences(), |(_, n)| *n);
         let used: Vec<usize> = (0..self.case.sequences()).map(|b| self.slot(b)).collect();
         for slot in (0..slots).filter(|s| !used.contains(s)) {
             let stream = Stream::<T>::normal(p, p.segment_len() + 1, 900 + slot as u64);
@@ -200,7 +205,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
             let same = same_bits(&before, &self.backend.memory(p, &self.state, slot));
             self.expect(same, format!("call {i}: an empty sequence changed slot {slot}"));
         }
-        if case.flush_after.contains(&i) {
+        if case.flush_after.contains(&i) && !self.broken {
             let result = self.backend.flush(p, &mut self.state, &call.slots());
             self.expect(result.is_ok(), format!("flush after call {i}: {result:?}"));
             self.findings(&format!("flush after call {i}"));
@@ -215,12 +220,16 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         call: &Call<'_, T>,
         what: &str,
     ) -> Option<OutputBuffers<T>> {
+        if self.broken {
+            return None;
+        }
         let (p, asked) = (&self.case.problem, self.case.asked);
         let (heads, dv) = (p.heads(), p.value_dim());
         let mut out = OutputBuffers::with_margin(lead, heads, dv, how, asked, B::MARGIN);
         let result = self.backend.call(p, call, &self.gate, &mut self.state, &mut out);
         self.findings(what);
         if let Err(error) = result {
+            self.broken = true;
             self.expect(false, format!("{what}: {error}"));
             return None;
         }

@@ -64,6 +64,11 @@ impl Simulator {
         self.device.address(buffer)
     }
 
+    /// A buffer of exactly `bytes` bytes that nobody has written.
+    pub fn allocate(&mut self, name: &str, bytes: u64) -> Buffer {
+        self.device.uninitialised_bytes(name, bytes)
+    }
+
     /// `count` elements at an address; each must have been written.
     #[track_caller]
     pub fn read<T: Pod>(&self, address: u64, count: usize) -> Vec<T> {
