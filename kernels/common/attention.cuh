@@ -427,9 +427,11 @@ struct Attention {
     // Rows that retrieve nothing must not meet the memory at all: it may hold NaN.
     store(local, [&](int r) -> T* { return weight[r] == 0.0f ? out(r) : nullptr; });
     __syncthreads();
-    // Bounded from below so that local / retrieved stays finite; what that adds is below rounding.
+    // Bounded away from 0 so that local / retrieved stays finite; what that adds is below rounding.
     const auto retrieved = [&](int i, int h, int slice) {
-      return fmaxf(weight[row(i, h)] * inverse_scale(memory.scale[slice]), weights[i][h] * 1e-30f);
+      const float e = weight[row(i, h)] * inverse_scale(memory.scale[slice]);
+      const float least = weights[i][h] * 1e-30f;
+      return fabsf(e) < least ? least : e;
     };
     retrieve(memory, idle, local, retrieved);
     store(retrieved, [&](int r) -> T* { return weight[r] == 0.0f ? nullptr : out(r); });

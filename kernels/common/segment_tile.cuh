@@ -73,6 +73,7 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
         rotate);
     t.reduce();
   } else {
+    ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncthreads();
   }

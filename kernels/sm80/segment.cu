@@ -132,7 +132,7 @@ __device__ __forceinline__ void segment(const InfiniSegment& p, unsigned char* s
   if (threadIdx.x == 0) {
     const InfiniSequence s = sequence_of(p.sequences, blockIdx.y);
     task.piece = piece_of(p.problem, p.state, p.call.rope, p.sequences, s, 0);
-    if (task.piece.len > 0 && task.piece.len < s.len) {
+    if (task.piece.len > 0 && (task.piece.len < s.len || (task.piece.full && p.chunks == 0))) {
       report(p.state.status, INFINI_STATUS_LENGTH);
       task.piece.len = 0;
     }
