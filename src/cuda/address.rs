@@ -72,9 +72,6 @@ const PART: u64 = 1 << 14;
 const PART_LSE: u64 = 1 << 15;
 
 impl Operand {
-    /// Most entries of a list of partial results.
-    pub(crate) const MAX_PARTS: usize = PART as usize;
-
     fn number(self) -> u64 {
         match self {
             Operand::Part(i) => PART | u64::from(i) % PART,
