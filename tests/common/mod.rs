@@ -7,6 +7,8 @@ pub mod backend;
 pub mod buffers;
 pub mod call;
 pub mod cases;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod driver;
 pub mod metric;
 pub mod model;
