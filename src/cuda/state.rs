@@ -68,7 +68,7 @@ impl StateLayout {
             slots: slots as i64,
         };
         let (head_tickets, sequence_tickets) =
-            (all.part(&[slots, h, p.group()], 4)?, all.part(&[slots], 4)?);
+            (all.part(&[slots, h, problem.group()], 4)?, all.part(&[slots], 4)?);
         let (problem, bytes) = (*problem, all.bytes());
         Ok(Self { problem, slots, rotation, bytes, state, head_tickets, sequence_tickets })
     }
