@@ -17,13 +17,14 @@ struct UpdateTask {
   float* partial;  // where the result goes
   int first, end;  // tokens of the segment
   int column;      // first column of V
+  int key;         // first column of K that is accumulated
   bool empty;
 };
 
-template <int Threads, class T, int Dk, int Dv, int Columns>
+template <int Threads, class T, int Dk, int Dv, int Columns, int Accumulated = Dk>
 __device__ __forceinline__ void update_block(const InfiniProblem& p, const InfiniState& state,
                                              const UpdateTask<T>& task, unsigned char* shared) {
-  Update<T, Dk, Columns, Threads> update(shared);
+  Update<T, Dk, Columns, Threads, Accumulated> update(shared, task.key);
   const bool delta = p.delta && !task.empty;
   const float* z = pointer<const float>(state.normalizer) + task.matrix * Dk;
   for (int i = threadIdx.x; i < Dk; i += Threads) update.z[i] = delta ? z[i] : 0.0f;
@@ -33,13 +34,13 @@ __device__ __forceinline__ void update_block(const InfiniProblem& p, const Infin
                        task.column);
   }
   update.template run<true>(
-      p, task.source.k, task.first, task.end, delta, task.column == 0,
+      p, task.source.k, task.first, task.end, delta, task.column == 0 && task.key == 0,
       [&](int stage, int token) {
         load_tile<Threads>(update.value_tile(stage), task.source.v, token, task.end, task.column);
       },
       [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; }, [](int) {});
   update.store(task.partial, Dv, task.column);
-  if (task.column == 0) update.store_sums(task.partial + Dk * Dv, shared);
+  if (task.column == 0 && task.key == 0) update.store_sums(task.partial + Dk * Dv, shared);
 }
 
 }  // namespace infini

@@ -1,11 +1,12 @@
 // A few new tokens per sequence: appended to the open segment, which they attend; retrieval, gate.
 //
-// Tile: DecodeTile<Dk, Dv>: 64 rows of (token, query head) pairs of one KV head, row = token * group +
-// head, so that a tile of keys serves the whole group. Grid (splits * row tiles, Hkv, sequences): a
-// block attends `split_len` keys of the open segment. With more than one split the blocks leave
-// partial outputs, and the last block of a (sequence, KV head, row tile), known by a ticket that all
-// of them take, merges them in index order by their log-sum-exp; it retrieves, gates and writes. The
-// last head of a sequence moves the counters; a segment that is full now is left to `commit`.
+// Tile: DecodeTile<Dk, Dv>: 64 rows of (token, query head) pairs of one KV head, row = token *
+// group + head, so that a tile of keys serves the whole group. Grid (splits * row tiles, Hkv,
+// sequences): a block attends `split_len` keys of the open segment. With more than one split the
+// blocks leave partial outputs, and the last block of a (sequence, KV head, row tile), known by a
+// ticket that all of them take, merges them in index order by their log-sum-exp; it retrieves,
+// gates and writes. The last head of a sequence moves the counters; a segment that is full now is
+// left to `commit`.
 //
 // Where the sequences stand is read from device memory, so the same launch serves every step of a
 // captured graph; blocks beyond the open segment's end have nothing to do but their ticket.
@@ -131,12 +132,13 @@ struct Decode {
       __syncthreads();
     };
     // The first token sees `cached` + 1 rows.
-    t.attend(p.problem, task.source, task.begin, task.end, task.piece.cached + 1,
-             [&](int i, int h) {
-               const int visible = task.piece.cached + token_of(Tile::row(i, h)) + 1;
-               return min(visible, task.end);
-             },
-             Tile::first_row() >= task.rows, rotate);
+    t.attend(
+        p.problem, task.source, task.begin, task.end, task.piece.cached + 1,
+        [&](int i, int h) {
+          const int visible = task.piece.cached + token_of(Tile::row(i, h)) + 1;
+          return min(visible, task.end);
+        },
+        Tile::first_row() >= task.rows, rotate);
     t.reduce();
   }
 
@@ -202,7 +204,7 @@ struct Decode {
     }
     if (p.call.a_dot.data) {
       t.store([&](int i, int h,
-                  int) { return t.total[i][h] == 0.0f ? 0.0f : 1.0f / t.total[i][h]; },
+                  int) { return t.total[i][h] == 0.0f ? 0.0f : __fdividef(1.0f, t.total[i][h]); },
               [&](int r) { return out(p.call.a_dot, r); });
     }
 #pragma unroll 1
