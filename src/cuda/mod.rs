@@ -14,7 +14,10 @@ mod commit;
 mod decode;
 mod kernels;
 mod launcher;
+mod maps;
+mod merge;
 pub mod params;
+mod phases;
 mod plan;
 mod prefill;
 mod segment;
@@ -28,6 +31,11 @@ pub use commit::plan_flush;
 pub use decode::{DecodeOptions, Runs, plan_decode};
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
 pub use launcher::{Launch, Launcher};
+pub use maps::{
+    KeySumsMirror, MapAddresses, SegmentMapMirror, plan_add_key_sums, plan_apply, plan_compose,
+    plan_key_sums, plan_segment_map,
+};
+pub use merge::{plan_merge_memories, plan_merge_partials};
 pub use plan::{Plan, PlannedLaunch};
 pub use prefill::{PrefillOptions, plan_prefill};
 pub use segment::plan_segment;
