@@ -4,6 +4,8 @@
 //! table they are looked up in. libcuda is never linked: it is opened when a device is.
 
 mod kernels;
+#[cfg_attr(not(test), allow(dead_code))]
+mod transfer;
 pub mod params;
 
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
