@@ -238,11 +238,11 @@ fn step<T: Copy + Into<f64>>(
         // A branch of weight 0 is absent, whatever it holds.
         let weigh = |w: f64, x: f64| if w == 0.0 { 0.0 } else { w * x };
         let o = a_mem.iter().zip(&a_dot).map(|(&m, &d)| weigh(g, m) + weigh(complement, d));
-        let at = ((b * batch.tokens + token) * p.heads() + h) * p.value_dim();
+        let at = ((b * batch.tokens() + token) * p.heads() + h) * p.value_dim();
         out.o.splice(at..at + p.value_dim(), o);
         out.a_dot[at..][..p.value_dim()].copy_from_slice(&a_dot);
         out.a_mem[at..][..p.value_dim()].copy_from_slice(&a_mem);
-        out.lse[(b * p.heads() + h) * batch.tokens + token] = lse;
+        out.lse[(b * p.heads() + h) * batch.tokens() + token] = lse;
     }
     let c = &mut state.counters[seq.slot];
     c.tokens += 1;

@@ -7,16 +7,16 @@ use crate::{Error, Result};
 /// Highest rank a view can have.
 pub const MAX_RANK: usize = 4;
 
-/// Shape and strides (in elements) of a view.
+/// Shape and strides (in elements) of a view, wherever its memory lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
+pub(crate) struct Layout {
     rank: usize,
     shape: [usize; MAX_RANK],
     strides: [i64; MAX_RANK],
 }
 
 impl Layout {
-    fn new(shape: &[usize], strides: &[i64]) -> Result<Self> {
+    pub fn new(shape: &[usize], strides: &[i64]) -> Result<Self> {
         if shape.is_empty() || shape.len() > MAX_RANK {
             return Err(Error::shape("shape", shape, format!("rank 1 to {MAX_RANK}")));
         }
@@ -37,7 +37,7 @@ impl Layout {
         }
     }
 
-    fn contiguous(shape: &[usize]) -> Result<Self> {
+    pub fn contiguous(shape: &[usize]) -> Result<Self> {
         let mut strides = [0i64; MAX_RANK];
         let mut step = 1i64;
         for (stride, &extent) in strides.iter_mut().take(shape.len()).zip(shape).rev() {
@@ -47,21 +47,21 @@ impl Layout {
         Self::new(shape, &strides[..shape.len().min(MAX_RANK)])
     }
 
-    fn shape(&self) -> &[usize] {
+    pub fn shape(&self) -> &[usize] {
         &self.shape[..self.rank]
     }
 
-    fn strides(&self) -> &[i64] {
+    pub fn strides(&self) -> &[i64] {
         &self.strides[..self.rank]
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.shape().contains(&0)
     }
 
     /// Lowest and highest element offset reached, relative to element (0, …, 0); None when it does
     /// not fit 62 bits.
-    fn span(&self) -> Option<(i64, i64)> {
+    pub fn span(&self) -> Option<(i64, i64)> {
         let (mut low, mut high) = (0i64, 0i64);
         if self.is_empty() {
             return Some((0, 0));
@@ -91,6 +91,45 @@ impl Layout {
             })
     }
 
+    /// The last dimension must be contiguous for the kernels; everything else is free (all of it in
+    /// an empty tensor).
+    pub fn check_rows(&self, argument: &'static str) -> Result<()> {
+        let (extent, stride) = (self.shape[self.rank - 1], self.strides[self.rank - 1]);
+        if extent > 1 && stride != 1 && !self.is_empty() {
+            return Err(Error::Stride {
+                argument,
+                got: self.strides().to_vec(),
+                requirement: "the last dimension must be contiguous (stride 1)",
+            });
+        }
+        Ok(())
+    }
+
+    pub fn check_shape(
+        &self,
+        argument: &'static str,
+        expected: &[usize],
+        names: &str,
+    ) -> Result<()> {
+        if self.shape() != expected {
+            let expected = format!("{names} = {expected:?}");
+            return Err(Error::shape(argument, self.shape(), expected));
+        }
+        Ok(())
+    }
+
+    /// Writable tensors: no two indices may reach the same element.
+    pub fn check_injective(&self, argument: &'static str) -> Result<()> {
+        if self.is_injective() {
+            return Ok(());
+        }
+        Err(Error::Stride {
+            argument,
+            got: self.strides().to_vec(),
+            requirement: "no two indices of a writable view may reach the same element",
+        })
+    }
+
     fn check_within(&self, offset: usize, len: usize) -> Result<()> {
         if self.is_empty() {
             return Ok(());
@@ -118,13 +157,13 @@ impl Layout {
     }
 
     /// Strides as (batch, token, head) for a [B, T, H, D] or packed [total, H, D] tensor.
-    fn row_strides(&self) -> [isize; 3] {
+    pub fn row_strides(&self) -> [isize; 3] {
         let s = |i: usize| self.strides[i] as isize;
         if self.rank == 4 { [s(0), s(1), s(2)] } else { [0, s(0), s(1)] }
     }
 
     /// Strides as (batch, 0, head) for a [B, H, T] or packed [H, total] tensor.
-    fn head_row_strides(&self) -> [isize; 3] {
+    pub fn head_row_strides(&self) -> [isize; 3] {
         let s = |i: usize| self.strides[i] as isize;
         if self.rank == 3 { [s(0), 0, s(1)] } else { [0, 0, s(0)] }
     }
@@ -142,21 +181,13 @@ macro_rules! view_accessors {
             self.layout.strides()
         }
 
-        /// The last dimension must be contiguous for the kernels; everything else is free (all of
-        /// it in an empty tensor).
+        /// Shape and strides.
+        pub(crate) fn layout(&self) -> Layout {
+            self.layout
+        }
+
         pub(crate) fn check_rows(&self, argument: &'static str) -> Result<()> {
-            let (extent, stride) = (
-                self.layout.shape[self.layout.rank - 1],
-                self.layout.strides[self.layout.rank - 1],
-            );
-            if extent > 1 && stride != 1 && !self.layout.is_empty() {
-                return Err(Error::Stride {
-                    argument,
-                    got: self.strides().to_vec(),
-                    requirement: "the last dimension must be contiguous (stride 1)",
-                });
-            }
-            Ok(())
+            self.layout.check_rows(argument)
         }
 
         pub(crate) fn check_shape(
@@ -165,14 +196,7 @@ macro_rules! view_accessors {
             expected: &[usize],
             names: &str,
         ) -> Result<()> {
-            if self.shape() != expected {
-                return Err(Error::shape(
-                    argument,
-                    self.shape(),
-                    format!("{names} = {expected:?}"),
-                ));
-            }
-            Ok(())
+            self.layout.check_shape(argument, expected, names)
         }
     };
 }
@@ -327,7 +351,7 @@ impl<'a, T> TensorViewMut<'a, T> {
     ) -> Result<Self> {
         let layout = Layout::new(shape, strides)?;
         layout.check_within(offset, data.len())?;
-        check_injective(&layout)?;
+        layout.check_injective("strides")?;
         Ok(Self { ptr: data.as_mut_ptr().wrapping_add(offset), layout, data: PhantomData })
     }
 
@@ -341,7 +365,7 @@ impl<'a, T> TensorViewMut<'a, T> {
     /// As [`TensorView::from_raw`], and nothing else may read or write those elements during `'a`.
     pub unsafe fn from_raw(ptr: *mut T, shape: &[usize], strides: &[i64]) -> Result<Self> {
         let layout = Layout::new(shape, strides)?;
-        check_injective(&layout)?;
+        layout.check_injective("strides")?;
         Ok(Self { ptr, layout, data: PhantomData })
     }
 
@@ -374,17 +398,6 @@ fn check_len(got: usize, shape: &[usize]) -> Result<()> {
         return Err(Error::Length { argument: "data", got, expected });
     }
     Ok(())
-}
-
-fn check_injective(layout: &Layout) -> Result<()> {
-    if layout.is_injective() {
-        return Ok(());
-    }
-    Err(Error::Stride {
-        argument: "strides",
-        got: layout.strides().to_vec(),
-        requirement: "no two indices of a writable view may reach the same element",
-    })
 }
 
 /// Rows (the last dimension) of a [batch, token, head, width] tensor; packed tensors have batch 0.

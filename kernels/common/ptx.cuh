@@ -71,4 +71,26 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
   return d;
 }
 
+// ldmatrix at (start ^ toggle) + offset: the address is computed beside the instruction, or the
+// compiler would keep one register per fragment of a tile alive through its loops.
+__device__ __forceinline__ void ldmatrix_x4_at(uint32_t (&r)[4], uint32_t start, uint32_t toggle,
+                                               uint32_t offset) {
+  asm volatile(
+      "{\n.reg .b32 row;\nxor.b32 row, %4, %5;\nadd.u32 row, row, %6;\n"
+      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [row];\n}"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+      : "r"(start), "r"(toggle), "r"(offset)
+      : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans_at(uint32_t (&r)[4], uint32_t start,
+                                                     uint32_t toggle, uint32_t offset) {
+  asm volatile(
+      "{\n.reg .b32 row;\nxor.b32 row, %4, %5;\nadd.u32 row, row, %6;\n"
+      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [row];\n}"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+      : "r"(start), "r"(toggle), "r"(offset)
+      : "memory");
+}
+
 }  // namespace infini::ptx

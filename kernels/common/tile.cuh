@@ -27,26 +27,43 @@ struct Tile {
   // A fragment, 16 x 16 at (row, column): stored [m][k].
   __device__ __forceinline__ void a(uint32_t (&r)[4], int row, int column) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(r, at(row + lane % 16, column / 8 + lane / 16));
+    ptx::ldmatrix_x4_at(r, start(lane % 16, lane / 16), toggle(column), offset(row, column));
   }
 
   // A fragment of the transpose: stored [k][m], 16 x 16 with m at `column`, k at `row`.
   __device__ __forceinline__ void a_trans(uint32_t (&r)[4], int row, int column) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(r, at(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    ptx::ldmatrix_x4_trans_at(r, start(lane % 8 + lane / 16 * 8, lane / 8 % 2), toggle(column),
+                              offset(row, column));
   }
 
   // B fragments of two n8 tiles: stored [n][k], n at `row` (16 of them), k at `column`.
   // {r0, r1}: first tile, {r2, r3}: second.
   __device__ __forceinline__ void b(uint32_t (&r)[4], int row, int column) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(r, at(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    ptx::ldmatrix_x4_at(r, start(lane % 8 + lane / 16 * 8, lane / 8 % 2), toggle(column),
+                        offset(row, column));
   }
 
   // B fragments of two n8 tiles: stored [k][n], k at `row`, n at `column` (16 of them).
   __device__ __forceinline__ void b_trans(uint32_t (&r)[4], int row, int column) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(r, at(row + lane % 16, column / 8 + lane / 16));
+    ptx::ldmatrix_x4_trans_at(r, start(lane % 16, lane / 16), toggle(column), offset(row, column));
+  }
+
+ private:
+  // at(row + r, column / 8 + half) = (start(r, half) ^ toggle(column)) + offset(row, column) for
+  // rows and columns that are multiples of 16: the lane's part is computed once per tile.
+  static constexpr int kSwizzled = Columns % 64 == 0 ? 8 : 4;  // chunks that permute
+
+  __device__ __forceinline__ uint32_t start(int r, int half) const { return at(r, half); }
+
+  static __device__ __forceinline__ uint32_t toggle(int column) {
+    return column / 8 % kSwizzled << 4;
+  }
+
+  static __device__ __forceinline__ uint32_t offset(int row, int column) {
+    return row * (2 * Columns) + column / 8 / kSwizzled * kSwizzled * 16;
   }
 };
 
@@ -65,24 +82,42 @@ struct SegmentRows {
   Rows<T> open;
   Rows<T> fresh;
   int cached;
-
-  __device__ __forceinline__ const T* row(int i) const {
-    return i < cached ? open.row(i) : fresh.row(i - cached);
-  }
 };
 
-// Asynchronous copy of rows `first` to `first + tile.rows` into a tile; rows from `end` on are zero
+// Asynchronous copy of source rows `first` to `first + R` into a tile; rows from `end` on are zero
 // and not read. Columns `column` on. Every thread of the block takes part; the caller commits.
-template <int Threads, class T, int R, int C, class Source>
-__device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Source& source,
+template <int Threads, class T, int R, int C>
+__device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Rows<T>& source,
                                           int first, int end, int column = 0) {
-  constexpr int chunks = Tile<T, R, C>::chunks;
+  constexpr int chunks = C / 8, step = Threads / chunks;  // rows per pass
+  static_assert(step > 0);
+  const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks;
+  if (Threads % chunks != 0 && row >= step) return;
+  const T* from = source.row(first + row) + column + chunk * 8;
+  const int64_t stride = source.stride * step;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < R * chunks; i += Threads) {
-    const int row = i / chunks, chunk = i % chunks;
-    const bool inside = first + row < end;
-    const T* from = source.row(inside ? first + row : 0) + column + chunk * 8;
-    ptx::cp_async_16(tile.at(row, chunk), from, inside);
+  for (int r = 0; r < R; r += step, from += stride) {
+    if (R % step != 0 && row + r >= R) return;
+    ptx::cp_async_16(tile.at(row + r, chunk), from, first + row + r < end);
+  }
+}
+
+// The same from a segment: a tile rarely lies on both sides.
+template <int Threads, class T, int R, int C>
+__device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const SegmentRows<T>& source,
+                                          int first, int end, int column = 0) {
+  const int cached = source.cached;
+  if (first >= cached || first + R <= cached) {
+    const bool open = first < cached;
+    const int skip = open ? 0 : cached;
+    load_tile<Threads>(tile, open ? source.open : source.fresh, first - skip, end - skip, column);
+    return;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < R * (C / 8); i += Threads) {
+    const int row = i / (C / 8), chunk = i % (C / 8), at = first + row;
+    const T* from = at < cached ? source.open.row(at) : source.fresh.row(at - cached);
+    ptx::cp_async_16(tile.at(row, chunk), from + column + chunk * 8, at < end);
   }
 }
 

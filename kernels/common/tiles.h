@@ -24,9 +24,11 @@ struct AttentionTile {
   static constexpr int rows = warps * row_tiles * 16;
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
-  // Query tile, key tile, value tile; z; two factors per row.
+  // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
+  static constexpr int score_unroll = Dk == 128 && Dv == 128 ? 1 : 4;
+  // Query tile, key tile, value tile; z; one weight per row.
   static constexpr int shared_bytes =
-      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
+      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };
 
 // Decoding packs the query heads of a KV head into the rows of one tile.
@@ -38,8 +40,9 @@ struct DecodeTile {
   static constexpr int rows = warps * row_tiles * 16;
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
+  static constexpr int score_unroll = 4;
   static constexpr int shared_bytes =
-      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
+      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };
 
 // A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its

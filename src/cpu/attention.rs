@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::matmul::{Into, Mat, matmul};
 use super::simd::{self, Running};
-use crate::call::{Batch, InputRows, OutputRows, Sequence};
+use crate::call::{Batch, InputRows, OutputRows, Piece, Sequence};
 use crate::memory::KeyBlocks;
 use crate::{Element, EmptyMemory, Problem};
 
@@ -29,22 +29,6 @@ pub(crate) struct Call<'a, T> {
 pub(crate) fn gate_weights(logit: f32) -> [f32; 2] {
     let sigmoid = |x: f64| (1.0 / (1.0 + (-x).exp())) as f32;
     [sigmoid(logit.into()), sigmoid(-f64::from(logit))]
-}
-
-/// The part of one sequence's call that falls into one segment.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Piece {
-    pub seq: Sequence,
-    /// First token of the piece, counted within the sequence's call.
-    pub start: usize,
-    /// Tokens of the piece.
-    pub len: usize,
-    /// Tokens of the segment that earlier calls brought.
-    pub cached: usize,
-    /// Whether the piece completes its segment.
-    pub full: bool,
-    /// Whether the memory is still empty when the piece reads it.
-    pub empty: bool,
 }
 
 /// What a tile reads besides its queries.

@@ -3,10 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
+use super::attention::{Call, Scratch as TileScratch, Segment};
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, advance, pieces};
-use crate::call::Sequence;
+use super::{Pool, advance};
+use crate::call::{Piece, Sequence, pieces};
 use crate::memory::{HeadMut, KeyBlocks};
 use crate::{Element, Problem, State};
 
@@ -100,8 +100,6 @@ pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) {
         scratch.with(new, |scratch| commit(p, c.open_len, c.committed == 0, &mut head, scratch));
     });
     for &slot in slots {
-        let c = &mut state.counters[slot];
-        c.committed += c.open_len as u64;
-        c.open_len = 0;
+        state.counters[slot].flush();
     }
 }

@@ -17,10 +17,10 @@ pub use maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_map};
 
 use std::sync::Mutex;
 
-use attention::{Call, Piece, gate_weights};
+use attention::{Call, gate_weights};
 
-use crate::call::{self, Sequence};
-use crate::memory::{Counters, KeyBlocks};
+use crate::call::{self, Sequence, pieces};
+use crate::memory::KeyBlocks;
 use crate::{Element, Error, Inputs, Outputs, Problem, Result, State};
 
 /// Most new tokens per sequence that [`decode()`] takes.
@@ -138,8 +138,8 @@ fn run<T: Element>(
     } else {
         prefill::run(&call, &sequences, state);
     }
-    for seq in sequences.iter().filter(|_| !batch.packed) {
-        call.clear_padding(seq, batch.tokens);
+    for seq in sequences.iter().filter(|_| !batch.packed()) {
+        call.clear_padding(seq, batch.tokens());
     }
     Ok(())
 }
@@ -163,37 +163,11 @@ impl<S> Pool<S> {
     }
 }
 
-/// Cuts one sequence's call at segment ends.
-fn pieces(p: &Problem, seq: Sequence, counters: Counters) -> impl Iterator<Item = Piece> + use<> {
-    let n = p.segment_len();
-    let (mut start, mut cached, mut empty) = (0, counters.open_len, counters.committed == 0);
-    std::iter::from_fn(move || {
-        let len = (seq.len - start).min(n - cached);
-        let full = cached + len == n;
-        let piece = Piece { seq, start, len, cached, full, empty };
-        (start, cached, empty) = (start + len, 0, empty && !full);
-        (len > 0).then_some(piece)
-    })
-}
-
 /// Moves the counters past a call whose tasks are done.
 fn advance<T>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     for seq in sequences {
         for piece in pieces(&call.problem, *seq, state.counters[seq.slot]) {
             state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
-        }
-    }
-}
-
-impl Counters {
-    /// Accounts for a piece.
-    fn advance(&mut self, piece: &Piece, rotated: bool) {
-        self.tokens += piece.len as u64;
-        self.open_len = piece.cached + piece.len;
-        self.rotated = rotated;
-        if piece.full {
-            self.committed += self.open_len as u64;
-            self.open_len = 0;
         }
     }
 }

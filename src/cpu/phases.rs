@@ -5,12 +5,12 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Piece, Scratch as TileScratch, Segment, TILE_ROWS};
+use super::Pool;
+use super::attention::{Call, Scratch as TileScratch, Segment, TILE_ROWS};
 use super::pack::{Packed, PieceTokens};
 use super::prefill::{advance_memory, transits};
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, pieces};
-use crate::call::Sequence;
+use crate::call::{Piece, Sequence, pieces};
 use crate::{Element, Problem, State, Update};
 
 /// Most workspace of a run.

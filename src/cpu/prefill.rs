@@ -8,12 +8,12 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Piece, Scratch as TileScratch, Segment};
+use super::attention::{Call, Scratch as TileScratch, Segment};
 use super::matmul::{Into, Mat, matmul};
 use super::pack::Packed;
 use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, advance, phases, pieces};
-use crate::call::Sequence;
+use super::{Pool, advance, phases};
+use crate::call::{Piece, Sequence, pieces};
 use crate::memory::HeadMut;
 use crate::{Element, Problem, State, Update};
 

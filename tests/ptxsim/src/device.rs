@@ -13,7 +13,7 @@ use crate::ast::{self, Init, ParseError, Space};
 use crate::decode;
 use crate::gang::Gang;
 use crate::launch::{FIRST_MODULE_VARIABLE, Grid, Launch, LaunchError, Options, Residency, Timing};
-use crate::memory::{GlobalBuffer, global_address};
+use crate::memory::{GlobalBuffer, Target, global_address, target};
 use crate::program::Kernel;
 use crate::report::Report;
 use crate::tensor_map::TensorMap;
@@ -148,6 +148,32 @@ pub struct Uninitialised {
     pub offset: u64,
 }
 
+/// Why bytes cannot be accessed by their address.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum AddressError {
+    /// The address belongs to no buffer.
+    #[error("address {address:#x} lies in no buffer of the device")]
+    NoBuffer {
+        /// The address.
+        address: u64,
+    },
+    /// The range begins before its buffer or ends behind it.
+    #[error("{bytes} bytes at offset {offset} of buffer {buffer} leave its {size} bytes")]
+    Outside {
+        /// Name of the buffer.
+        buffer: String,
+        /// Where the range begins in the buffer.
+        offset: i64,
+        /// Length of the range.
+        bytes: u64,
+        /// Length of the buffer.
+        size: u64,
+    },
+    /// Part of the range was never written.
+    #[error(transparent)]
+    Uninitialised(#[from] Uninitialised),
+}
+
 /// A simulated device.
 ///
 /// Buffers know which of their bytes have been written:
@@ -213,9 +239,65 @@ impl Device {
         Buffer(self.buffers.len() - 1)
     }
 
+    /// Ends the life of a buffer: from now on it has no bytes, and an access is out of bounds.
+    pub fn free(&mut self, buffer: Buffer) {
+        let freed = &mut self.buffers[buffer.0];
+        *freed = GlobalBuffer::new(&format!("{} (freed)", freed.name), 0);
+    }
+
     /// Address of a buffer's first byte in the simulated machine.
     pub fn address(&self, buffer: Buffer) -> u64 {
         global_address(buffer.0)
+    }
+
+    /// Copies bytes to an address, as from the host; they count as written.
+    ///
+    /// # Errors
+    /// [`AddressError`] when the range does not lie in one buffer; then nothing is written.
+    pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), AddressError> {
+        let (buffer, offset) = self.locate(address, bytes.len() as u64)?;
+        buffer.copy_in(offset, bytes);
+        Ok(())
+    }
+
+    /// Sets every byte of a range; they count as written.
+    ///
+    /// # Errors
+    /// As [`Device::write`].
+    pub fn fill(&mut self, address: u64, bytes: u64, value: u8) -> Result<(), AddressError> {
+        let (buffer, offset) = self.locate(address, bytes)?;
+        buffer.update(offset, bytes as usize, |_, part| part.fill(value));
+        Ok(())
+    }
+
+    /// The bytes at an address.
+    ///
+    /// # Errors
+    /// [`AddressError`] when the range does not lie in one buffer or was not written throughout.
+    pub fn read_bytes(&self, address: u64, bytes: u64) -> Result<Vec<u8>, AddressError> {
+        let (buffer, offset) = self.locate(address, bytes)?;
+        if let Some(offset) = buffer.uninitialised(offset, bytes) {
+            return Err(Uninitialised { buffer: buffer.name.clone(), offset }.into());
+        }
+        let mut out = vec![0; bytes as usize];
+        buffer.copy_out(offset, &mut out);
+        Ok(out)
+    }
+
+    /// The buffer that holds a range, and where the range begins in it.
+    fn locate(&self, address: u64, bytes: u64) -> Result<(&GlobalBuffer, u64), AddressError> {
+        let outside = AddressError::NoBuffer { address };
+        let Target::Global { buffer, offset } = target(address) else { return Err(outside) };
+        let buffer = self.buffers.get(buffer).ok_or(outside)?;
+        match u64::try_from(offset) {
+            Ok(at) if at.checked_add(bytes).is_some_and(|end| end <= buffer.bytes) => {
+                Ok((buffer, at))
+            }
+            _ => {
+                let (name, size) = (buffer.name.clone(), buffer.bytes);
+                Err(AddressError::Outside { buffer: name, offset, bytes, size })
+            }
+        }
     }
 
     /// Contents of a buffer.

@@ -75,6 +75,6 @@ pub mod tensor_map;
 mod warp;
 
 pub use arch::Arch;
-pub use device::{Arg, Buffer, Device, Module, Uninitialised};
+pub use device::{AddressError, Arg, Buffer, Device, Module, Uninitialised};
 pub use launch::{Launch, LaunchError, Options, Residency, Timing};
 pub use report::Report;

@@ -1,0 +1,443 @@
+// Local attention and retrieval of one tile of query rows: the part that segment_attention, segment
+// and decode share.
+//
+// A block of 4 warps owns a tile of query rows, each warp 16 * row_tiles of them with their output
+// in registers. Per block of 64 keys:
+//   1. keys have arrived (copied while the previous block was weighed); start copying the values
+//   2. S = Q Kt
+//   3. all warps have read the keys; start copying the next keys
+//   4. running softmax of S, in the registers that become the A fragments of step 5
+//   5. values have arrived; O += P V
+// Then, in the same output registers, O <- f O + sigma(Q) M with M's snapshot streamed through the
+// key and value tiles in blocks of 32 channels, and O <- e O: f and e carry the gate, the softmax
+// sum and the retrieval's denominator.
+//
+// Shared memory (AttentionTile, DecodeTile): query tile, key tile, value tile, z, row weights.
+#pragma once
+
+#include "common/feature_map.cuh"
+#include "common/rotate.cuh"
+#include "common/tiles.h"
+
+namespace infini {
+
+constexpr float kLn2 = 0.693147181f;
+
+// What the queries of a piece find: M's snapshot and z of one KV head.
+template <class T>
+struct Memory {
+  const T* snapshot;   // [Dk][Dv]
+  const float* scale;  // [Dv / 32]
+  const float* z;      // [Dk]
+};
+
+// Weights of the two branches.
+struct Gate {
+  float memory, local;
+};
+
+__device__ __forceinline__ Gate gate_of(const InfiniProblem& p, float logit, bool empty) {
+  if (empty && p.bypass) return {0.0f, 1.0f};
+  return {1.0f / (1.0f + expf(-logit)), 1.0f / (1.0f + expf(logit))};
+}
+
+// Keys and values of a segment, as the local branch sees them.
+template <class T>
+struct Keys {
+  SegmentRows<T> k, v;
+};
+
+template <class T, int Dk, int Dv, class Shape>
+struct Attention {
+  static constexpr int kRowTiles = Shape::row_tiles;
+  static constexpr int kKeys = Shape::keys;
+  static constexpr int kThreads = Shape::threads;
+  static constexpr int kMemoryRows = 32;
+
+  using QueryTile = Tile<T, Shape::rows, Dk>;
+  using KeyTile = Tile<T, kKeys, Dk>;
+  using ValueTile = Tile<T, kKeys, Dv>;
+  using MemoryTile = Tile<T, kMemoryRows, Dv>;
+  static_assert(MemoryTile::bytes <= KeyTile::bytes && MemoryTile::bytes <= ValueTile::bytes);
+
+  // Shared memory.
+  QueryTile queries;
+  KeyTile keys;
+  ValueTile values;
+  float* z;       // [Dk]
+  float* weight;  // [rows], gate over the retrieval's denominator; 0: nothing is retrieved
+
+  // Registers. Row i, half h of a thread is tile row `row(i, h)`.
+  float o[kRowTiles][Dv / 8][4];
+  float top[kRowTiles][2];    // running maximum of scores, times scale_log2
+  float total[kRowTiles][2];  // running sum of exponentials; of this thread's columns until reduce()
+
+  __device__ __forceinline__ explicit Attention(unsigned char* shared)
+      : queries{ptx::shared_address(shared)},
+        keys{queries.base + QueryTile::bytes},
+        values{keys.base + KeyTile::bytes},
+        z{reinterpret_cast<float*>(shared + QueryTile::bytes + KeyTile::bytes +
+                                   ValueTile::bytes)},
+        weight{z + Dk} {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[i][h] = -INFINITY;
+        total[i][h] = 0.0f;
+      }
+#pragma unroll
+      for (auto& tile : o[i]) {
+#pragma unroll
+        for (float& x : tile) x = 0.0f;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x) / 32 * (16 * kRowTiles);
+  }
+
+  static __device__ __forceinline__ int row(int i, int h) {
+    return first_row() + i * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + h * 8;
+  }
+
+  // `each(i, h, tile row)` for every row of this thread.
+  template <class Each>
+  static __device__ __forceinline__ void each_row(Each each) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) each(i, h, row(i, h));
+    }
+  }
+
+  // ---- local branch
+
+  using Scores = float[kRowTiles][kKeys / 8][4];
+
+  __device__ __forceinline__ void scores(Scores& s) const {
+#pragma unroll Shape::score_unroll
+    for (int kk = 0; kk < Dk; kk += 16) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) queries.a(a[i], first_row() + i * 16, kk);
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j) {
+        uint32_t b[4];
+        keys.b(b, j * 16, kk);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          ptx::mma_m16n8k16<T>(s[i][2 * j], a[i], b[0], b[1]);
+          ptx::mma_m16n8k16<T>(s[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void negate(Scores& s) {
+#pragma unroll
+    for (auto& tiles : s) {
+#pragma unroll
+      for (auto& tile : tiles) {
+#pragma unroll
+        for (float& x : tile) x = -x;
+      }
+    }
+  }
+
+  // Columns of this thread from `visible(i, h)` on become -inf.
+  template <class Visible>
+  static __device__ __forceinline__ void mask(Scores& s, Visible visible) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int end = visible(i, h);
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            if (j * 8 + c >= end) s[i][j][2 * h + c] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores become weights relative to the new maximum; what was summed before is rescaled.
+  __device__ __forceinline__ void weigh(Scores& s, float scale) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float best = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+          best = fmaxf(best, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        }
+        best = fmaxf(top[i][h], lanes_max<4>(best) * scale);
+        // Nothing visible yet: any finite shift gives weights 0 instead of NaN.
+        const float shift = best == -INFINITY ? 0.0f : best;
+        const float shrink = ptx::ex2_approx_ftz(top[i][h] - shift);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+          for (int c = 2 * h; c < 2 * h + 2; ++c) {
+            s[i][j][c] = ptx::ex2_approx_ftz(fmaf(s[i][j][c], scale, -shift));
+            sum += s[i][j][c];
+          }
+        }
+        total[i][h] = total[i][h] * shrink + sum;
+        top[i][h] = best;
+        // Most blocks do not raise the maximum of any row of the warp.
+        if (__any_sync(0xffffffff, shrink != 1.0f)) {
+#pragma unroll
+          for (int j = 0; j < Dv / 8; ++j) {
+            o[i][j][2 * h] *= shrink;
+            o[i][j][2 * h + 1] *= shrink;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_values(const Scores& s) {
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        const auto &x = s[i][2 * kk], &y = s[i][2 * kk + 1];
+        a[i][0] = pack<T>(x[0], x[1]);
+        a[i][1] = pack<T>(x[2], x[3]);
+        a[i][2] = pack<T>(y[0], y[1]);
+        a[i][3] = pack<T>(y[2], y[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < Dv / 16; ++j) {
+        uint32_t b[4];
+        values.b_trans(b, kk * 16, j * 16);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          ptx::mma_m16n8k16<T>(o[i][2 * j], a[i], b[0], b[1]);
+          ptx::mma_m16n8k16<T>(o[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // One block of keys from `start` on. `rotate(start)` turns what has just arrived, between two
+  // barriers, if there is anything to turn. `visible(i, h)`: segment rows that a row sees. `idle`:
+  // this warp has no rows.
+  template <bool kMasked, class Visible, class Rotate>
+  __device__ __forceinline__ void key_block(const InfiniProblem& p, const Keys<T>& source,
+                                            int start, int end, Visible visible, bool idle,
+                                            Rotate rotate) {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // keys (and queries) have arrived; all are done with the values before
+    load_tile<kThreads>(values, source.v, start, end);
+    ptx::cp_async_commit_group();
+    rotate(start);
+    Scores s = {};
+    if (!idle) scores(s);
+    __syncthreads();  // all have read the keys
+    if (start + kKeys < end) load_tile<kThreads>(keys, source.k, start + kKeys, end);
+    ptx::cp_async_commit_group();
+    if (!idle) {
+      if (p.negative) negate(s);
+      if (kMasked) {
+        mask(s, [&](int i, int h) {
+          return visible(i, h) - start - static_cast<int>(threadIdx.x) % 4 * 2;
+        });
+      }
+      weigh(s, p.scale_log2);
+    }
+    ptx::cp_async_wait_group<1>();
+    __syncthreads();  // values have arrived
+    if (!idle) add_values(s);
+  }
+
+  // Attention over segment rows `first` to `end`; the first key tile is loaded here, the queries by
+  // the caller (not yet waited for). Blocks up to row `whole` are seen whole by every query: they
+  // are not masked.
+  template <class Visible, class Rotate>
+  __device__ __forceinline__ void attend(const InfiniProblem& p, const Keys<T>& source, int first,
+                                         int end, int whole, Visible visible, bool idle,
+                                         Rotate rotate) {
+    load_tile<kThreads>(keys, source.k, first, end);
+    ptx::cp_async_commit_group();
+    int start = first;
+#pragma unroll 1
+    for (; start + kKeys <= min(whole, end); start += kKeys) {
+      key_block<false>(p, source, start, end, visible, idle, rotate);
+    }
+#pragma unroll 1
+    for (; start < end; start += kKeys) {
+      key_block<true>(p, source, start, end, visible, idle, rotate);
+    }
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();
+  }
+
+  // Sums of exponentials over a row's four lanes.
+  __device__ __forceinline__ void reduce() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) total[i][h] = lanes_sum<4>(total[i][h]);
+    }
+  }
+
+  // Natural log-sum-exp of a row; -inf where it attended nothing.
+  __device__ __forceinline__ float log_sum_exp(int i, int h) const {
+    return total[i][h] == 0.0f ? -INFINITY : (top[i][h] + log2f(total[i][h])) * kLn2;
+  }
+
+  // ---- outputs
+
+  // Writes o * factor(i, h, slice of 32 columns) to `out(tile row)`, where that is not null, in
+  // 16-byte pieces by way of this warp's 16 rows of the value tile. No warp may use that tile.
+  template <class Factor, class Out>
+  __device__ __forceinline__ void store(Factor factor, Out out) const {
+    const int lane = threadIdx.x % 32, stage = threadIdx.x / 32 * 16;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int slice = 0; slice < Dv / 32; ++slice) {
+          const float f = factor(i, h, slice);
+#pragma unroll
+          for (int j = slice * 4; j < slice * 4 + 4; ++j) {
+            const uint32_t to = values.at(stage + lane / 4 + h * 8, j) + lane % 4 * 4;
+            const uint32_t pair = pack<T>(weighed(o[i][j][2 * h], f), weighed(o[i][j][2 * h + 1], f));
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+          }
+        }
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int c = lane; c < 16 * (Dv / 8); c += 32) {
+        T* to = out(first_row() + i * 16 + c / (Dv / 8));
+        if (to) {
+          *reinterpret_cast<Chunk*>(to + c % (Dv / 8) * 8) =
+              load_chunk(values.at(stage + c / (Dv / 8), c % (Dv / 8)));
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  // A branch of weight 0 is absent, whatever it holds.
+  static __device__ __forceinline__ float weighed(float x, float weight) {
+    return weight == 0.0f ? 0.0f : x * weight;
+  }
+
+  // ---- retrieval
+
+  // sigma of the raw queries in place, and each row's gate over its denominator: 0 for rows that
+  // retrieve nothing, and for those from `rows` on. Synchronises before and after.
+  template <class GateOf>
+  __device__ __forceinline__ void map_queries(const InfiniProblem& p, int rows, GateOf gate) {
+    __syncthreads();
+    map_rows<Shift::kMaximum, kThreads>(p, queries, z, rows, [&](int row, float d, bool first) {
+      if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : gate(row).memory / d;
+      return d != 0.0f;
+    });
+    __syncthreads();
+  }
+
+  // o <- f o + sigma(Q) snapshot; the caller multiplies by e afterwards. f = local / e.
+  template <class Local, class Retrieved>
+  __device__ __forceinline__ void retrieve(const Memory<T>& memory, bool idle, Local local,
+                                           Retrieved retrieved) {
+    load_memory(MemoryTile{keys.base}, memory, 0);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int slice = 0; slice < Dv / 32; ++slice) {
+          const float w = local(i, h, slice);
+          const float f = w == 0.0f ? 0.0f : w / retrieved(i, h, slice);
+#pragma unroll
+          for (int j = slice * 4; j < slice * 4 + 4; ++j) {
+            o[i][j][2 * h] = weighed(o[i][j][2 * h], f);
+            o[i][j][2 * h + 1] = weighed(o[i][j][2 * h + 1], f);
+          }
+        }
+      }
+    }
+#pragma unroll 1
+    for (int block = 0; block < Dk / kMemoryRows; ++block) {
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();  // this block has arrived, all have read the one before
+      const MemoryTile tile{block % 2 ? values.base : keys.base};
+      if (block + 1 < Dk / kMemoryRows) {
+        load_memory(MemoryTile{block % 2 ? keys.base : values.base}, memory, block + 1);
+      }
+      if (idle) continue;
+#pragma unroll
+      for (int kk = 0; kk < kMemoryRows; kk += 16) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          queries.a(a[i], first_row() + i * 16, block * kMemoryRows + kk);
+        }
+#pragma unroll
+        for (int j = 0; j < Dv / 16; ++j) {
+          uint32_t b[4];
+          tile.b_trans(b, kk, j * 16);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16<T>(o[i][2 * j], a[i], b[0], b[1]);
+            ptx::mma_m16n8k16<T>(o[i][2 * j + 1], a[i], b[2], b[3]);
+          }
+        }
+      }
+    }
+    __syncthreads();  // all have read the last block
+  }
+
+  __device__ __forceinline__ void load_memory(const MemoryTile& tile, const Memory<T>& memory,
+                                              int block) const {
+    const Rows<T> rows{memory.snapshot, Dv};
+    load_tile<kThreads>(tile, rows, block * kMemoryRows, Dk);
+    ptx::cp_async_commit_group();
+  }
+
+  // The whole end of a tile: gates, retrieves and writes. `gate(tile row)`, `out(tile row)`: null
+  // where there is none. `reload()` brings the raw queries back after a rotation (and waits).
+  // Requires reduced totals and that no copy is under way.
+  template <class GateOf, class Out, class Reload>
+  __device__ __forceinline__ void finish(const InfiniProblem& p, const Memory<T>& memory, int rows,
+                                         bool retrieves, GateOf gate, Out out, Reload reload) {
+    const bool idle = first_row() >= rows;
+    float weights[kRowTiles][2];  // of the local branch, over the softmax sum
+    each_row([&](int i, int h, int r) {
+      const float w = r < rows ? gate(r).local : 0.0f;
+      weights[i][h] = w == 0.0f || total[i][h] == 0.0f ? 0.0f : w / total[i][h];
+    });
+    for (int i = threadIdx.x; retrieves && i < Dk; i += kThreads) z[i] = memory.z[i];
+    const auto local = [&](int i, int h, int) { return weights[i][h]; };
+    if (!retrieves) {
+      store(local, out);
+      return;
+    }
+    reload();
+    map_queries(p, rows, gate);
+    // Rows that retrieve nothing must not meet the memory at all: it may hold NaN.
+    store(local, [&](int r) -> T* { return weight[r] == 0.0f ? out(r) : nullptr; });
+    __syncthreads();
+    // Bounded from below so that local / retrieved stays finite; what that adds is below rounding.
+    const auto retrieved = [&](int i, int h, int slice) {
+      return fmaxf(weight[row(i, h)] / memory.scale[slice], weights[i][h] * 1e-30f);
+    };
+    retrieve(memory, idle, local, retrieved);
+    store(retrieved, [&](int r) -> T* { return weight[r] == 0.0f ? nullptr : out(r); });
+  }
+};
+
+}  // namespace infini

@@ -1,0 +1,166 @@
+// Rotary position embedding of the local branch: f32 arithmetic, rounded to T. The first 2 * half
+// channels rotate, the others pass; pairs are (i, i + half) or, interleaved, (2i, 2i + 1).
+#pragma once
+
+#include "common/feature_map.cuh"
+
+namespace infini {
+
+// Sets bits of the status word.
+__device__ __forceinline__ void report(uint64_t status, uint32_t bits) {
+  atomicOr(pointer<uint32_t>(status), bits);
+}
+
+// Table row of token `token` of the token dimension; `position` when none is given.
+__device__ __forceinline__ int64_t position_of(const InfiniRope& rope, int64_t batch, int64_t token,
+                                               int64_t position) {
+  if (!rope.positions) return position;
+  return pointer<const int64_t>(rope.positions)[batch * rope.positions_batch + token];
+}
+
+// A row of the tables.
+struct Angles {
+  const float* cos;
+  const float* sin;
+};
+
+// False, and reported, for a position outside the tables.
+__device__ __forceinline__ bool angles_of(const InfiniRope& rope, int64_t position, uint64_t status,
+                                          Angles& angles) {
+  if (position < 0 || position >= rope.rows) {
+    report(status, INFINI_STATUS_POSITION);
+    return false;
+  }
+  angles = {pointer<const float>(rope.cos) + position * rope.cos_stride,
+            pointer<const float>(rope.sin) + position * rope.sin_stride};
+  return true;
+}
+
+__device__ __forceinline__ void rotate_pair(float& x, float& y, float cos, float sin) {
+  const float a = x, b = y;
+  x = a * cos - b * sin;
+  y = b * cos + a * sin;
+}
+
+// Independent parts that a row's rotation has: 16-byte chunks (pairs of them) where the pairing
+// allows it, single pairs otherwise.
+__device__ __forceinline__ bool by_chunks(const InfiniRope& rope) {
+  return rope.half % (rope.interleaved ? 4 : 8) == 0;
+}
+
+__device__ __forceinline__ int rotation_parts(const InfiniRope& rope) {
+  if (!by_chunks(rope)) return rope.half;
+  return rope.half / (rope.interleaved ? 4 : 8);
+}
+
+// Rotates one part of a row. Row: chunk(i), set_chunk(i, Chunk), element(i), set_element(i, T).
+template <class T, class Row>
+__device__ __forceinline__ void rotate_part(const InfiniRope& rope, const Angles& angles, int part,
+                                            const Row& row) {
+  if (!by_chunks(rope)) {
+    const int i = rope.interleaved ? 2 * part : part;
+    const int j = rope.interleaved ? 2 * part + 1 : part + rope.half;
+    float x = static_cast<float>(row.element(i)), y = static_cast<float>(row.element(j));
+    rotate_pair(x, y, angles.cos[part], angles.sin[part]);
+    row.set_element(i, static_cast<T>(x));
+    row.set_element(j, static_cast<T>(y));
+  } else if (rope.interleaved) {
+    float x[8];
+    widen<T>(row.chunk(part), x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rotate_pair(x[2 * i], x[2 * i + 1], angles.cos[4 * part + i], angles.sin[4 * part + i]);
+    }
+    row.set_chunk(part, narrow<T>(x));
+  } else {
+    float x[8], y[8];
+    widen<T>(row.chunk(part), x);
+    widen<T>(row.chunk(part + rope.half / 8), y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      rotate_pair(x[i], y[i], angles.cos[8 * part + i], angles.sin[8 * part + i]);
+    }
+    row.set_chunk(part, narrow<T>(x));
+    row.set_chunk(part + rope.half / 8, narrow<T>(y));
+  }
+}
+
+// A row of a tile in shared memory.
+template <class T, int R, int C>
+struct TileRow {
+  Tile<T, R, C> tile;
+  int row;
+
+  __device__ __forceinline__ Chunk chunk(int i) const { return load_chunk(tile.at(row, i)); }
+  __device__ __forceinline__ void set_chunk(int i, const Chunk& c) const {
+    store_chunk(tile.at(row, i), c);
+  }
+  __device__ __forceinline__ T element(int i) const {
+    uint16_t bits;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at(i)) : "memory");
+    T x;
+    memcpy(&x, &bits, 2);
+    return x;
+  }
+  __device__ __forceinline__ void set_element(int i, T x) const {
+    uint16_t bits;
+    memcpy(&bits, &x, 2);
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at(i)), "h"(bits) : "memory");
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t at(int i) const { return tile.at(row, i / 8) + i % 8 * 2; }
+};
+
+// A row in global memory, read at one place and written at another.
+template <class T>
+struct GlobalRow {
+  const T* from;
+  T* to;
+
+  __device__ __forceinline__ Chunk chunk(int i) const {
+    return reinterpret_cast<const Chunk*>(from)[i];
+  }
+  __device__ __forceinline__ void set_chunk(int i, const Chunk& c) const {
+    reinterpret_cast<Chunk*>(to)[i] = c;
+  }
+  __device__ __forceinline__ T element(int i) const { return from[i]; }
+  __device__ __forceinline__ void set_element(int i, T x) const { to[i] = x; }
+};
+
+// Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row outside
+// the tables stays as it is. Every thread of the block takes part; the caller synchronises before
+// and after.
+template <int Threads, class T, int R, int C, class Position>
+__device__ __forceinline__ void rotate_tile(const Tile<T, R, C>& tile, int first, int last,
+                                            const InfiniRope& rope, uint64_t status,
+                                            Position position) {
+  const int parts = rotation_parts(rope);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (last - first) * parts; i += Threads) {
+    const int row = first + i / parts;
+    Angles angles;
+    if (angles_of(rope, position(row), status, angles)) {
+      rotate_part<T>(rope, angles, i % parts, TileRow<T, R, C>{tile, row});
+    }
+  }
+}
+
+// Rotates a row of `columns` channels from one place in global memory to another, by `Lanes`
+// lanes of which this is `lane`; the channels that pass are copied.
+template <int Lanes, class T>
+__device__ __forceinline__ void rotate_row(const GlobalRow<T>& row, int columns,
+                                           const InfiniRope& rope, int64_t position,
+                                           uint64_t status, int lane) {
+  Angles angles;
+  const bool inside = angles_of(rope, position, status, angles);
+  const int parts = inside ? rotation_parts(rope) : 0, rotated = inside ? 2 * rope.half : 0;
+  for (int i = lane; i < parts; i += Lanes) rotate_part<T>(rope, angles, i, row);
+  const int chunk = (rotated + 7) / 8;
+  for (int i = rotated + lane; i < min(8 * chunk, columns); i += Lanes) {
+    row.set_element(i, row.element(i));
+  }
+  for (int i = chunk + lane; i < columns / 8; i += Lanes) row.set_chunk(i, row.chunk(i));
+}
+
+}  // namespace infini

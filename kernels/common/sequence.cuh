@@ -1,0 +1,71 @@
+// What a segment, decode or commit launch does for one sequence: read from device memory, checked
+// where it is read.
+#pragma once
+
+#include "common/rotate.cuh"
+
+namespace infini {
+
+__device__ __forceinline__ InfiniSequence sequence_of(const InfiniSequences& s, int index) {
+  if (s.table) return pointer<const InfiniSequence>(s.table)[index];
+  if (s.in_line) return s.inline_sequences[index];
+  return {0, index, index, s.tokens, 0};
+}
+
+// The counters of a sequence's slot; null, and reported, when the state has no such slot.
+__device__ __forceinline__ InfiniCounters* counters_of(const InfiniState& state, int slot) {
+  if (slot < 0 || slot >= state.slots) {
+    report(state.status, INFINI_STATUS_SLOT);
+    return nullptr;
+  }
+  return pointer<InfiniCounters>(state.counters) + slot;
+}
+
+// The piece of a sequence's segment that its next tokens form, `taken` of which an earlier step has
+// appended; at most `limit`. Its length is 0 when there is nothing to do or the sequence must be
+// skipped.
+__device__ __forceinline__ InfiniPiece piece_of(const InfiniProblem& p, const InfiniState& state,
+                                                const InfiniRope& rope, const InfiniSequences& all,
+                                                const InfiniSequence& s, int taken) {
+  InfiniPiece piece = {};
+  const InfiniCounters* counters = counters_of(state, s.slot);
+  if (!counters) return piece;
+  const bool fits = s.len >= 0 && s.len <= all.max_len && s.first >= 0 &&
+                    s.first + s.len <= all.tokens && s.batch >= 0 && s.batch < all.count;
+  if (!fits) {
+    report(state.status, INFINI_STATUS_LENGTH);
+    return piece;
+  }
+  const int open = static_cast<int>(counters->open_len);
+  piece.first = s.first + taken;
+  piece.position = static_cast<int64_t>(counters->tokens);
+  piece.slot = s.slot;
+  piece.batch = s.batch;
+  piece.len = min(s.len - taken, p.segment_len - open);
+  piece.cached = open;
+  piece.full = open + piece.len == p.segment_len;
+  piece.empty = counters->committed == 0;
+  if (piece.len > 0 && open > 0 && (counters->rotated != 0) != (rope.rows > 0)) {
+    report(state.status, INFINI_STATUS_ROTATION);
+    piece.len = 0;
+  }
+  return piece;
+}
+
+// Whether this block is the last of `blocks` to come here; the ticket is 0 before and after. What
+// the others wrote before they came is visible to the last. Every thread of the block takes part.
+__device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks) {
+  __shared__ uint32_t earlier;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    earlier = atomicAdd(ticket, 1u);
+    if (earlier == blocks - 1) *ticket = 0;
+  }
+  __syncthreads();
+  const bool last = earlier == blocks - 1;
+  if (last) __threadfence();
+  return last;
+}
+
+}  // namespace infini

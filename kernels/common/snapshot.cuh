@@ -1,0 +1,17 @@
+// The operand form of a memory: T, scaled by a power of two per 32 columns so that the largest
+// magnitude of those columns lies in [1, 2). A retrieval divides by it again.
+#pragma once
+
+#include "common/element.cuh"
+
+namespace infini {
+
+// The power of two for columns whose largest magnitude is `top`; 1 when that is 0, not finite, or
+// so small that the scale would not be a normal number.
+__device__ __forceinline__ float snapshot_scale(float top) {
+  const uint32_t exponent = __float_as_uint(top) >> 23 & 0xff;
+  if (exponent == 0 || exponent >= 254) return 1.0f;
+  return __uint_as_float(254 - exponent << 23);
+}
+
+}  // namespace infini

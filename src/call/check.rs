@@ -1,0 +1,243 @@
+//! The only place where shapes, lengths, slots and positions are checked.
+
+use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
+use crate::memory::Counters;
+use crate::tensor::Layout;
+use crate::{DType, Element, Error, Problem, Result};
+
+impl Form<'_> {
+    /// Checks everything against the problem and a state's counters, and names the sequences.
+    pub fn resolve(&self, problem: &Problem, counters: &[Counters]) -> Result<Vec<Sequence>> {
+        let rank = if self.packed() { 3 } else { 4 };
+        let names = if self.packed() { "[total, H, D]" } else { "[B, T, H, D]" };
+        if self.q.shape().len() != rank {
+            return Err(Error::shape("q", self.q.shape(), format!("rank {rank} {names}")));
+        }
+        let lead = &self.q.shape()[..rank - 2];
+        for (argument, layout, heads, dim) in [
+            ("q", &self.q, problem.heads(), problem.key_dim()),
+            ("k", &self.k, problem.kv_heads(), problem.key_dim()),
+            ("v", &self.v, problem.kv_heads(), problem.value_dim()),
+        ] {
+            layout.check_shape(argument, &[lead, &[heads, dim]].concat(), names)?;
+            layout.check_rows(argument)?;
+        }
+        check_gate(problem, self.gate)?;
+        let mut sequences = ranges(&self.lengths, lead)?;
+        assign_slots(&mut sequences, self.slots, counters)?;
+        self.check_rope(problem, &sequences, counters)?;
+        Ok(sequences)
+    }
+
+    fn check_rope(
+        &self,
+        problem: &Problem,
+        sequences: &[Sequence],
+        counters: &[Counters],
+    ) -> Result<()> {
+        for s in sequences.iter().filter(|s| s.len > 0) {
+            counters[s.slot].check_rotation(s.slot, self.rope.is_some())?;
+        }
+        let Some(rope) = &self.rope else { return Ok(()) };
+        rope.check(problem)?;
+        let rows = rope.cos.shape()[0];
+        let count = match rope.positions {
+            Positions::Continued => return check_continued(rows, sequences),
+            Positions::Given(list) => list.len(),
+            Positions::Device(count) => count,
+        };
+        let tokens = self.tokens();
+        let per_batch = if self.packed() { tokens } else { sequences.len() * tokens };
+        if count != tokens && count != per_batch {
+            let expected = format!("{tokens} (shared) or {per_batch} (per sequence)");
+            return Err(Error::Length { argument: "positions", got: count, expected });
+        }
+        if let Positions::Device(_) = rope.positions {
+            return Ok(());
+        }
+        for (b, s) in sequences.iter().enumerate() {
+            for t in 0..s.len {
+                // `as usize` in `position` turns a negative entry into a huge one: refused as well.
+                let p = self.position(s, t);
+                if p >= rows {
+                    return Err(outside(rows, b, t, (p as i64).to_string()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Counters {
+    /// New tokens of an open segment must come with rotation exactly if its first ones did.
+    pub fn check_rotation(&self, slot: usize, rotated: bool) -> Result<()> {
+        if self.open_len > 0 && self.rotated != rotated {
+            let (open_len, rotated) = (self.open_len, self.rotated);
+            return Err(Error::RotationChanged { slot, open_len, rotated });
+        }
+        Ok(())
+    }
+}
+
+impl RopeForm<'_> {
+    fn check(&self, problem: &Problem) -> Result<()> {
+        let cos = self.cos.shape();
+        if cos.len() != 2 {
+            return Err(Error::shape("rope.cos", cos, "[positions, R/2]"));
+        }
+        self.sin.check_shape("rope.sin", cos, "the shape of rope.cos")?;
+        if 2 * cos[1] > problem.key_dim() {
+            let expected = format!("[positions, R/2] with R ≤ Dk = {}", problem.key_dim());
+            return Err(Error::shape("rope.cos", cos, expected));
+        }
+        self.cos.check_rows("rope.cos")?;
+        self.sin.check_rows("rope.sin")
+    }
+}
+
+/// Positions continued from the state must end inside the tables.
+pub(crate) fn check_continued(rows: usize, sequences: &[Sequence]) -> Result<()> {
+    for (b, s) in sequences.iter().enumerate().filter(|(_, s)| s.len > 0) {
+        if s.position + s.len > rows {
+            return Err(outside(rows, b, s.len - 1, (s.position + s.len - 1).to_string()));
+        }
+    }
+    Ok(())
+}
+
+fn outside(rows: usize, sequence: usize, token: usize, got: String) -> Error {
+    let argument = format!("positions (sequence {sequence}, token {token})");
+    Error::value(argument, got, format!("0 to {rows} − 1 (rows of rope.cos)"))
+}
+
+impl OutputForm {
+    /// Checks every output's shape against the problem and the queries.
+    pub fn check(&self, problem: &Problem, q: &Layout) -> Result<()> {
+        let lead = &q.shape()[..q.shape().len() - 2];
+        let o = [lead, &[problem.heads(), problem.value_dim()]].concat();
+        let lse = [&lead[..lead.len() - 1], &[problem.heads(), lead[lead.len() - 1]]].concat();
+        let named =
+            [("o", Some(&self.o)), ("a_dot", self.a_dot.as_ref()), ("a_mem", self.a_mem.as_ref())];
+        for (argument, layout) in named.into_iter().filter_map(|(n, l)| Some((n, l?))) {
+            layout.check_shape(argument, &o, "[B, T, Hq, Dv] or packed [total, Hq, Dv]")?;
+            layout.check_rows(argument)?;
+        }
+        if let Some(layout) = &self.lse {
+            layout.check_shape("lse", &lse, "[B, Hq, T] or packed [Hq, total]")?;
+            layout.check_rows("lse")?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check_dtype<T: Element>(argument: &'static str, expected: DType) -> Result<()> {
+    dtype_is(argument, T::DTYPE, expected)
+}
+
+pub(crate) fn dtype_is(argument: &'static str, got: DType, expected: DType) -> Result<()> {
+    if got != expected {
+        return Err(Error::DType { argument, got, expected });
+    }
+    Ok(())
+}
+
+fn check_gate(problem: &Problem, gate: Gate<'_>) -> Result<()> {
+    let got = match gate {
+        Gate::Given(logits) => logits.len(),
+        Gate::Device(len) => len,
+    };
+    if got != problem.heads() {
+        let expected = format!("{} (one logit per query head)", problem.heads());
+        return Err(Error::Length { argument: "gate", got, expected });
+    }
+    let Gate::Given(logits) = gate else { return Ok(()) };
+    match logits.iter().position(|b| b.is_nan()) {
+        Some(h) => Err(Error::value(format!("gate[{h}]"), "NaN", "a number or ±infinity")),
+        None => Ok(()),
+    }
+}
+
+/// Token ranges of every sequence, slots and positions still open.
+fn ranges(lengths: &Lengths<'_>, lead: &[usize]) -> Result<Vec<Sequence>> {
+    let sequence = |batch, first, len| Sequence { slot: 0, batch, first, len, position: 0 };
+    match *lengths {
+        Lengths::Full => Ok((0..lead[0]).map(|b| sequence(b, 0, lead[1])).collect()),
+        Lengths::Padded(lens) => {
+            if lens.len() != lead[0] {
+                let expected = format!("{} (the batch size)", lead[0]);
+                return Err(Error::Length { argument: "seq_lens", got: lens.len(), expected });
+            }
+            let fits = |&len: &i32| usize::try_from(len).ok().filter(|&l| l <= lead[1]);
+            (lens.iter().enumerate())
+                .map(|(b, len)| match fits(len) {
+                    Some(n) => Ok(sequence(b, 0, n)),
+                    None => {
+                        let expected = format!("0 to T = {}", lead[1]);
+                        Err(Error::value(format!("seq_lens[{b}]"), len, expected))
+                    }
+                })
+                .collect()
+        }
+        Lengths::Packed(cu) => {
+            let Some((&0, _)) = cu.split_first() else {
+                let got = cu.first().map_or("nothing".into(), i32::to_string);
+                return Err(Error::value("cu_seqlens[0]", got, "0"));
+            };
+            if let Some(i) = cu.windows(2).position(|w| w[1] < w[0]) {
+                let expected = format!("at least cu_seqlens[{i}] = {}", cu[i]);
+                return Err(Error::value(format!("cu_seqlens[{}]", i + 1), cu[i + 1], expected));
+            }
+            let last = cu[cu.len() - 1];
+            if last as usize != lead[0] {
+                let expected = format!("total = {}", lead[0]);
+                return Err(Error::value(format!("cu_seqlens[{}]", cu.len() - 1), last, expected));
+            }
+            Ok(cu.windows(2).map(|w| sequence(0, w[0] as usize, (w[1] - w[0]) as usize)).collect())
+        }
+    }
+}
+
+fn assign_slots(
+    sequences: &mut [Sequence],
+    slots: Option<&[usize]>,
+    counters: &[Counters],
+) -> Result<()> {
+    match slots {
+        None if sequences.len() != counters.len() => {
+            let expected = format!("{} (the batch size), or explicit slots", sequences.len());
+            return Err(Error::Length { argument: "state", got: counters.len(), expected });
+        }
+        None => sequences.iter_mut().enumerate().for_each(|(b, s)| s.slot = b),
+        Some(slots) => {
+            if slots.len() != sequences.len() {
+                let expected = format!("{} (the number of sequences)", sequences.len());
+                return Err(Error::Length { argument: "slots", got: slots.len(), expected });
+            }
+            check_slots(slots, counters.len())?;
+            sequences.iter_mut().zip(slots).for_each(|(s, &slot)| s.slot = slot);
+        }
+    }
+    for s in sequences {
+        s.position = counters[s.slot].tokens as usize;
+    }
+    Ok(())
+}
+
+/// Slots must lie inside the state and be distinct.
+pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
+    let mut taken = vec![None; available];
+    for (i, &slot) in slots.iter().enumerate() {
+        match taken.get_mut(slot) {
+            None => {
+                let expected = format!("less than the state's {available} slots");
+                return Err(Error::value(format!("slots[{i}]"), slot, expected));
+            }
+            Some(Some(first)) => {
+                let expected = format!("a slot other than slots[{first}]");
+                return Err(Error::value(format!("slots[{i}]"), slot, expected));
+            }
+            Some(free) => *free = Some(i),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! CUDA kernels on the CPU: the PTX that the build made of a kernel file, run by the simulator.
+//!
+//! ```ignore
+//! let mut sim = Simulator::new();
+//! let (x, y) = (sim.upload("x", &values), sim.uninitialised::<f32>("y", values.len()));
+//! sim.launch("infini_sum_sm80", [1, 1, 1], 256, 0, bytemuck::bytes_of(&params));
+//! let result: Vec<f32> = sim.read(y, values.len());
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use bytemuck::Pod;
+use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Timing};
+
+/// A simulated GPU of compute capability 8.0, all checks on.
+pub struct Simulator {
+    pub device: Device,
+    /// Orders of execution that every launch is run in; all must leave the same bits.
+    pub schedules: u32,
+}
+
+impl Simulator {
+    pub fn new() -> Self {
+        let mut device = Device::new(Arch::Sm80);
+        device.options.strict_proxies = true;
+        Self { device, schedules: 1 }
+    }
+
+    /// When asynchronous copies move their data.
+    pub fn timing(mut self, timing: Timing) -> Self {
+        self.device.options.timing = timing;
+        self
+    }
+
+    /// Order of blocks and warps.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.device.options.seed = seed;
+        self
+    }
+
+    /// Whether races and uninitialised values are looked for; bounds and alignment always are.
+    pub fn checks(mut self, checks: bool) -> Self {
+        self.device.options.checks = checks;
+        self
+    }
+
+    /// Runs every launch in several orders, asynchronous copies early and late in turn.
+    pub fn schedules(mut self, schedules: u32) -> Self {
+        self.schedules = schedules;
+        self
+    }
+
+    /// A buffer that holds `data`; its address, a multiple of 256.
+    pub fn upload<T: Pod>(&mut self, name: &str, data: &[T]) -> u64 {
+        let buffer = self.device.buffer(name, data);
+        self.device.address(buffer)
+    }
+
+    /// A buffer of `count` elements that nobody has written; its address, a multiple of 256.
+    pub fn uninitialised<T: Pod>(&mut self, name: &str, count: usize) -> u64 {
+        let buffer: Buffer = self.device.uninitialised::<T>(name, count);
+        self.device.address(buffer)
+    }
+
+    /// `count` elements at an address; each must have been written.
+    #[track_caller]
+    pub fn read<T: Pod>(&self, address: u64, count: usize) -> Vec<T> {
+        let bytes = self.device.read_bytes(address, (count * size_of::<T>()) as u64);
+        bytemuck::allocation::pod_collect_to_vec(&bytes.unwrap_or_else(|e| panic!("{e}")))
+    }
+
+    /// Runs a kernel on its one parameter, given as bytes; whatever is found fails the test.
+    #[track_caller]
+    pub fn launch(
+        &mut self,
+        symbol: &str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        params: &[u8],
+    ) -> Report {
+        self.try_launch(symbol, grid, threads, shared_bytes, params)
+            .unwrap_or_else(|finding| panic!("{finding}"))
+    }
+
+    /// As [`Self::launch`].
+    ///
+    /// # Errors
+    /// Why the launch was refused, or what was found, as text.
+    pub fn try_launch(
+        &mut self,
+        symbol: &str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        params: &[u8],
+    ) -> Result<Report, String> {
+        let module = module(file_of(symbol)?)?;
+        let launch = Launch { grid, block: [threads, 1, 1], ..Launch::linear(1, 1) };
+        let launch = launch.shared(shared_bytes);
+        let args = [Arg::Bytes(params.to_vec())];
+        let report = self
+            .device
+            .explore(&module, symbol, &launch, &args, self.schedules)
+            .map_err(|error| format!("{symbol}: {error}"))?;
+        match report.is_clean() {
+            true => Ok(report),
+            false => Err(format!("{symbol}, grid {grid:?}:\n{report}")),
+        }
+    }
+}
+
+/// The kernel file of a symbol `infini_<operation>_sm80...`.
+fn file_of(symbol: &str) -> Result<&str, String> {
+    let operation = symbol.strip_prefix("infini_").and_then(|s| s.split_once("_sm80"));
+    operation.map(|(operation, _)| operation).ok_or_else(|| format!("{symbol}: no kernel's name"))
+}
+
+/// The module of a kernel file, parsed once for all tests of the process.
+fn module(file: &str) -> Result<Arc<Module>, String> {
+    type Cell = Arc<OnceLock<Result<Arc<Module>, String>>>;
+    static MODULES: Mutex<BTreeMap<String, Cell>> = Mutex::new(BTreeMap::new());
+    let cell = {
+        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+        modules.entry(file.into()).or_default().clone()
+    };
+    cell.get_or_init(|| {
+        let path = Path::new(env!("OUT_DIR")).join(file).with_extension("ptx");
+        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+        let text = std::fs::read_to_string(&path).map_err(|e| at(&e))?;
+        Module::parse(&text).map(Arc::new).map_err(|e| at(&e))
+    })
+    .clone()
+}
