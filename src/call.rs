@@ -4,7 +4,9 @@
 mod check;
 mod form;
 
-pub(crate) use check::{check_dtype, check_slots};
+#[cfg(feature = "cuda")]
+pub(crate) use check::{check_continued, dtype_is};
+pub(crate) use check::{check_dtype, check_longest, check_slots};
 pub(crate) use form::{
     Form, Gate, Lengths, OutputForm, Piece, Positions, RopeForm, Sequence, pieces,
 };

@@ -60,6 +60,16 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
+    /// An address in device memory cannot be served.
+    #[error("{argument}: address {got:#x} given, {requirement}")]
+    Address {
+        /// Name of the operand.
+        argument: String,
+        /// Address received.
+        got: u64,
+        /// What is accepted.
+        requirement: String,
+    },
     /// No CUDA kernel is compiled for this value.
     #[error("{argument}: {got} given, the CUDA kernels are compiled for {accepted}")]
     Unsupported {

@@ -189,15 +189,6 @@ macro_rules! view_accessors {
         pub(crate) fn check_rows(&self, argument: &'static str) -> Result<()> {
             self.layout.check_rows(argument)
         }
-
-        pub(crate) fn check_shape(
-            &self,
-            argument: &'static str,
-            expected: &[usize],
-            names: &str,
-        ) -> Result<()> {
-            self.layout.check_shape(argument, expected, names)
-        }
     };
 }
 

@@ -241,3 +241,15 @@ pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
     }
     Ok(())
 }
+
+/// Refuses a sequence of more than `max` new tokens.
+pub(crate) fn check_longest(sequences: &[Sequence], max: Option<usize>) -> Result<()> {
+    let longest = sequences.iter().enumerate().max_by_key(|(_, s)| s.len);
+    if let (Some(max), Some((b, s))) = (max, longest)
+        && s.len > max
+    {
+        let expected = format!("0 to {max} new tokens (use prefill for more)");
+        return Err(Error::value(format!("q (sequence {b})"), s.len, expected));
+    }
+    Ok(())
+}

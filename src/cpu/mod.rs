@@ -21,7 +21,7 @@ use attention::{Call, gate_weights};
 
 use crate::call::{self, Sequence, pieces};
 use crate::memory::KeyBlocks;
-use crate::{Element, Error, Inputs, Outputs, Problem, Result, State};
+use crate::{Element, Inputs, Outputs, Problem, Result, State};
 
 /// Most new tokens per sequence that [`decode()`] takes.
 pub const MAX_DECODE_TOKENS: usize = 16;
@@ -45,7 +45,7 @@ pub const MAX_DECODE_TOKENS: usize = 16;
 ///
 /// # Errors
 /// A shape, stride, length, dtype, slot, position or problem that does not fit is refused before
-/// anything is written, by an [`Error`] that names the argument.
+/// anything is written, by an [`Error`](crate::Error) that names the argument.
 ///
 /// ```
 /// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
@@ -78,7 +78,7 @@ pub fn prefill<T: Element>(
 /// where it lies and each (sequence, KV head) is one task.
 ///
 /// # Errors
-/// As [`prefill()`], and [`Error::Value`] for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
+/// As [`prefill()`], and [`Error::Value`](crate::Error::Value) for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
 pub fn decode<T: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -94,7 +94,7 @@ pub fn decode<T: Element>(
 /// segment is left as it is.
 ///
 /// # Errors
-/// [`Error::Problem`] when the state belongs to another problem, [`Error::Value`] for a slot out of
+/// [`Error::Problem`](crate::Error::Problem) when the state belongs to another problem, [`Error::Value`](crate::Error::Value) for a slot out of
 /// range or named twice. Nothing is written then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
@@ -115,13 +115,7 @@ fn run<T: Element>(
     problem.check_same(&state.problem)?;
     let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
     call::check_outputs(problem, inputs, &outputs)?;
-    let longest = sequences.iter().enumerate().max_by_key(|(_, s)| s.len);
-    if let (Some(max), Some((b, s))) = (max_tokens, longest)
-        && s.len > max
-    {
-        let expected = format!("0 to {max} new tokens (use prefill for more)");
-        return Err(Error::value(format!("q (sequence {b})"), s.len, expected));
-    }
+    call::check_longest(&sequences, max_tokens)?;
     if batch.rope.is_some() {
         state.ensure_rotated();
     }

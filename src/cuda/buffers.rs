@@ -165,10 +165,6 @@ impl<'s> Operands<'s> {
         Ok(Self { device, capturing, addresses: Addresses::new(), guards: Vec::new() })
     }
 
-    pub fn capturing(&self) -> bool {
-        self.capturing
-    }
-
     /// A buffer that the call reads.
     pub fn read<T>(&mut self, operand: Operand, view: &'s TensorView<'_, T>) -> Result<()> {
         self.buffer(operand, view.data, view.address)

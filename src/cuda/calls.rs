@@ -9,7 +9,7 @@ use cudarc::driver::{DevicePtr, DeviceRepr};
 use super::buffers::{Operands, TensorView, TensorViewMut};
 use super::plan::Plan;
 use super::typed::{Gate, State};
-use super::{Call, DeviceRope, DeviceTensor, Mirror, Operand};
+use super::{Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Runs};
 use super::{plan_decode, plan_flush, plan_prefill, plan_segment};
 use crate::call::Lengths;
 use crate::{DType, Element, Error, Problem, Result};
@@ -225,7 +225,8 @@ pub fn decode<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror))
+    let options = DecodeOptions::default();
+    now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
 }
 
 /// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors
@@ -251,7 +252,8 @@ pub unsafe fn record_decode<T: Element + DeviceRepr>(
     if !state.device().is_capturing()? {
         return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
     }
-    let plan = plan_decode(problem, &describe(inputs, gate, &outputs)?, &state.mirror)?;
+    let options = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
+    let plan = plan_decode(problem, &describe(inputs, gate, &outputs)?, &state.mirror, &options)?;
     enqueue(&plan, inputs, gate, state, outputs)?;
     Ok(plan)
 }

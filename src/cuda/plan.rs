@@ -1,0 +1,255 @@
+//! A plan: what a call does on the device, step by step, before any address is known.
+
+use std::fmt;
+
+use super::address::{Bytes, Parameters};
+use super::launcher::{Launch, Launcher};
+use super::state::Effect;
+use super::{Addresses, Kernel, Operand, Requirement, StateLayout};
+use crate::{Error, Result};
+
+/// Alignment of the parts of an allocation, and of the allocation itself: what cudaMalloc gives.
+pub(crate) const PART_ALIGN: u64 = 256;
+
+/// Largest allocation: offsets must fit a symbol.
+const MAX_BYTES: u128 = 1 << 47;
+
+/// Most blocks in x, y and z.
+const MAX_GRID: [usize; 3] = [i32::MAX as usize, 65_535, 65_535];
+
+/// What a call does on the device: fills, copied tables and launches, in order. Made by host code
+/// alone ([`plan_prefill`](super::plan_prefill) and its like), printable, and run any number of times
+/// where its kind allows.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    title: String,
+    state: StateLayout,
+    steps: Vec<Step>,
+    workspace: u64,
+    requirements: Vec<Requirement>,
+    pub(crate) effect: Effect,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Fill { to: u64, bytes: u64, value: u8 },
+    Copy { to: u64, from: Bytes },
+    Launch { kernel: &'static Kernel, grid: [u32; 3], params: Bytes, why: String },
+}
+
+/// One launch of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct PlannedLaunch<'a> {
+    /// The kernel.
+    pub kernel: &'static Kernel,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    /// Why it is launched, and like this.
+    pub why: &'a str,
+}
+
+impl Plan {
+    /// A plan without steps, on states of that layout.
+    pub(crate) fn new(title: String, state: &StateLayout, effect: Effect) -> Self {
+        let (steps, requirements) = (Vec::new(), Vec::new());
+        Self { title, state: *state, steps, workspace: 0, requirements, effect }
+    }
+
+    /// The layout of the states it works on.
+    pub fn state(&self) -> &StateLayout {
+        &self.state
+    }
+
+    /// Bytes of workspace that a run needs at [`Operand::Workspace`]. Its content does not matter,
+    /// and it holds nothing afterwards.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.workspace
+    }
+
+    /// What a run's addresses must satisfy; an operand that is not listed needs no address.
+    pub fn requirements(&self) -> &[Requirement] {
+        &self.requirements
+    }
+
+    /// The launches, in order.
+    pub fn launches(&self) -> impl Iterator<Item = PlannedLaunch<'_>> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Launch { kernel, grid, why, .. } => {
+                Some(PlannedLaunch { kernel, grid: *grid, why })
+            }
+            _ => None,
+        })
+    }
+
+    /// Enqueues every step. Allocates nothing on the device and waits for nothing, so that a run may
+    /// be captured into a CUDA graph.
+    ///
+    /// # Errors
+    /// [`Error::Address`] for an address that is 0 or not aligned: nothing was enqueued then. The
+    /// launcher's errors: what came before the step it names was.
+    ///
+    /// # Safety
+    /// Until the work has finished on the device:
+    /// * every address of [`Self::requirements`] is that of an allocation of this device from
+    ///   `before` bytes below it to `after` bytes above it, or memory the device can reach as such;
+    /// * nothing else writes to any of it, or reads what this writes: the outputs, the state and the
+    ///   workspace. Outputs overlap neither each other nor an input;
+    /// * the state was initialised by the plan of [`StateLayout::plan_init`], and every plan run on
+    ///   it since was accounted for by [`Mirror::advance`](super::Mirror::advance), in the order of
+    ///   the runs, on the mirror that this plan was made with;
+    /// * a table of sequences in device memory names each slot once.
+    ///
+    /// The launcher must execute steps in order, on one stream.
+    pub unsafe fn run(&self, addresses: &Addresses, launcher: &mut dyn Launcher) -> Result<()> {
+        for requirement in &self.requirements {
+            requirement.check(addresses)?;
+        }
+        for step in &self.steps {
+            match step {
+                Step::Fill { to, bytes, value } => {
+                    launcher.fill(addresses.resolve(*to), *bytes, *value)?;
+                }
+                Step::Copy { to, from } => {
+                    launcher.copy(addresses.resolve(*to), &from.resolve(addresses))?;
+                }
+                Step::Launch { kernel, grid, params, .. } => {
+                    let params = &params.resolve(addresses);
+                    launcher.launch(&Launch { kernel, grid: *grid, params, what: &self.title })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets bytes at a symbol.
+    pub(crate) fn fill(&mut self, to: u64, bytes: u64, value: u8) {
+        if bytes > 0 {
+            self.steps.push(Step::Fill { to, bytes, value });
+        }
+    }
+
+    /// Writes a table at a symbol.
+    pub(crate) fn copy(&mut self, to: u64, from: Bytes) {
+        if from.len() > 0 {
+            self.steps.push(Step::Copy { to, from });
+        }
+    }
+
+    /// Adds a launch; an empty grid is none.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a grid beyond what devices take.
+    pub(crate) fn launch<P: Parameters>(
+        &mut self,
+        kernel: &'static Kernel,
+        grid: [usize; 3],
+        params: P,
+        why: impl Into<String>,
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        if grid.iter().zip(MAX_GRID).any(|(got, most)| *got > most) {
+            let argument = format!("blocks of {}", kernel.operation);
+            let (got, expected) = (format!("{grid:?}"), format!("at most {MAX_GRID:?}"));
+            return Err(Error::value(argument, got, expected));
+        }
+        let (grid, params) = (grid.map(|blocks| blocks as u32), Bytes::new(&[params]));
+        self.steps.push(Step::Launch { kernel, grid, params, why: why.into() });
+        Ok(())
+    }
+
+    /// States what a run needs besides the steps: the tensors, the state, the workspace. A plan
+    /// without steps needs nothing.
+    pub(crate) fn finish(mut self, tensors: Vec<Requirement>, workspace: &Allocation) -> Self {
+        if self.steps.is_empty() {
+            return self;
+        }
+        self.workspace = workspace.bytes();
+        self.requirements = tensors;
+        for (operand, after) in
+            [(Operand::State, self.state.bytes()), (Operand::Workspace, self.workspace)]
+        {
+            let align = PART_ALIGN;
+            if after > 0 {
+                self.requirements.push(Requirement { operand, align, before: 0, after });
+            }
+        }
+        self
+    }
+}
+
+/// A table: every step with its grid, threads and shared bytes, and why it is there.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.title)?;
+        let mut rows = vec![["step", "grid", "threads", "shared", "why"].map(String::from)];
+        for step in &self.steps {
+            rows.push(match step {
+                Step::Fill { bytes, value, .. } => {
+                    let why = format!("{bytes} bytes of {value}");
+                    ["fill".into(), String::new(), String::new(), String::new(), why]
+                }
+                Step::Copy { from, .. } => {
+                    let why = format!("{} bytes of tables", from.len());
+                    ["copy".into(), String::new(), String::new(), String::new(), why]
+                }
+                Step::Launch { kernel, grid, why, .. } => [
+                    kernel.symbol.into(),
+                    grid.map(|blocks| blocks.to_string()).join(" × "),
+                    kernel.threads.to_string(),
+                    kernel.shared_bytes.to_string(),
+                    why.clone(),
+                ],
+            });
+        }
+        let width =
+            |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0);
+        let widths = [0, 1, 2, 3].map(width);
+        for [step, grid, threads, shared, why] in &rows {
+            let [a, b, c, d] = widths;
+            writeln!(f, "  {step:a$}  {grid:>b$}  {threads:>c$}  {shared:>d$}  {why}")?;
+        }
+        write!(f, "workspace: {} bytes", self.workspace)
+    }
+}
+
+/// Lays out one allocation, part by part.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Allocation {
+    operand: Operand,
+    end: u128,
+}
+
+impl Allocation {
+    pub fn new(operand: Operand) -> Self {
+        Self { operand, end: 0 }
+    }
+
+    /// The symbol of a further part of `extents` elements of `size` bytes; 0 when that is nothing.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the whole exceeds 2^47 bytes.
+    pub fn part(&mut self, extents: &[usize], size: usize) -> Result<u64> {
+        let start = self.end.next_multiple_of(PART_ALIGN.into());
+        let bytes = extents
+            .iter()
+            .try_fold(size as u128, |bytes, &extent| bytes.checked_mul(extent as u128))
+            .filter(|bytes| start + bytes.min(&MAX_BYTES) <= MAX_BYTES && *bytes <= MAX_BYTES);
+        let Some(bytes) = bytes else {
+            let argument = format!("bytes of {}", self.operand);
+            let got = format!("{start} + {extents:?} × {size}");
+            return Err(Error::value(argument, got, format!("at most {MAX_BYTES}")));
+        };
+        if bytes == 0 {
+            return Ok(0);
+        }
+        self.end = start + bytes;
+        Ok(self.operand.at(start as u64))
+    }
+
+    /// Bytes of the whole.
+    pub fn bytes(&self) -> u64 {
+        self.end as u64
+    }
+}

@@ -1,0 +1,80 @@
+//! Sequences of a launch: in its parameters where they fit, else in a table.
+
+use bytemuck::Zeroable;
+
+use super::address::Bytes;
+use super::call::{Resolved, problem_params};
+use super::find;
+use super::params::*;
+use super::plan::{Allocation, Plan};
+use crate::Result;
+
+/// A list of sequences as launch parameter; a long one is copied to the workspace.
+pub(super) fn listed(
+    all: &[InfiniSequence],
+    plan: &mut Plan,
+    workspace: &mut Allocation,
+) -> Result<InfiniSequences> {
+    let mut params = InfiniSequences::zeroed();
+    params.count = all.len() as i32;
+    params.max_len = all.iter().map(|s| s.len).max().unwrap_or(0);
+    match params.inline_sequences.get_mut(..all.len()) {
+        Some(inline) => {
+            inline.copy_from_slice(all);
+            params.in_line = 1;
+        }
+        None => {
+            params.table = workspace.part(&[all.len()], size_of::<InfiniSequence>())?;
+            plan.copy(params.table, Bytes::plain(all));
+        }
+    }
+    Ok(params)
+}
+
+/// A call's sequences as launch parameter.
+pub(super) fn sequences(
+    call: &Resolved<'_>,
+    plan: &mut Plan,
+    workspace: &mut Allocation,
+) -> Result<InfiniSequences> {
+    let mut params = if call.identity() {
+        InfiniSequences { count: call.sequences.len() as i32, ..Zeroable::zeroed() }
+    } else {
+        let all: Vec<_> = (call.sequences.iter())
+            .map(|s| InfiniSequence {
+                first: s.first as i64,
+                slot: s.slot as i32,
+                batch: s.batch as i32,
+                len: s.len as i32,
+                reserved: 0,
+            })
+            .collect();
+        listed(&all, plan, workspace)?
+    };
+    params.tokens = call.tokens() as i32;
+    params.max_len = call.longest() as i32;
+    Ok(params)
+}
+
+/// The sequences of a call that has padding to clear.
+pub(super) fn padding(
+    call: &Resolved<'_>,
+    plan: &mut Plan,
+    workspace: &mut Allocation,
+) -> Result<Option<InfiniSequences>> {
+    let short = call.sequences.iter().any(|s| s.len < call.tokens());
+    (call.padded() && short).then(|| sequences(call, plan, workspace)).transpose()
+}
+
+/// Output rows of padding become 0.
+pub(super) fn clear_padding(
+    call: &Resolved<'_>,
+    params: InfiniCall,
+    sequences: InfiniSequences,
+    plan: &mut Plan,
+) -> Result<()> {
+    let p = &call.problem;
+    let grid = [call.tokens().div_ceil(8), p.heads(), sequences.count as usize];
+    let params = InfiniClearPadding { problem: problem_params(p), call: params, sequences };
+    plan.launch(find("clear_padding", p)?, grid, params, "output rows of padding")
+}
