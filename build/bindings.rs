@@ -5,7 +5,6 @@ use std::path::Path;
 use bindgen::callbacks::{DeriveInfo, ParseCallbacks};
 
 use crate::cuda::Result;
-use crate::tools::Environment;
 
 /// Derives `Pod`, which also proves at compile time that there is no padding.
 #[derive(Debug)]
@@ -17,9 +16,8 @@ impl ParseCallbacks for Plain {
     }
 }
 
-/// Writes `params.rs`.
-pub fn generate(environment: &Environment, kernels: &Path, out: &Path) -> Result<()> {
-    environment.load_libclang()?;
+/// Writes `params.rs`; libclang is loaded.
+pub fn generate(kernels: &Path, out: &Path) -> Result<()> {
     let header = kernels.join("params.h");
     let bindings = bindgen::Builder::default()
         .header(header.display().to_string())

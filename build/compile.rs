@@ -3,18 +3,18 @@
 //! The front end runs once per file; cubins of every architecture are assembled from its PTX. So
 //! the PTX that tests execute is the very PTX that devices run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use std::{env, fs, thread};
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cuda::{Result, copy, read};
-use crate::tools::{self, Environment};
+use crate::cuda::{Result, copy, read, write};
+use crate::tools;
 
 /// A folder of kernels: the architecture of its PTX, and those that get a cubin (devices between
 /// them run the cubin of the last smaller minor version, all others the PTX).
@@ -28,7 +28,7 @@ const FOLDERS: [Folder; 1] =
     [Folder { name: "sm80", ptx: "80", cubins: &["80", "90a", "100", "120"] }];
 
 struct Compiler<'a> {
-    nvcc: PathBuf,
+    nvcc: &'a Path,
     /// Release and the variables that nvcc reads flags from.
     identity: String,
     /// Architectures asked for, without `sm_`; none: all that the toolkit knows.
@@ -38,49 +38,68 @@ struct Compiler<'a> {
     cache: PathBuf,
 }
 
-/// Compiles every file; names as `sm80/append`, sorted.
-pub fn all(environment: &Environment, kernels: &Path, out: &Path) -> Result<Vec<String>> {
-    let compiler = Compiler::new(environment, kernels)?;
-    let mut work = Vec::new();
+/// A source file.
+struct File {
+    folder: &'static Folder,
+    /// As in the table: `sm80/append`.
+    name: String,
+}
+
+/// Compiles every file; their names, sorted.
+pub fn all(nvcc: &Path, kernels: &Path, out: &Path) -> Result<Vec<String>> {
+    let compiler = Compiler::new(nvcc, kernels, out)?;
+    let mut files = Vec::new();
     for folder in &FOLDERS {
         let entries = fs::read_dir(kernels.join(folder.name)).into_iter().flatten().flatten();
         let sources = entries.map(|entry| entry.path());
         let sources = sources.filter(|path| path.extension().is_some_and(|e| e == "cu"));
-        work.extend(
-            sources.filter_map(|path| Some((folder, path.file_stem()?.to_str()?.to_owned()))),
-        );
+        let stems = sources.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()));
+        files.extend(stems.map(|stem| File { folder, name: format!("{}/{stem}", folder.name) }));
     }
-    work.sort_by(|(a, x), (b, y)| (a.name, x).cmp(&(b.name, y)));
+    let texts = parallel(&files, |file| compiler.ptx(file, out))?;
+    // The longest first, so that none is left for the end.
+    let mut assembly: Vec<(&File, &String)> = files.iter().zip(&texts).collect();
+    assembly.sort_by_key(|(_, text)| std::cmp::Reverse(text.len()));
+    parallel(&assembly, |(file, text)| compiler.fatbin(file, text, out))?;
+    let mut names: Vec<String> = files.into_iter().map(|file| file.name).collect();
+    names.sort();
+    Ok(names)
+}
 
+/// `work` on every item, on as many threads as Cargo allows; all errors together.
+fn parallel<T: Sync, R: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let next = AtomicUsize::new(0);
-    let errors = Mutex::new(Vec::new());
-    let workers = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+    let results = Mutex::new(BTreeMap::new());
     thread::scope(|scope| {
-        for _ in 0..work.len().min(workers) {
+        for _ in 0..items.len().min(threads) {
             scope.spawn(|| {
-                while let Some((folder, stem)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = compiler.file(folder, stem, out)
-                        && let Ok(mut errors) = errors.lock()
-                    {
-                        errors.push(error);
-                    }
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(index) else { break };
+                    let result = work(item);
+                    results.lock().unwrap_or_else(PoisonError::into_inner).insert(index, result);
                 }
             });
         }
     });
-    let errors = errors.into_inner().unwrap_or_default();
-    if !errors.is_empty() {
-        return Err(errors.join("\n"));
+    let results = results.into_inner().unwrap_or_else(PoisonError::into_inner).into_values();
+    let (done, failed): (Vec<_>, Vec<_>) = results.partition(Result::is_ok);
+    let errors: Vec<String> = failed.into_iter().filter_map(Result::err).collect();
+    if errors.is_empty() {
+        Ok(done.into_iter().flatten().collect())
+    } else {
+        Err(errors.join("\n"))
     }
-    Ok(work.iter().map(|(folder, stem)| format!("{}/{stem}", folder.name)).collect())
 }
 
 impl<'a> Compiler<'a> {
-    fn new(environment: &Environment, kernels: &'a Path) -> Result<Self> {
-        tools::host_compiler()?;
-        let nvcc = environment.nvcc()?;
+    fn new(nvcc: &'a Path, kernels: &'a Path, out: &Path) -> Result<Self> {
         let ask = |flag| -> Result<String> {
-            let output = tools::execute(Command::new(&nvcc).arg(flag))?;
+            let output = tools::execute(Command::new(nvcc).arg(flag))?;
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
         let mut identity = ask("--version")?;
@@ -91,31 +110,34 @@ impl<'a> Compiler<'a> {
         let known = known.split_whitespace().filter_map(|code| code.strip_prefix("sm_"));
         let known: BTreeSet<String> = known.map(Into::into).collect();
         let asked = asked(&known)?;
-        let cache = environment.target.join("infini-attn-kernels");
+        let cache = match env::var_os("INFINI_ATTN_KERNEL_CACHE") {
+            Some(folder) => folder.into(),
+            None => default_cache(out),
+        };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
         Ok(Compiler { nvcc, identity, asked, known, kernels, cache })
     }
 
-    /// PTX and fatbin of one file into `out`.
-    fn file(&self, folder: &Folder, stem: &str, out: &Path) -> Result<()> {
-        let started = Instant::now();
-        let name = format!("{}/{stem}", folder.name);
-        let source = self.kernels.join(&name).with_extension("cu");
+    /// Writes the PTX of a file, with line numbers for whoever reads it; returns it without them.
+    fn ptx(&self, file: &File, out: &Path) -> Result<String> {
+        let source = self.kernels.join(&file.name).with_extension("cu");
         let mut content = Vec::new();
         self.sources(&source, &mut BTreeSet::new(), &mut content)?;
-        let mut nvcc = Command::new(&self.nvcc);
-        nvcc.args(["-std=c++17", "-lineinfo", "-ptx", &format!("-arch=compute_{}", folder.ptx)]);
-        let ptx =
-            self.cached(nvcc.arg("-I").arg(self.kernels).arg(source), &content, &name, "ptx")?;
+        let arch = format!("-arch=compute_{}", file.folder.ptx);
+        let flags = ["-std=c++17", "-lineinfo", "-ptx", &arch].map(String::from);
+        let ptx = self.cached(&file.name, "ptx", &flags, &source, content)?;
+        copy(&ptx, &out.join(&file.name).with_extension("ptx"))?;
+        Ok(without_lines(&read(&ptx)?))
+    }
 
-        let mut nvcc = Command::new(&self.nvcc);
-        nvcc.arg("-fatbin").args(self.codes(folder)).arg(&ptx);
-        let fatbin = self.cached(&mut nvcc, &[read(&ptx)?], &name, "fatbin")?;
-
-        copy(&ptx, &out.join(&name).with_extension("ptx"))?;
-        copy(&fatbin, &out.join(&name).with_extension("fatbin"))?;
-        println!("{name}: {:.1} s", started.elapsed().as_secs_f64());
-        Ok(())
+    /// Writes the fatbin of a file.
+    fn fatbin(&self, file: &File, text: &str, out: &Path) -> Result<()> {
+        let plain = out.join(&file.name).with_extension("plain.ptx");
+        write(&plain, text)?;
+        let flags = ["-fatbin", "-Xfatbin=-compress-all", "--threads=4"].map(String::from);
+        let flags = [&flags[..], &self.codes(file.folder)].concat();
+        let fatbin = self.cached(&file.name, "fatbin", &flags, &plain, vec![text.to_owned()])?;
+        copy(&fatbin, &out.join(&file.name).with_extension("fatbin"))
     }
 
     /// `-gencode` for every cubin and the PTX.
@@ -133,29 +155,35 @@ impl<'a> Compiler<'a> {
             .collect()
     }
 
-    /// The output of nvcc, which only runs if it never ran like this on this content.
+    /// What nvcc makes of `source`; it only runs if it never ran with these flags on this content.
     fn cached(
         &self,
-        nvcc: &mut Command,
-        content: &[String],
         name: &str,
         extension: &str,
+        flags: &[String],
+        source: &Path,
+        content: Vec<String>,
     ) -> Result<PathBuf> {
         let mut hasher = Xxh3::new();
-        for text in content.iter().chain([&self.identity]) {
+        for text in content.iter().chain(flags).chain([&self.identity]) {
             hasher.update(&text.len().to_le_bytes());
             hasher.update(text.as_bytes());
-        }
-        for argument in nvcc.get_args() {
-            hasher.update(argument.as_encoded_bytes());
-            hasher.update(&[0]);
         }
         let stem = format!("{}-{:032x}", name.replace('/', "-"), hasher.digest128());
         let output = self.cache.join(format!("{stem}.{extension}"));
         if !output.exists() {
             // Another build may do the same: each writes its own, the last rename stays.
             let own = self.cache.join(format!("{stem}.{}.tmp", std::process::id()));
-            let printed = tools::execute(nvcc.arg("-o").arg(&own))?;
+            let started = Instant::now();
+            let mut nvcc = Command::new(self.nvcc);
+            nvcc.args(flags).arg("-I").arg(self.kernels).arg(source).arg("-o").arg(&own);
+            let printed = tools::execute(&mut nvcc)?;
+            if extension == "ptx" {
+                // Names of source files from the root of the repository on: the same everywhere.
+                let root = self.kernels.parent().unwrap_or(self.kernels);
+                write(&own, &read(&own)?.replace(&format!("\"{}/", root.display()), "\""))?;
+            }
+            println!("{name}.{extension}: {:.1} s", started.elapsed().as_secs_f64());
             for line in String::from_utf8_lossy(&printed.stderr).lines() {
                 println!("cargo::warning={line}");
             }
@@ -179,11 +207,19 @@ impl<'a> Compiler<'a> {
             let include = include.split('"').next().unwrap_or_default();
             let beside = path.with_file_name(include);
             let header = if beside.is_file() { beside } else { self.kernels.join(include) };
-            self.sources(&header, seen, texts)?;
+            if header.is_file() {
+                self.sources(&header, seen, texts)?;
+            }
         }
         texts.push(text);
         Ok(())
     }
+}
+
+/// Beside all build folders of Cargo's target folder, whose root is marked.
+fn default_cache(out: &Path) -> PathBuf {
+    let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+    out.ancestors().find(marked).unwrap_or(out).join("infini-attn-kernels")
 }
 
 /// `INFINI_ATTN_CUDA_ARCHS`: architectures separated by commas, or `ptx` for none.
@@ -206,6 +242,22 @@ fn asked(known: &BTreeSet<String>) -> Result<Option<Vec<String>>> {
         asked.push(arch.clone());
     }
     Ok((!words.is_empty()).then_some(asked))
+}
+
+/// PTX without line numbers and the names of source files: devices need neither.
+fn without_lines(ptx: &str) -> String {
+    let mut in_section = false;
+    let mut plain = String::with_capacity(ptx.len());
+    for line in ptx.lines() {
+        let word = line.split_whitespace().next().unwrap_or_default();
+        in_section |= word == ".section";
+        if !in_section && word != ".loc" && word != ".file" {
+            plain += line;
+            plain.push('\n');
+        }
+        in_section &= word != "}";
+    }
+    plain
 }
 
 /// `90a` is known where `90` is.

@@ -13,14 +13,15 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use crate::{bindings, compile, prebuilt, table, tools};
+use crate::tools::{self, Tools};
+use crate::{bindings, compile, prebuilt, table};
 
 /// Errors are text for whoever builds the crate.
 pub type Result<T> = std::result::Result<T, String>;
 
 /// Everything that changes the outcome besides kernels/. (The search path is left out: it changes
 /// too often and too rarely matters.)
-const VARIABLES: [&str; 12] = [
+const VARIABLES: [&str; 13] = [
     "NVCC",
     "CUDA_HOME",
     "CUDA_PATH",
@@ -31,6 +32,7 @@ const VARIABLES: [&str; 12] = [
     "NVCC_PREPEND_FLAGS",
     "NVCC_APPEND_FLAGS",
     "INFINI_ATTN_CUDA_ARCHS",
+    "INFINI_ATTN_KERNEL_CACHE",
     "INFINI_ATTN_PREBUILT",
     "DOCS_RS",
 ];
@@ -40,6 +42,10 @@ pub fn run() -> Result<()> {
     for variable in VARIABLES {
         println!("cargo::rerun-if-env-changed={variable}");
     }
+    // For tests: they run this program under other circumstances.
+    let program = env::current_exe().map_err(|e| e.to_string())?;
+    println!("cargo::rustc-env=INFINI_ATTN_BUILD_SCRIPT={}", program.display());
+
     let root = PathBuf::from(tools::variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(tools::variable("OUT_DIR")?);
     let kernels = root.join("kernels");
@@ -47,13 +53,17 @@ pub fn run() -> Result<()> {
     if let Some(folder) = env::var_os("INFINI_ATTN_PREBUILT").filter(|folder| !folder.is_empty()) {
         return prebuilt::copy(&root.join(folder), &kernels, &out);
     }
-    let environment = tools::Environment::new(&root, &out);
-    bindings::generate(&environment, &kernels, &out)?;
-    let files = match env::var_os("DOCS_RS") {
-        Some(_) => Vec::new(),
-        None => compile::all(&environment, &kernels, &out)?,
+    let tools = Tools::find(&root)?;
+    bindings::generate(&kernels, &out)?;
+    if let Some(nvcc) = &tools.nvcc {
+        println!("cargo::rustc-env=INFINI_ATTN_NVCC={}", nvcc.display());
+    }
+    let files = match &tools.nvcc {
+        Some(nvcc) => compile::all(nvcc, &kernels, &out)?,
+        None => Vec::new(),
     };
-    write(&out.join("kernels.rs"), &table::generate(&kernels, &out, &files)?)?;
+    let table = table::generate(&tools.host_compiler, &kernels, &out, &files)?;
+    write(&out.join("kernels.rs"), &table)?;
     prebuilt::write_manifest(&kernels, &files, &out)
 }
 

@@ -75,8 +75,13 @@ impl Line {
 }
 
 /// Source of the table and of the functions that hold the compiled files.
-pub fn generate(kernels: &Path, out: &Path, files: &[String]) -> Result<String> {
-    let lines = describe(kernels, out)?;
+pub fn generate(
+    host_compiler: &Path,
+    kernels: &Path,
+    out: &Path,
+    files: &[String],
+) -> Result<String> {
+    let lines = describe(host_compiler, kernels, out)?;
     let mut source = documentation(&lines);
     source += "pub static KERNELS: &[Kernel] = &[\n";
     for line in &lines {
@@ -105,9 +110,9 @@ pub fn generate(kernels: &Path, out: &Path, files: &[String]) -> Result<String> 
 }
 
 /// Compiles and runs describe.cpp.
-fn describe(kernels: &Path, out: &Path) -> Result<Vec<Line>> {
+fn describe(host_compiler: &Path, kernels: &Path, out: &Path) -> Result<Vec<Line>> {
     let program = out.join("describe");
-    let mut compiler = Command::new(tools::host_compiler()?);
+    let mut compiler = Command::new(host_compiler);
     compiler.arg("-std=c++17").arg("-I").arg(kernels);
     tools::execute(compiler.arg(kernels.join("describe.cpp")).arg("-o").arg(&program))?;
     let output = tools::execute(&mut Command::new(&program))?;

@@ -104,10 +104,14 @@ struct InfiniPiece {
 
 // Consecutive pieces of one sequence.
 struct InfiniChain {
+  int64_t tokens;     // the slot's counters after the call
+  int64_t committed;
   int32_t slot;
   int32_t first_piece;
   int32_t pieces;
   int32_t empty;  // nothing was committed before its first piece
+  int32_t ends;   // its last piece is the sequence's last of the call
+  int32_t reserved;
 };
 
 // Pieces and chains of one run of a prefill.
@@ -197,7 +201,7 @@ struct InfiniSegmentTransition {
   struct InfiniRun run;
   InfiniAddress z;        // f32 [piece_count][Hkv][Dk]
   InfiniAddress g;        // out, T [piece_count][Hkv][Dk][Dk], true G = g * g_scale
-  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv], powers of two
+  InfiniAddress g_scale;  // out, f32 [piece_count][Hkv][Dk / 16]: a power of two per 16 rows
 };
 
 enum { INFINI_START_MEMORY = 0, INFINI_START_ZERO = 1, INFINI_START_IDENTITY = 2 };
@@ -236,8 +240,8 @@ struct InfiniSegmentAttention {
   int32_t reserved;
 };
 
-// Tokens after the last full segment go into the open segment, counters to their final values,
-// padded output rows to 0.
+// Of every chain that ends: tokens after the last full segment go into the open segment, counters
+// to their final values.
 struct InfiniAppend {
   struct InfiniProblem problem;
   struct InfiniCall call;
@@ -320,10 +324,11 @@ struct InfiniMergePartials {
   int32_t reserved;
 };
 
-// out[i] = sum over parts of in[p][i], f32, in order.
+// out[i] = sum over parts of in[p][i], in order and rounded once. Arrays begin at multiples of 16
+// bytes.
 struct InfiniSum {
   InfiniAddress inputs;  // InfiniAddress [parts] of f32 [count]
-  InfiniAddress out;     // f32 [count]
+  InfiniAddress out;     // f32 [count]; may be an input
   int64_t count;
   int32_t parts;
   int32_t reserved;
@@ -340,7 +345,7 @@ struct InfiniCompose {
   int32_t columns;
 };
 
-// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales.
+// Snapshots of memories: f32 [matrices][Dk][Dv] to T with scales. Dk is at most 256.
 struct InfiniSnapshot {
   InfiniAddress memory;
   InfiniAddress snapshot;

@@ -3,10 +3,10 @@
 mod common;
 
 use common::buffers::{Arrangement, Asked, OutputBuffers};
-use common::driver::{STATE_TOLERANCE, output_tolerance};
 use common::metric::{log_rms, relative_rms};
 use common::model::{Entry, Fast, Model, Oracle, run_entry};
 use common::stream::Stream;
+use common::tolerance::{STATE_TOLERANCE, output_tolerance};
 use common::{WithType, bits, scalar, widen, with_type};
 use half::{bf16, f16};
 use infini_attn::{

@@ -2,8 +2,18 @@
 
 mod common;
 
+use common::backend::Backend;
+use common::buffers::{OutputBuffers, Strided};
+use common::call::{Call, CallShape};
 use common::cases::{Batch, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases};
+use common::driver::run_cases;
 use common::metric::{log_rms, relative_rms};
+use common::plain::{Plain, Rows};
+use common::stream::Stream;
+use common::tensor_cases::{Shape, full, pairwise, work};
+use common::tolerance::Precision;
+use common::{narrow, scalar};
+use infini_attn::{DType, Element, Problem, Result};
 
 #[test]
 fn the_table_covers_its_axes() {
@@ -62,4 +72,149 @@ fn the_metric_fails_on_what_it_must() {
     assert_eq!(relative_rms("x", &inf, &inf, &[4], 0.0), Ok(0.0));
     assert!(log_rms("x", &[1e-3, 0.0], &[0.0, 0.0], &[2], 1e-5).is_err());
     assert!(log_rms("x", &[1e-7, 0.0], &[0.0, 0.0], &[2], 1e-5).is_ok());
+}
+
+/// Shapes of kernels.
+fn shapes() -> Vec<Shape> {
+    let dims = [(64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)];
+    [DType::BF16, DType::F16].into_iter().flat_map(|t| dims.map(|(k, v)| (t, k, v))).collect()
+}
+
+#[test]
+fn pairs_of_levels_meet_in_every_shape() {
+    let budget = 150_000_000;
+    let all = pairwise(&shapes(), budget);
+    let names: std::collections::HashSet<&str> = all.iter().map(|c| c.name.as_str()).collect();
+    assert_eq!(names.len(), all.len(), "names are unique");
+    for (dtype, dk, dv) in shapes() {
+        let of = |c: &&Case| {
+            let p = &c.problem;
+            (p.dtype(), p.key_dim(), p.value_dim()) == (dtype, dk, dv)
+        };
+        let count = all.iter().filter(of).count();
+        assert!(count >= 3, "{dtype} {dk}x{dv}: {count} cases");
+    }
+    let has = |what: &str, f: &dyn Fn(&Case) -> bool| assert!(all.iter().any(f), "no case: {what}");
+    for update in RULES {
+        for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
+            for denominator in DENOMINATORS {
+                has("rule and batch", &|c| c.problem.update() == update && c.batch == batch);
+                has("batch and denominator", &|c| {
+                    c.batch == batch && c.problem.denominator() == denominator
+                });
+            }
+            has("batch and flush", &|c| c.batch == batch && !c.flush_after.is_empty());
+        }
+        has("rotation", &|c| c.problem.update() == update && c.rope.is_some());
+    }
+    for n in SEGMENTS {
+        for group in [1, 2, 4, 8] {
+            has("N and group", &|c| {
+                (c.problem.segment_len(), c.problem.group()) == (n, group) && c.tokens(0) > 0
+            });
+        }
+    }
+    let heavy: Vec<_> = all.iter().filter(|c| work(c) > 6 * budget).map(|c| &c.name).collect();
+    assert!(heavy.is_empty(), "too much work: {heavy:?}");
+    assert!(full(&shapes(), budget).len() > 5000);
+}
+
+/// The plain implementation as a backend.
+struct PlainBackend;
+
+impl Backend for PlainBackend {
+    type State = Vec<Plain>;
+    const PRECISION: Precision = Precision::TensorCore;
+    const MARGIN: usize = 8;
+    const PARALLEL: bool = true;
+
+    fn refuses(&self, _: &Case) -> Option<&'static str> {
+        None
+    }
+
+    fn new_state(&self, case: &Case, slots: usize) -> Vec<Plain> {
+        vec![Plain::new(&case.problem); slots]
+    }
+
+    fn call<T: Element>(
+        &self,
+        p: &Problem,
+        call: &Call<'_, T>,
+        gate: &[f32],
+        state: &mut Vec<Plain>,
+        out: &mut OutputBuffers<T>,
+    ) -> Result<()> {
+        let lens: Vec<usize> = call.lens.iter().map(|&n| n as usize).collect();
+        let shape = CallShape::new(call.batch, &lens);
+        let padding = shape.lead.last().copied().unwrap_or(0);
+        for (b, (&slot, &len)) in call.slots().iter().zip(&lens).enumerate() {
+            let rows = |x: &Strided<T>, heads: usize| -> Vec<T> {
+                let at = (0..len).flat_map(|t| (0..heads).map(move |h| (t, h)));
+                at.flat_map(|(t, h)| x.row(&[&shape.token(b, t)[..], &[h]].concat()).to_vec())
+                    .collect()
+            };
+            let stream = Stream {
+                problem: *p,
+                tokens: len,
+                q: rows(&call.q, p.heads()),
+                k: rows(&call.k, p.kv_heads()),
+                v: rows(&call.v, p.kv_heads()),
+            };
+            let seen = state[slot].tokens as usize;
+            let position = |t: usize| match call.rope.as_ref().and_then(|r| r.positions.as_ref()) {
+                None => (seen + t) as i64,
+                Some(list) if list.len() == padding => list[*shape.token(b, t).last().unwrap()],
+                Some(list) => list[b * padding + t],
+            };
+            let positions: Vec<i64> = (0..len).map(position).collect();
+            let rope = call.rope.as_ref().map(|r| Rows {
+                rotation: r.rotation,
+                cos: r.cos,
+                sin: r.sin,
+                positions: &positions,
+            });
+            let got = state[slot].run(&stream, rope, gate);
+            let width = p.value_dim();
+            let padded = if call.batch == Batch::Padded { padding } else { len };
+            for (t, h) in (0..padded).flat_map(|t| (0..p.heads()).map(move |h| (t, h))) {
+                let i = t * p.heads() + h;
+                let row = |all: &[f64]| -> Vec<T> {
+                    let row = all.get(i * width..(i + 1) * width);
+                    narrow(&row.map_or(vec![0.0; width], |r| r.iter().map(|&x| x as f32).collect()))
+                };
+                let token = if t < len { shape.token(b, t) } else { vec![b, t] };
+                let at = [&token[..], &[h]].concat();
+                out.o.set_row(&at, &row(&got.o));
+                out.a_dot.iter_mut().for_each(|x| x.set_row(&at, &row(&got.a_dot)));
+                out.a_mem.iter_mut().for_each(|x| x.set_row(&at, &row(&got.a_mem)));
+                if let Some(lse) = &mut out.lse {
+                    let at = if t < len { shape.lse(b, t, h) } else { vec![b, h, t] };
+                    let value = got.lse.get(i).map_or(f32::NEG_INFINITY, |&x| x as f32);
+                    lse.set(&at, scalar(value));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&self, _: &Problem, state: &mut Vec<Plain>, slots: &[usize]) -> Result<()> {
+        slots.iter().for_each(|&slot| state[slot].flush());
+        Ok(())
+    }
+
+    fn memory(&self, _: &Problem, state: &Vec<Plain>, slot: usize) -> [Vec<f64>; 2] {
+        [state[slot].m.clone(), state[slot].z.clone()]
+    }
+
+    fn counters(&self, state: &Vec<Plain>, slot: usize) -> [u64; 3] {
+        let s = &state[slot];
+        [s.tokens, s.committed, s.tokens - s.committed]
+    }
+}
+
+#[test]
+fn the_plain_implementation_meets_the_absolute_limits() {
+    let all = pairwise(&shapes(), 20_000_000);
+    let summary = run_cases(&PlainBackend, &all).finish("plain");
+    assert_eq!(summary.ran, all.len());
 }

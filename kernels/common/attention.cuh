@@ -41,12 +41,6 @@ __device__ __forceinline__ Gate gate_of(const InfiniProblem& p, float logit, boo
   return {1.0f / (1.0f + expf(-logit)), 1.0f / (1.0f + expf(logit))};
 }
 
-// Keys and values of a segment, as the local branch sees them.
-template <class T>
-struct Keys {
-  SegmentRows<T> k, v;
-};
-
 template <class T, int Dk, int Dv, class Shape>
 struct Attention {
   static constexpr int kRowTiles = Shape::row_tiles;

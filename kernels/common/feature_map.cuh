@@ -44,6 +44,18 @@ __device__ __forceinline__ float lanes_sum(float x) {
   return x;
 }
 
+// Largest of a block's values; every thread gets it.
+template <int Threads>
+__device__ __forceinline__ float block_max(float x) {
+  __shared__ float warps[Threads / 32];
+  x = lanes_max<32>(x);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (int i = 0; i < Threads / 32; ++i) x = fmaxf(x, warps[i]);
+  __syncthreads();
+  return x;
+}
+
 __device__ __forceinline__ Chunk load_chunk(uint32_t address) {
   Chunk c;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

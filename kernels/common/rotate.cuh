@@ -128,6 +128,14 @@ struct GlobalRow {
   __device__ __forceinline__ void set_element(int i, T x) const { to[i] = x; }
 };
 
+// A permutation of the rows of every group of eight. Lanes take the parts of a row, then those of the
+// next: eight lanes on two or four rows so meet chunks in different banks.
+template <int C>
+__device__ __forceinline__ int row_in_turn(int i) {
+  if constexpr (C % 64 != 0) return i;  // neighbours lie half the banks apart already
+  return (i & ~7) + static_cast<int>(__brev(i & 7) >> 29);
+}
+
 // Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row outside
 // the tables stays as it is. Every thread of the block takes part; the caller synchronises before
 // and after.
@@ -135,12 +143,12 @@ template <int Threads, class T, int R, int C, class Position>
 __device__ __forceinline__ void rotate_tile(const Tile<T, R, C>& tile, int first, int last,
                                             const InfiniRope& rope, uint64_t status,
                                             Position position) {
-  const int parts = rotation_parts(rope);
+  const int parts = rotation_parts(rope), start = first & ~7, end = (last + 7) & ~7;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < (last - first) * parts; i += Threads) {
-    const int row = first + i / parts;
+  for (int i = threadIdx.x; i < (end - start) * parts; i += Threads) {
+    const int row = row_in_turn<C>(start + i / parts);
     Angles angles;
-    if (angles_of(rope, position(row), status, angles)) {
+    if (row >= first && row < last && angles_of(rope, position(row), status, angles)) {
       rotate_part<T>(rope, angles, i % parts, TileRow<T, R, C>{tile, row});
     }
   }

@@ -3,43 +3,9 @@
 #pragma once
 
 #include "common/attention.cuh"
+#include "common/piece.cuh"
 
 namespace infini {
-
-// Row of a tensor.
-template <class T>
-__device__ __forceinline__ T* row_of(const InfiniTensor& t, int64_t batch, int64_t token,
-                                     int64_t head) {
-  return pointer<T>(t.data) + batch * t.batch + token * t.token + head * t.head;
-}
-
-// Where a head of a slot's open segment begins.
-template <class T>
-__device__ __forceinline__ const T* open_rows(uint64_t address, const InfiniProblem& p, int slot,
-                                              int kv_head, int columns) {
-  return pointer<const T>(address) +
-         (int64_t{slot} * p.kv_heads + kv_head) * p.segment_len * columns;
-}
-
-// Values of a piece's segment.
-template <class T, int Dv>
-__device__ __forceinline__ SegmentRows<T> values_of(const InfiniProblem& p, const InfiniTensor& v,
-                                                    const InfiniState& state,
-                                                    const InfiniPiece& piece, int kv_head) {
-  return {{open_rows<T>(state.open_v, p, piece.slot, kv_head, Dv), Dv},
-          {row_of<const T>(v, piece.batch, piece.first, kv_head), v.token},
-          piece.cached};
-}
-
-// Unrotated keys of a piece's segment.
-template <class T, int Dk>
-__device__ __forceinline__ SegmentRows<T> keys_of(const InfiniProblem& p, const InfiniTensor& k,
-                                                  const InfiniState& state,
-                                                  const InfiniPiece& piece, int kv_head) {
-  return {{open_rows<T>(state.open_k, p, piece.slot, kv_head, Dk), Dk},
-          {row_of<const T>(k, piece.batch, piece.first, kv_head), k.token},
-          piece.cached};
-}
 
 // Which outputs an attention block writes.
 enum class Branch { kBoth, kMemory };
@@ -50,9 +16,11 @@ struct SegmentTask {
   Keys<T> source;  // the segment as the local branch sees it
   Memory<T> memory;
   InfiniPiece piece;
+  InfiniRope rope;
   int64_t token;     // the tile's first token
   int first, rows;   // the same within the piece; rows in use
   int head;
+  int kv_head;
   Branch branch;
   bool rotate_keys;  // new keys are rotated on arrival
 };
@@ -84,17 +52,17 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
     const int whole = task.piece.cached + task.first + 1;
     const auto position = [&](int64_t token) {
       const InfiniPiece& piece = task.piece;
-      return position_of(call.rope, piece.batch, piece.first + token, piece.position + token);
+      return position_of(task.rope, piece.batch, piece.first + token, piece.position + token);
     };
     const auto rotate = [&](int start) {
-      if (call.rope.rows == 0) return;
+      if (task.rope.rows == 0) return;
       if (start == 0) {
-        rotate_tile<kThreads>(t.queries, 0, task.rows, call.rope, status,
+        rotate_tile<kThreads>(t.queries, 0, task.rows, task.rope, status,
                               [&](int r) { return position(task.first + r); });
       }
       const int cached = task.piece.cached, end = cached + task.first + task.rows;
       if (task.rotate_keys && start + kKeys > cached) {
-        rotate_tile<kThreads>(t.keys, max(cached - start, 0), min(kKeys, end - start), call.rope,
+        rotate_tile<kThreads>(t.keys, max(cached - start, 0), min(kKeys, end - start), task.rope,
                               status, [&](int r) { return position(start + r - cached); });
       }
       __syncthreads();
@@ -129,7 +97,7 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
       p, task.memory, task.rows, retrieves, [&](int) { return gate; },
       [&](int r) { return out(task.branch == Branch::kMemory ? call.a_mem : call.o, r); },
       [&] {
-        if (!attends || call.rope.rows == 0) return;
+        if (!attends || task.rope.rows == 0) return;
         __syncthreads();  // all have read the rotated queries
         load_queries(t);
         ptx::cp_async_commit_group();

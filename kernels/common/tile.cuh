@@ -84,6 +84,13 @@ struct SegmentRows {
   int cached;
 };
 
+// Keys and values of a segment. Kernels hold it in shared memory, where it takes no registers through
+// their main loops.
+template <class T>
+struct Keys {
+  SegmentRows<T> k, v;
+};
+
 // Asynchronous copy of source rows `first` to `first + R` into a tile; rows from `end` on are zero
 // and not read. Columns `column` on. Every thread of the block takes part; the caller commits.
 template <int Threads, class T, int R, int C>
@@ -110,7 +117,9 @@ __device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Segme
   if (first >= cached || first + R <= cached) {
     const bool open = first < cached;
     const int skip = open ? 0 : cached;
-    load_tile<Threads>(tile, open ? source.open : source.fresh, first - skip, end - skip, column);
+    const Rows<T> rows{open ? source.open.data : source.fresh.data,
+                       open ? source.open.stride : source.fresh.stride};
+    load_tile<Threads>(tile, rows, first - skip, end - skip, column);
     return;
   }
 #pragma unroll 1

@@ -25,7 +25,7 @@ struct AttentionTile {
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
   // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
-  static constexpr int score_unroll = Dk == 128 && Dv == 128 ? 1 : 4;
+  static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
   // Query tile, key tile, value tile; z; one weight per row.
   static constexpr int shared_bytes =
       2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
@@ -40,7 +40,7 @@ struct DecodeTile {
   static constexpr int rows = warps * row_tiles * 16;
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
-  static constexpr int score_unroll = 4;
+  static constexpr int score_unroll = 2;
   static constexpr int shared_bytes =
       2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };
@@ -53,9 +53,9 @@ struct UpdateTile {
   static constexpr int stages = 2;
   static constexpr int warps = Columns / 16;
   static constexpr int threads = warps * kWarp;
-  // Key and value tiles; z; one factor per token and stage.
-  static constexpr int shared_bytes =
-      stages * (2 * tokens * (Dk + Columns) + 4 * tokens) + 4 * Dk;
+  static constexpr int blocks_per_sm = 1;
+  // Key and value tiles; z; one factor per token.
+  static constexpr int shared_bytes = stages * 2 * tokens * (Dk + Columns) + 4 * Dk + 4 * tokens;
 };
 
 // Columns of V that one block of segment_state and commit takes: all, unless the accumulators
@@ -65,7 +65,7 @@ constexpr int kUpdateColumns = Columns <= 128 ? Columns : Columns % 128 == 0 ? 1
 
 // The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention.
 template <int Dv>
-constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 48;
+constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 32;
 
 // Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
 // ring of [Dk x 32] panels.
@@ -75,9 +75,10 @@ struct ScanTile {
   static constexpr int threads = warps * kWarp;
   static constexpr int columns = 32;
   static constexpr int panel = 32;
+  static constexpr int blocks_per_sm = 1;
   static constexpr int stages = 4;
-  // Panels of G; the operand form of M; one maximum per warp.
-  static constexpr int shared_bytes = 2 * (stages * Dk * panel + Dk * columns) + 4 * warps;
+  // Panels of G; the operand form of M.
+  static constexpr int shared_bytes = 2 * (stages * Dk * panel + Dk * columns);
 };
 
 // One-launch segment: attention blocks and update blocks side by side.

@@ -32,12 +32,12 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
     if (first >= piece.len) return;
 
     if (threadIdx.x == 0) {
-      task.source = {keys_of<T, Dk>(p.problem, p.call.k, p.state, piece, kv_head),
-                     values_of<T, Dv>(p.problem, p.call.v, p.state, piece, kv_head)};
+      task.source = {keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
+                     values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)};
       if (p.call.rope.rows > 0) {
         const uint64_t open = p.state.open_k_rotated;
-        task.source.k = {{open_rows<T>(open, p.problem, piece.slot, kv_head, Dk), Dk},
-                         {open_rows<T>(p.rotated, p.problem, index, kv_head, Dk), Dk},
+        task.source.k = {{segment_rows<T>(open, p.problem, piece.slot, kv_head, Dk), Dk},
+                         {segment_rows<T>(p.rotated, p.problem, index, kv_head, Dk), Dk},
                          piece.cached};
       }
       const int64_t record = int64_t{index} * p.problem.kv_heads + kv_head;
@@ -45,6 +45,7 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
                      pointer<const float>(p.snapshot_scale) + record * (Dv / 32),
                      pointer<const float>(p.z) + record * Dk};
       task.piece = piece;
+      task.rope = p.call.rope;
       task.token = piece.first + first;
       task.first = first;
       task.rows = min(kRows, piece.len - first);

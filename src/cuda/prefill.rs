@@ -79,7 +79,7 @@ pub fn plan_prefill(
         splits,
         split_len,
     };
-    let padding = padding(&call, &mut plan, &mut workspace)?;
+    let padding = padding(&call, None, &mut plan, &mut workspace)?;
     for (run, table) in runs.iter().zip(tables) {
         planner.run(run, table, &mut plan)?;
     }
@@ -213,7 +213,7 @@ impl Arrays {
             sums: workspace.part(&[pieces, h, splits, dk], 4)?,
             z: workspace.part(&[pieces, h, dk], 4)?,
             g: workspace.part(&[delta, h, dk, dk], t)?,
-            g_scale: workspace.part(&[delta, h], 4)?,
+            g_scale: workspace.part(&[delta, h, dk / 16], 4)?,
             snapshot: workspace.part(&[pieces, h, dk, dv], t)?,
             snapshot_scale: workspace.part(&[pieces, h, scales], 4)?,
         })

@@ -4,9 +4,9 @@ use bytemuck::Zeroable;
 
 use super::address::Bytes;
 use super::call::{Resolved, problem_params};
-use super::find;
 use super::params::*;
 use super::plan::{Allocation, Plan};
+use super::{Operand, find};
 use crate::Result;
 
 /// A list of sequences as launch parameter; a long one is copied to the workspace.
@@ -31,13 +31,18 @@ pub(super) fn listed(
     Ok(params)
 }
 
-/// A call's sequences as launch parameter.
+/// A call's sequences as launch parameter; `table`: they come from the caller's device memory, with
+/// at most so many new tokens each.
 pub(super) fn sequences(
     call: &Resolved<'_>,
+    table: Option<usize>,
     plan: &mut Plan,
     workspace: &mut Allocation,
 ) -> Result<InfiniSequences> {
-    let mut params = if call.identity() {
+    let mut params = if table.is_some() {
+        let (table, count) = (Operand::Sequences.at(0), call.sequences.len() as i32);
+        InfiniSequences { table, count, ..Zeroable::zeroed() }
+    } else if call.identity() {
         InfiniSequences { count: call.sequences.len() as i32, ..Zeroable::zeroed() }
     } else {
         let all: Vec<_> = (call.sequences.iter())
@@ -52,18 +57,19 @@ pub(super) fn sequences(
         listed(&all, plan, workspace)?
     };
     params.tokens = call.tokens() as i32;
-    params.max_len = call.longest() as i32;
+    params.max_len = table.unwrap_or(call.longest()) as i32;
     Ok(params)
 }
 
-/// The sequences of a call that has padding to clear.
+/// The sequences of a call that has padding to clear, or may have it (`table`, as above).
 pub(super) fn padding(
     call: &Resolved<'_>,
+    table: Option<usize>,
     plan: &mut Plan,
     workspace: &mut Allocation,
 ) -> Result<Option<InfiniSequences>> {
-    let short = call.sequences.iter().any(|s| s.len < call.tokens());
-    (call.padded() && short).then(|| sequences(call, plan, workspace)).transpose()
+    let short = table.is_some() || call.sequences.iter().any(|s| s.len < call.tokens());
+    (call.padded() && short).then(|| sequences(call, table, plan, workspace)).transpose()
 }
 
 /// Output rows of padding become 0.

@@ -1,25 +1,31 @@
 //! What the driver asks of an implementation, the CPU backend, and the reference as a backend.
 
 use infini_attn::{
-    Element, Inputs, MAX_DECODE_TOKENS, Problem, Result, State, decode, flush, prefill, reference,
+    Element, MAX_DECODE_TOKENS, Problem, Result, State, decode, flush, prefill, reference,
 };
 
-use super::buffers::{OutputBuffers, Strided};
+use super::buffers::{MARGIN, OutputBuffers, Strided};
+use super::call::Call;
 use super::cases::Case;
 use super::model::slot_values;
+use super::tolerance::Precision;
 
 /// An implementation of the operator.
 pub trait Backend: Sync {
     type State: Send;
+    /// What it is judged by.
+    const PRECISION: Precision;
+    /// Guard elements between the rows of strided buffers.
+    const MARGIN: usize = MARGIN;
+    /// Cases run side by side.
+    const PARALLEL: bool = false;
     /// Why the backend does not run a case; none: it runs it.
     fn refuses(&self, case: &Case) -> Option<&'static str>;
-    fn new_state(&self, problem: &Problem, slots: usize) -> Self::State;
-    /// One call, in which no sequence has more than `longest` tokens.
+    fn new_state(&self, case: &Case, slots: usize) -> Self::State;
     fn call<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_, T>,
-        longest: usize,
+        call: &Call<'_, T>,
         gate: &[f32],
         state: &mut Self::State,
         out: &mut OutputBuffers<T>,
@@ -29,6 +35,10 @@ pub trait Backend: Sync {
     fn memory(&self, problem: &Problem, state: &Self::State, slot: usize) -> [Vec<f64>; 2];
     /// Tokens seen, tokens committed, tokens in the open segment.
     fn counters(&self, state: &Self::State, slot: usize) -> [u64; 3];
+    /// What went wrong besides wrong results since the last question.
+    fn findings(&self, _: &mut Self::State) -> Vec<String> {
+        vec![]
+    }
 }
 
 /// The crate's CPU entry points.
@@ -44,26 +54,27 @@ pub enum Cpu {
 
 impl Backend for Cpu {
     type State = State;
+    const PRECISION: Precision = Precision::F32;
 
     fn refuses(&self, case: &Case) -> Option<&'static str> {
         let beyond = *self == Cpu::Decode && case.largest_chunk() > MAX_DECODE_TOKENS;
         beyond.then_some("decode takes at most 16 new tokens per sequence")
     }
 
-    fn new_state(&self, problem: &Problem, slots: usize) -> State {
-        State::new(problem, slots)
+    fn new_state(&self, case: &Case, slots: usize) -> State {
+        State::new(&case.problem, slots)
     }
 
     fn call<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_, T>,
-        longest: usize,
+        call: &Call<'_, T>,
         gate: &[f32],
         state: &mut State,
         out: &mut OutputBuffers<T>,
     ) -> Result<()> {
-        if *self == Cpu::Decode || (*self == Cpu::Mixed && longest <= MAX_DECODE_TOKENS) {
+        let inputs = &call.inputs();
+        if *self == Cpu::Decode || (*self == Cpu::Mixed && call.longest() <= MAX_DECODE_TOKENS) {
             decode(problem, inputs, gate, state, out.views())
         } else {
             prefill(problem, inputs, gate, state, out.views())
@@ -89,25 +100,25 @@ pub struct ReferenceBackend;
 
 impl Backend for ReferenceBackend {
     type State = reference::State;
+    const PRECISION: Precision = Precision::F32;
 
     fn refuses(&self, _: &Case) -> Option<&'static str> {
         None
     }
 
-    fn new_state(&self, problem: &Problem, slots: usize) -> reference::State {
-        reference::State::new(problem, slots)
+    fn new_state(&self, case: &Case, slots: usize) -> reference::State {
+        reference::State::new(&case.problem, slots)
     }
 
     fn call<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_, T>,
-        _: usize,
+        call: &Call<'_, T>,
         gate: &[f32],
         state: &mut reference::State,
         out: &mut OutputBuffers<T>,
     ) -> Result<()> {
-        let result = reference::prefill(problem, inputs, gate, state)?;
+        let result = reference::prefill(problem, &call.inputs(), gate, state)?;
         fn store<T: Element>(buffer: Option<&mut Strided<T>>, values: &[f64]) {
             let Some(buffer) = buffer else { return };
             let shape = buffer.shape().to_vec();

@@ -18,9 +18,8 @@ pub enum Arrangement {
     Reversed,
 }
 
-/// Guard elements before and after every buffer, and after every row under
-/// [`Arrangement::Gaps`].
-const MARGIN: usize = 5;
+/// Guards of buffers that need no alignment.
+pub const MARGIN: usize = 5;
 
 /// A buffer and the view onto it; everything outside of the view is guard.
 #[derive(Clone, Debug)]
@@ -35,6 +34,17 @@ pub struct Strided<T> {
 impl<T: Element> Strided<T> {
     /// A buffer of guards; the view onto it has `shape`.
     pub fn new(shape: &[usize], arrangement: Arrangement, guard: f32) -> Self {
+        Self::with_margin(shape, arrangement, guard, MARGIN)
+    }
+
+    /// The same with another number of guards before and after the view, and after every row
+    /// under [`Arrangement::Gaps`].
+    pub fn with_margin(
+        shape: &[usize],
+        arrangement: Arrangement,
+        guard: f32,
+        margin: usize,
+    ) -> Self {
         let rank = shape.len();
         let mut order: Vec<usize> = (0..rank).collect();
         if arrangement == Arrangement::HeadsFirst && rank >= 3 {
@@ -46,10 +56,10 @@ impl<T: Element> Strided<T> {
             strides[d] = step;
             step *= shape[d] as i64;
             if d == rank - 1 && arrangement == Arrangement::Gaps {
-                step += MARGIN as i64;
+                step += margin as i64;
             }
         }
-        let mut offset = MARGIN;
+        let mut offset = margin;
         if arrangement == Arrangement::Reversed {
             for d in 0..rank.saturating_sub(1).min(2) {
                 offset += strides[d] as usize * shape[d].saturating_sub(1);
@@ -57,7 +67,7 @@ impl<T: Element> Strided<T> {
             }
         }
         let guard = scalar(guard);
-        let data = vec![guard; step as usize + 2 * MARGIN];
+        let data = vec![guard; step as usize + 2 * margin];
         Self { data, offset, shape: shape.to_vec(), strides, guard }
     }
 
@@ -73,6 +83,25 @@ impl<T: Element> Strided<T> {
 
     pub fn shape(&self) -> &[usize] {
         &self.shape
+    }
+
+    /// Elements from one index to the next, per dimension.
+    pub fn strides(&self) -> &[i64] {
+        &self.strides
+    }
+
+    /// Where index 0 of every dimension lies in [`Self::data`].
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The whole buffer, guards included.
+    pub fn data(&self) -> &[T] {
+        &self.data
+    }
+
+    pub fn data_mut(&mut self) -> &mut [T] {
+        &mut self.data
     }
 
     fn index(&self, at: &[usize]) -> usize {
@@ -138,10 +167,27 @@ pub const CANARY: f32 = -77.25;
 impl<T: Element> OutputBuffers<T> {
     /// Buffers for outputs of shape `lead` + [Hq, Dv], filled with [`CANARY`].
     pub fn new(lead: &[usize], heads: usize, dv: usize, how: Arrangement, asked: Asked) -> Self {
-        let main = || Strided::new(&[lead, &[heads, dv]].concat(), how, CANARY);
+        Self::with_margin(lead, heads, dv, how, asked, MARGIN)
+    }
+
+    /// The same with another number of guards.
+    pub fn with_margin(
+        lead: &[usize],
+        heads: usize,
+        dv: usize,
+        how: Arrangement,
+        asked: Asked,
+        margin: usize,
+    ) -> Self {
+        let main = || Strided::with_margin(&[lead, &[heads, dv]].concat(), how, CANARY, margin);
         let (batch, tokens) = lead.split_at(lead.len() - 1);
         // Tokens are lse's last dimension, so heads and batch are what may be rearranged.
-        let lse = Strided::new(&[batch, &[heads], tokens].concat(), how.for_lse(), CANARY);
+        let lse = Strided::with_margin(
+            &[batch, &[heads], tokens].concat(),
+            how.for_lse(),
+            CANARY,
+            margin,
+        );
         Self {
             o: main(),
             lse: asked.lse.then_some(lse),

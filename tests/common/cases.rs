@@ -121,11 +121,15 @@ pub fn cases() -> Vec<Case> {
     ]
     .concat();
     for case in &mut all {
-        // FNV-1a of the name: a case keeps its data when the table changes.
-        let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
-        case.seed = case.name.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 32;
+        case.seed = seed(&case.name);
     }
     all
+}
+
+/// FNV-1a of a case's name: it keeps its data when the table changes.
+pub fn seed(name: &str) -> u64 {
+    let hash = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3);
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, hash) >> 32
 }
 
 impl Case {
@@ -179,6 +183,33 @@ impl Case {
             }
         }
         Case { name: format!("{} by {most}", self.name), calls, flush_after, ..self }
+    }
+
+    /// The same streams in calls that end where a segment of theirs ends.
+    pub fn within_segments(self) -> Case {
+        let n = self.problem.segment_len();
+        let mut open = vec![0; self.sequences()];
+        let (mut calls, mut flush_after) = (vec![], vec![]);
+        for (i, call) in self.calls.iter().enumerate() {
+            let mut rest = call.clone();
+            loop {
+                let taken: Vec<usize> =
+                    rest.iter().zip(&open).map(|(rest, open)| *rest.min(&(n - open))).collect();
+                for (b, taken) in taken.iter().enumerate() {
+                    rest[b] -= taken;
+                    open[b] = (open[b] + taken) % n;
+                }
+                calls.push(taken);
+                if rest.iter().all(|rest| *rest == 0) {
+                    break;
+                }
+            }
+            if self.flush_after.contains(&i) {
+                flush_after.push(calls.len() - 1);
+                open.fill(0);
+            }
+        }
+        Case { name: format!("{} within segments", self.name), calls, flush_after, ..self }
     }
 
     /// Largest number of tokens a sequence has in one call.

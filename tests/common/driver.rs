@@ -3,26 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use infini_attn::{DType, Element, Inputs, Rope, TensorView, reference};
+use infini_attn::{Element, MAX_DECODE_TOKENS, Problem, reference};
+use rayon::prelude::*;
 
 use super::backend::Backend;
 use super::buffers::{Arrangement, OutputBuffers, Strided};
-use super::cases::{Batch, Case, Gate, Positions, Rotation};
+use super::call::{Call, CallRope, CallShape, TABLE_ROWS, rope};
+use super::cases::{Batch, Case, Gate, Positions};
 use super::metric::{log_rms, relative_rms};
+use super::plain::{Plain, Rows};
 use super::stream::{Stream, normals, rope_tables};
+use super::tolerance::{MAIN, Precision, ROUNDED_SUM_TOLERANCE, Results, Tolerances};
 use super::{WithType, widen, with_type};
-
-/// Relative RMS that the outputs of a dtype may be off.
-pub fn output_tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 1e-3,
-        DType::BF16 => 4e-3,
-        _ => 1e-5,
-    }
-}
-
-/// Relative RMS that M, z and the log-sum-exp may be off, for every dtype.
-pub const STATE_TOLERANCE: f64 = 1e-5;
 
 /// What became of a table of cases.
 #[derive(Debug, Default)]
@@ -36,6 +28,22 @@ pub struct Summary {
 }
 
 impl Summary {
+    fn add(&mut self, case: &Case, checks: Vec<Check>) {
+        self.ran += 1;
+        for check in checks {
+            match check {
+                Ok((tensor, rms)) => {
+                    let dtype = case.problem.dtype().to_string();
+                    let worst = self.worst.entry((tensor, dtype)).or_default();
+                    if rms >= worst.0 {
+                        *worst = (rms, case.name.clone());
+                    }
+                }
+                Err(failure) => self.failures.push(format!("{}: {failure}", case.name)),
+            }
+        }
+    }
+
     /// Prints the figures and fails if any case did.
     pub fn finish(self, backend: &str) -> Self {
         println!("{backend}: {} cases ran, refused: {:?}", self.ran, self.refused);
@@ -50,24 +58,19 @@ impl Summary {
 
 /// Runs every case that the backend does not refuse.
 pub fn run_cases<B: Backend>(backend: &B, cases: &[Case]) -> Summary {
+    let run = |case: &Case| match backend.refuses(case) {
+        Some(reason) => Err(reason),
+        None => Ok(with_type(case.problem.dtype(), Job { backend, case })),
+    };
+    let outcomes: Vec<_> = match B::PARALLEL {
+        true => cases.par_iter().with_max_len(1).map(run).collect(),
+        false => cases.iter().map(run).collect(),
+    };
     let mut summary = Summary::default();
-    for case in cases {
-        if let Some(reason) = backend.refuses(case) {
-            *summary.refused.entry(reason).or_default() += 1;
-            continue;
-        }
-        summary.ran += 1;
-        let dtype = case.problem.dtype();
-        for result in with_type(dtype, Job { backend, case }) {
-            match result {
-                Ok((tensor, rms)) => {
-                    let worst = summary.worst.entry((tensor, dtype.to_string())).or_default();
-                    if rms >= worst.0 {
-                        *worst = (rms, case.name.clone());
-                    }
-                }
-                Err(failure) => summary.failures.push(format!("{}: {failure}", case.name)),
-            }
+    for (case, outcome) in cases.iter().zip(outcomes) {
+        match outcome {
+            Err(reason) => *summary.refused.entry(reason).or_default() += 1,
+            Ok(checks) => summary.add(case, checks),
         }
     }
     summary
@@ -85,28 +88,25 @@ impl<B: Backend> WithType for Job<'_, B> {
     type Output = Vec<Check>;
 
     fn run<T: Element>(self) -> Vec<Check> {
-        let mut run = Run::<T, B>::new(self.backend, self.case);
+        let tables = self.case.rope.map(|r| rope_tables(TABLE_ROWS, r.channels, r.magnitude));
+        let tables = tables.as_ref().map(|(cos, sin)| (&cos[..], &sin[..]));
+        let mut run = Run::<T, B>::new(self.backend, self.case, tables);
+        run.fill_bystanders();
         (0..self.case.calls.len()).for_each(|i| run.call(i));
-        run.check_state();
-        run.check_outputs();
+        if !run.broken {
+            run.check_state();
+            run.check_outputs();
+        }
         run.checks
     }
-}
-
-/// Outputs of one sequence, gathered over the calls.
-#[derive(Default)]
-struct Gathered {
-    /// o, a_dot, a_mem: [tokens, Hq, Dv].
-    main: [Vec<f64>; 3],
-    /// [tokens, Hq].
-    lse: Vec<f64>,
 }
 
 struct Run<'a, T, B: Backend> {
     backend: &'a B,
     case: &'a Case,
     gate: Vec<f32>,
-    tables: Option<(Vec<f32>, Vec<f32>)>,
+    /// Rotation tables.
+    tables: Option<(&'a [f32], &'a [f32])>,
     streams: Vec<Stream<T>>,
     /// Table row of every token, per sequence.
     positions: Vec<Vec<i64>>,
@@ -114,15 +114,14 @@ struct Run<'a, T, B: Backend> {
     /// Slots that no sequence uses, with their M and z.
     bystanders: Vec<(usize, [Vec<f64>; 2], [u64; 3])>,
     seen: Vec<usize>,
-    gathered: Vec<Gathered>,
+    gathered: Vec<Results>,
     checks: Vec<Check>,
+    /// A call has failed: no further ones are made.
+    broken: bool,
 }
 
-/// Rows of the rotation tables; more than any case has tokens.
-const TABLE_ROWS: usize = 1024;
-
 impl<'a, T: Element, B: Backend> Run<'a, T, B> {
-    fn new(backend: &'a B, case: &'a Case) -> Self {
+    fn new(backend: &'a B, case: &'a Case, tables: Option<(&'a [f32], &'a [f32])>) -> Self {
         let p = &case.problem;
         let gate = match case.gate {
             Gate::Normal => normals(case.seed, p.heads()),
@@ -130,21 +129,20 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         };
         let streams = (0..case.sequences()).map(|b| stream(case, b)).collect::<Vec<_>>();
         let slots = case.slots.as_ref().map_or(case.sequences(), |(_, n)| *n);
-        let mut run = Self {
+        Self {
             backend,
             case,
             gate,
-            tables: case.rope.map(|r| rope_tables(TABLE_ROWS, r.channels, r.magnitude)),
+            tables,
             streams,
             positions: positions(case),
-            state: backend.new_state(p, slots),
+            state: backend.new_state(case, slots),
             bystanders: vec![],
             seen: vec![0; case.sequences()],
-            gathered: (0..case.sequences()).map(|_| Gathered::default()).collect(),
+            gathered: (0..case.sequences()).map(|_| Results::default()).collect(),
             checks: vec![],
-        };
-        run.fill_bystanders(slots);
-        run
+            broken: false,
+        }
     }
 
     fn slot(&self, sequence: usize) -> usize {
@@ -152,21 +150,31 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     }
 
     /// Gives every slot that the case leaves alone a memory and an open segment of its own.
-    fn fill_bystanders(&mut self, slots: usize) {
+    fn fill_bystanders(&mut self) {
         let p = &self.case.problem;
+        let slots = self.case.slots.as_ref().map_or(self.case.sequences(), |(_, n)| *n);
         let used: Vec<usize> = (0..self.case.sequences()).map(|b| self.slot(b)).collect();
         for slot in (0..slots).filter(|s| !used.contains(s)) {
             let stream = Stream::<T>::normal(p, p.segment_len() + 1, 900 + slot as u64);
-            let how = Arrangement::Contiguous;
-            let mut out =
-                OutputBuffers::new(&[1, 1], p.heads(), p.value_dim(), how, self.case.asked);
-            for t in 0..stream.tokens {
-                // Token by token, so that every entry point serves it.
-                let token = stream.slice(t..t + 1);
-                let inputs = token.inputs().slots(std::slice::from_ref(&slot));
-                let result =
-                    self.backend.call(p, &inputs, 1, &self.gate, &mut self.state, &mut out);
-                self.expect(result.is_ok(), format!("bystander slot {slot}: {result:?}"));
+            let (mut start, n) = (0, p.segment_len());
+            while start < stream.tokens {
+                // Calls that every entry point serves.
+                let len = MAX_DECODE_TOKENS.min(n - start % n).min(stream.tokens - start);
+                let [q, k, v] = self.buffers(&[1, len], Arrangement::Contiguous);
+                let mut call = Call {
+                    q,
+                    k,
+                    v,
+                    batch: Batch::Full,
+                    lens: vec![len as i32],
+                    cu: vec![0, len as i32],
+                    slots: Some(vec![slot]),
+                    rope: None,
+                };
+                (0..len).for_each(|t| fill(p, &mut call, &[0, t], &stream, start + t));
+                let what = format!("bystander {slot}");
+                self.run(&[1, len], Arrangement::Contiguous, &call, &what);
+                start += len;
             }
             let memory = self.backend.memory(p, &self.state, slot);
             let counters = self.backend.counters(&self.state, slot);
@@ -184,73 +192,93 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let (case, lens) = (self.case, &self.case.calls[i]);
         let shape = CallShape::new(case.batch, lens);
         let p = &case.problem;
-        let [q, k, v] = self.assemble(&shape, lens);
+        let call = self.assemble(&shape, lens);
         let idle: Vec<_> = (0..lens.len())
             .filter(|&b| lens[b] == 0)
             .map(|b| self.slot(b))
             .map(|s| (s, self.backend.memory(p, &self.state, s)))
             .collect();
-        let lens32: Vec<i32> = lens.iter().map(|&n| n as i32).collect();
-        let cu: Vec<i32> =
-            (0..=lens.len()).map(|b| lens[..b].iter().sum::<usize>() as i32).collect();
-        let slots: Vec<usize> = (0..lens.len()).map(|b| self.slot(b)).collect();
-        let positions = self.call_positions(&shape, lens);
-        let mut inputs = Inputs::new(q.view(), k.view(), v.view());
-        inputs = match case.batch {
-            Batch::Full => inputs,
-            Batch::Padded => inputs.seq_lens(&lens32),
-            Batch::Packed => inputs.cu_seqlens(&cu),
-        };
-        if case.slots.is_some() {
-            inputs = inputs.slots(&slots);
-        }
-        if let (Some(rotation), Some((cos, sin))) = (&case.rope, &self.tables) {
-            inputs = inputs.rope(rope(rotation, cos, sin, positions.as_deref()));
-        }
-        let (heads, dv) = (p.heads(), p.value_dim());
-        let mut out = OutputBuffers::new(&shape.lead, heads, dv, case.arrangement, case.asked);
-        let longest = lens.iter().copied().max().unwrap_or(0);
-        let result = self.backend.call(p, &inputs, longest, &self.gate, &mut self.state, &mut out);
-        if let Err(error) = result {
-            return self.expect(false, format!("call {i}: {error}"));
-        }
-        self.expect(out.guards_intact(), format!("call {i}: wrote outside of its outputs"));
+        let what = format!("call {i}");
+        let Some(out) = self.run(&shape.lead, case.arrangement, &call, &what) else { return };
         self.gather(i, &shape, lens, &out);
         for (slot, before) in idle {
             let same = same_bits(&before, &self.backend.memory(p, &self.state, slot));
             self.expect(same, format!("call {i}: an empty sequence changed slot {slot}"));
         }
-        if case.flush_after.contains(&i) {
-            let result = self.backend.flush(p, &mut self.state, &slots);
+        if case.flush_after.contains(&i) && !self.broken {
+            let result = self.backend.flush(p, &mut self.state, &call.slots());
             self.expect(result.is_ok(), format!("flush after call {i}: {result:?}"));
+            self.findings(&format!("flush after call {i}"));
         }
     }
 
-    /// q, k and v of one call; everything that belongs to no token is NaN.
-    fn assemble(&self, shape: &CallShape, lens: &[usize]) -> [Strided<T>; 3] {
+    /// Makes a call; none where the backend refused it.
+    fn run(
+        &mut self,
+        lead: &[usize],
+        how: Arrangement,
+        call: &Call<'_, T>,
+        what: &str,
+    ) -> Option<OutputBuffers<T>> {
+        if self.broken {
+            return None;
+        }
+        let (p, asked) = (&self.case.problem, self.case.asked);
+        let (heads, dv) = (p.heads(), p.value_dim());
+        let mut out = OutputBuffers::with_margin(lead, heads, dv, how, asked, B::MARGIN);
+        let result = self.backend.call(p, call, &self.gate, &mut self.state, &mut out);
+        self.findings(what);
+        if let Err(error) = result {
+            self.broken = true;
+            self.expect(false, format!("{what}: {error}"));
+            return None;
+        }
+        self.expect(out.guards_intact(), format!("{what}: wrote outside of its outputs"));
+        Some(out)
+    }
+
+    fn findings(&mut self, what: &str) {
+        let findings = self.backend.findings(&mut self.state);
+        self.checks.extend(findings.into_iter().map(|f| Err(format!("{what}: {f}"))));
+    }
+
+    /// Buffers of NaN for q, k and v.
+    fn buffers(&self, lead: &[usize], how: Arrangement) -> [Strided<T>; 3] {
         let p = &self.case.problem;
-        let [hq, hkv] = [p.heads(), p.kv_heads()];
-        [('q', hq, p.key_dim()), ('k', hkv, p.key_dim()), ('v', hkv, p.value_dim())].map(
-            |(which, heads, dim)| {
-                let full = [&shape.lead[..], &[heads, dim]].concat();
-                let mut buffer = Strided::new(&full, self.case.arrangement, f32::NAN);
-                for (b, &len) in lens.iter().enumerate() {
-                    let stream = &self.streams[b];
-                    let data = match which {
-                        'q' => &stream.q,
-                        'k' => &stream.k,
-                        _ => &stream.v,
-                    };
-                    for t in 0..len {
-                        for h in 0..heads {
-                            let row = &data[((self.seen[b] + t) * heads + h) * dim..][..dim];
-                            buffer.set_row(&[&shape.token(b, t)[..], &[h]].concat(), row);
-                        }
-                    }
-                }
-                buffer
-            },
-        )
+        let (hq, hkv) = (p.heads(), p.kv_heads());
+        [(hq, p.key_dim()), (hkv, p.key_dim()), (hkv, p.value_dim())].map(|(heads, dim)| {
+            Strided::with_margin(&[lead, &[heads, dim]].concat(), how, f32::NAN, B::MARGIN)
+        })
+    }
+
+    /// Arguments of one call; everything that belongs to no token is NaN.
+    fn assemble(&self, shape: &CallShape, lens: &[usize]) -> Call<'a, T> {
+        let case = self.case;
+        let [q, k, v] = self.buffers(&shape.lead, case.arrangement);
+        let sum = |b: usize| lens[..b].iter().sum::<usize>() as i32;
+        let rope = case.rope.zip(self.tables).map(|(rotation, (cos, sin))| CallRope {
+            rotation,
+            cos,
+            sin,
+            positions: self.call_positions(shape, lens),
+        });
+        let mut call = Call {
+            q,
+            k,
+            v,
+            batch: case.batch,
+            lens: lens.iter().map(|&n| n as i32).collect(),
+            cu: (0..=lens.len()).map(sum).collect(),
+            slots: case.slots.as_ref().map(|(slots, _)| slots.clone()),
+            rope,
+        };
+        for (b, &len) in lens.iter().enumerate() {
+            for t in 0..len {
+                let at = shape.token(b, t);
+                fill(&case.problem, &mut call, &at, &self.streams[b], self.seen[b] + t);
+            }
+        }
+        call
     }
 
     /// Explicit table rows of one call; padding gets one that must not be read.
@@ -329,64 +357,121 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
                 counters == expected,
                 format!("sequence {b}: counters {counters:?}, {expected:?} expected"),
             );
-            let tolerance = output_tolerance(p.dtype());
-            let shape = [self.case.tokens(b), p.heads(), p.value_dim()];
-            let got = std::mem::take(&mut self.gathered[b]);
-            let asked = self.case.asked;
-            for (i, (name, asked)) in [("o", true), ("a_dot", asked.a_dot), ("a_mem", asked.a_mem)]
-                .into_iter()
-                .enumerate()
-            {
-                if asked {
-                    let what = format!("sequence {b}: {name}");
-                    let r = relative_rms(&what, &got.main[i], &want.main[i], &shape, tolerance);
-                    self.checks.push(r.map(|rms| (name, rms)));
+            let mut got = std::mem::take(&mut self.gathered[b]);
+            [got.m, got.z] = self.backend.memory(&p, &self.state, slot);
+            let tolerances = match B::PRECISION {
+                Precision::F32 => Tolerances::exact(p.dtype()),
+                Precision::TensorCore => {
+                    let plain = self.plain(b);
+                    let what = format!("sequence {b}: z of rounded keys");
+                    let shape = [p.kv_heads(), p.key_dim()];
+                    let limit = ROUNDED_SUM_TOLERANCE;
+                    let r = relative_rms(&what, &got.z, &plain.z, &shape, limit);
+                    self.checks.push(r.map(|rms| ("z of rounded keys", rms)));
+                    Tolerances::tensor_core(self.case, state.committed(0), &want, &plain)
                 }
-            }
-            if asked.lse {
-                let what = format!("sequence {b}: lse");
-                let r = log_rms(&what, &got.lse, &want.lse, &shape[..2], STATE_TOLERANCE);
-                self.checks.push(r.map(|rms| ("lse", rms)));
-            }
-            let [m, z] = self.backend.memory(&p, &self.state, slot);
-            let shape = [p.kv_heads(), p.key_dim(), p.value_dim()];
-            for (name, got, want, shape) in
-                [("M", &m, &state.m, &shape[..]), ("z", &z, &state.z, &shape[..2])]
-            {
-                let what = format!("sequence {b}: {name}");
-                let r = relative_rms(&what, got, want, shape, STATE_TOLERANCE);
-                self.checks.push(r.map(|rms| (name, rms)));
-            }
+            };
+            self.compare(b, &got, &want, &tolerances);
         }
     }
 
-    /// The reference over sequence `b` alone: one call from flush point to flush point.
-    fn reference(&self, b: usize) -> (Gathered, reference::State) {
-        let (case, p) = (self.case, &self.case.problem);
-        let mut state = reference::State::new(p, 1);
-        let mut want = Gathered::default();
+    fn compare(&mut self, b: usize, got: &Results, want: &Results, limits: &Tolerances) {
+        let (p, asked) = (&self.case.problem, self.case.asked);
+        let mut check = |name, result: std::result::Result<f64, String>| {
+            let result = result.map_err(|e| format!("sequence {b}: {e}"));
+            self.checks.push(result.map(|rms| (name, rms)));
+        };
+        let rows = [self.case.tokens(b), p.heads(), p.value_dim()];
+        for (i, asked) in [true, asked.a_dot, asked.a_mem].into_iter().enumerate() {
+            if asked {
+                let (got, want) = (&got.main[i], &want.main[i]);
+                check(MAIN[i], relative_rms(MAIN[i], got, want, &rows, limits.main[i]));
+            }
+        }
+        if asked.lse {
+            check("lse", log_rms("lse", &got.lse, &want.lse, &rows[..2], limits.lse));
+        }
+        let memory = [p.kv_heads(), p.key_dim(), p.value_dim()];
+        check("M", relative_rms("M", &got.m, &want.m, &memory, limits.m));
+        check("z", relative_rms("z", &got.z, &want.z, &memory[..2], limits.z));
+    }
+
+    /// Tokens of sequence `b` from flush point to flush point, and whether a flush follows.
+    fn runs(&self, b: usize) -> Vec<(std::ops::Range<usize>, bool)> {
+        let case = self.case;
         let mut start = 0;
-        let ends = case.flush_after.iter().copied().chain([case.calls.len() - 1]);
-        for last in ends {
-            let end: usize = case.calls[..=last].iter().map(|c| c[b]).sum();
-            let stream = self.streams[b].slice(start..end);
+        (case.flush_after.iter().copied().chain([case.calls.len() - 1]))
+            .map(|last| {
+                let end: usize = case.calls[..=last].iter().map(|c| c[b]).sum();
+                let range = start..end;
+                start = end;
+                (range, case.flush_after.contains(&last))
+            })
+            .collect()
+    }
+
+    /// The reference over sequence `b` alone: one call from flush point to flush point.
+    fn reference(&self, b: usize) -> (Results, reference::State) {
+        let p = &self.case.problem;
+        let mut state = reference::State::new(p, 1);
+        let mut want = Results::default();
+        for (range, flush) in self.runs(b) {
+            let (len, heads) = (range.len(), p.heads());
+            let stream = self.streams[b].slice(range.clone());
             let mut inputs = stream.inputs();
-            let positions = &self.positions[b][start..end];
-            if let (Some(rotation), Some((cos, sin))) = (&case.rope, &self.tables) {
-                inputs = inputs.rope(rope(rotation, cos, sin, Some(positions)));
+            if let (Some(rotation), Some((cos, sin))) = (&self.case.rope, self.tables) {
+                inputs = inputs.rope(rope(rotation, cos, sin, Some(&self.positions[b][range])));
             }
             let out = reference::prefill(p, &inputs, &self.gate, &mut state).expect("reference");
             for (to, from) in want.main.iter_mut().zip([out.o, out.a_dot, out.a_mem]) {
                 to.extend(from);
             }
-            let (len, heads) = (end - start, p.heads());
             want.lse.extend((0..len * heads).map(|i| out.lse[(i % heads) * len + i / heads]));
-            if case.flush_after.contains(&last) {
+            if flush {
                 state.flush(p, &[0]).expect("reference");
             }
-            start = end;
         }
+        (want.m, want.z) = (state.m.clone(), state.z.clone());
         (want, state)
+    }
+
+    /// The plain implementation over the same.
+    fn plain(&self, b: usize) -> Results {
+        let mut plain = Plain::new(&self.case.problem);
+        let mut results = Results::default();
+        for (range, flush) in self.runs(b) {
+            let stream = self.streams[b].slice(range.clone());
+            let positions = &self.positions[b][range];
+            let rows = (self.case.rope.zip(self.tables)).map(|(rotation, (cos, sin))| Rows {
+                rotation,
+                cos,
+                sin,
+                positions,
+            });
+            let out = plain.run(&stream, rows, &self.gate);
+            for (to, from) in results.main.iter_mut().zip([out.o, out.a_dot, out.a_mem]) {
+                to.extend(from);
+            }
+            results.lse.extend(out.lse);
+            if flush {
+                plain.flush();
+            }
+        }
+        (results.m, results.z) = (plain.m, plain.z);
+        results
+    }
+}
+
+/// Puts token `t` of a stream into a call's buffers, at leading indices `at`.
+fn fill<T: Element>(p: &Problem, call: &mut Call<'_, T>, at: &[usize], from: &Stream<T>, t: usize) {
+    for (buffer, data, heads, dim) in [
+        (&mut call.q, &from.q, p.heads(), p.key_dim()),
+        (&mut call.k, &from.k, p.kv_heads(), p.key_dim()),
+        (&mut call.v, &from.v, p.kv_heads(), p.value_dim()),
+    ] {
+        for h in 0..heads {
+            buffer.set_row(&[at, &[h]].concat(), &data[(t * heads + h) * dim..][..dim]);
+        }
     }
 }
 
@@ -418,52 +503,8 @@ fn positions(case: &Case) -> Vec<Vec<i64>> {
         .collect()
 }
 
-fn rope<'a>(
-    rotation: &Rotation,
-    cos: &'a [f32],
-    sin: &'a [f32],
-    positions: Option<&'a [i64]>,
-) -> Rope<'a> {
-    let shape = [TABLE_ROWS, rotation.channels / 2];
-    let table = |data| TensorView::new(data, &shape).expect("a table of this shape");
-    let rope = Rope::new(table(cos), table(sin)).interleaved(rotation.interleaved);
-    match positions {
-        Some(list) => rope.positions(list),
-        None => rope,
-    }
-}
-
 fn same_bits(a: &[Vec<f64>; 2], b: &[Vec<f64>; 2]) -> bool {
     let bits =
         |x: &[Vec<f64>; 2]| -> Vec<u64> { x.iter().flatten().map(|x| x.to_bits()).collect() };
     bits(a) == bits(b)
-}
-
-/// Leading extents of a call's tensors.
-struct CallShape {
-    /// [B, T] or [total].
-    lead: Vec<usize>,
-    /// Packed: first row of every sequence.
-    first: Vec<usize>,
-}
-
-impl CallShape {
-    fn new(batch: Batch, lens: &[usize]) -> Self {
-        let longest = lens.iter().copied().max().unwrap_or(0);
-        let lead = match batch {
-            Batch::Full => vec![lens.len(), longest],
-            Batch::Padded => vec![lens.len(), longest + 2],
-            Batch::Packed => vec![lens.iter().sum()],
-        };
-        let first = (0..lens.len()).map(|b| lens[..b].iter().sum()).collect();
-        Self { lead, first }
-    }
-
-    fn token(&self, b: usize, t: usize) -> Vec<usize> {
-        if self.lead.len() == 2 { vec![b, t] } else { vec![self.first[b] + t] }
-    }
-
-    fn lse(&self, b: usize, t: usize, h: usize) -> Vec<usize> {
-        if self.lead.len() == 2 { vec![b, h, t] } else { vec![h, self.first[b] + t] }
-    }
 }

@@ -5,11 +5,19 @@
 
 pub mod backend;
 pub mod buffers;
+pub mod call;
 pub mod cases;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod driver;
 pub mod metric;
 pub mod model;
+pub mod plain;
+#[cfg(feature = "cuda")]
+pub mod simulator;
 pub mod stream;
+pub mod tensor_cases;
+pub mod tolerance;
 
 use half::{bf16, f16};
 use infini_attn::{DType, Element};

@@ -8,10 +8,10 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytemuck::Pod;
+use infini_attn::cuda;
 use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Timing};
 
 /// A simulated GPU of compute capability 8.0, all checks on.
@@ -64,6 +64,11 @@ impl Simulator {
         self.device.address(buffer)
     }
 
+    /// A buffer of exactly `bytes` bytes that nobody has written.
+    pub fn allocate(&mut self, name: &str, bytes: u64) -> Buffer {
+        self.device.uninitialised_bytes(name, bytes)
+    }
+
     /// `count` elements at an address; each must have been written.
     #[track_caller]
     pub fn read<T: Pod>(&self, address: u64, count: usize) -> Vec<T> {
@@ -112,25 +117,23 @@ impl Simulator {
     }
 }
 
-/// The kernel file of a symbol `infini_<operation>_sm80...`.
-fn file_of(symbol: &str) -> Result<&str, String> {
-    let operation = symbol.strip_prefix("infini_").and_then(|s| s.split_once("_sm80"));
-    operation.map(|(operation, _)| operation).ok_or_else(|| format!("{symbol}: no kernel's name"))
+/// The file of a kernel, as `sm80/sum`.
+fn file_of(symbol: &str) -> Result<&'static str, String> {
+    let kernel = cuda::KERNELS.iter().find(|k| k.symbol == symbol);
+    kernel.map(|k| k.file).ok_or_else(|| format!("{symbol} is not in the table of kernels"))
 }
 
 /// The module of a kernel file, parsed once for all tests of the process.
-fn module(file: &str) -> Result<Arc<Module>, String> {
+fn module(file: &'static str) -> Result<Arc<Module>, String> {
     type Cell = Arc<OnceLock<Result<Arc<Module>, String>>>;
-    static MODULES: Mutex<BTreeMap<String, Cell>> = Mutex::new(BTreeMap::new());
+    static MODULES: Mutex<BTreeMap<&str, Cell>> = Mutex::new(BTreeMap::new());
     let cell = {
         let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
-        modules.entry(file.into()).or_default().clone()
+        modules.entry(file).or_default().clone()
     };
     cell.get_or_init(|| {
-        let path = Path::new(env!("OUT_DIR")).join(file).with_extension("ptx");
-        let at = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-        let text = std::fs::read_to_string(&path).map_err(|e| at(&e))?;
-        Module::parse(&text).map(Arc::new).map_err(|e| at(&e))
+        let text = cuda::ptx(file).ok_or_else(|| format!("{file} was not compiled"))?;
+        Module::parse(text).map(Arc::new).map_err(|error| format!("{file}: {error}"))
     })
     .clone()
 }

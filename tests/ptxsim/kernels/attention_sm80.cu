@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const Bf16* from, int fir
     const int r = i / 16, chunk = i % 16;
     const bool inside = first + r < tokens;
     const Bf16* source = inside ? from + int64_t{first + r} * kD + chunk * 8 : from;
-    ptx::cp_async_16(to + at(r, chunk), source, inside ? 16 : 0);
+    ptx::cp_async_16(to + at(r, chunk), source, inside);
   }
 }
 
@@ -58,8 +58,8 @@ __device__ __forceinline__ void add_values(float (&o)[16][4], const float (&p)[8
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
     const auto &x = p[2 * kk], &y = p[2 * kk + 1];
-    const uint32_t a[4] = {ptx::pack<Bf16>(x[0], x[1]), ptx::pack<Bf16>(x[2], x[3]),
-                           ptx::pack<Bf16>(y[0], y[1]), ptx::pack<Bf16>(y[2], y[3])};
+    const uint32_t a[4] = {infini::pack<Bf16>(x[0], x[1]), infini::pack<Bf16>(x[2], x[3]),
+                           infini::pack<Bf16>(y[0], y[1]), infini::pack<Bf16>(y[2], y[3])};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       uint32_t b[4];
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       *reinterpret_cast<uint32_t*>(to + j * 8) =
-          ptx::pack<Bf16>(acc[j][2 * half] * inverse, acc[j][2 * half + 1] * inverse);
+          infini::pack<Bf16>(acc[j][2 * half] * inverse, acc[j][2 * half + 1] * inverse);
     }
   }
 }

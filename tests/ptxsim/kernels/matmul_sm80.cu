@@ -21,7 +21,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* from, int row, i
     const int r = i / 8, chunk = i % 8;
     const bool inside = row + r < rows && col + chunk * 8 < cols;
     const T* source = inside ? from + int64_t{row + r} * cols + col + chunk * 8 : from;
-    ptx::cp_async_16(to + ptx::swizzle_128(r, chunk), source, inside ? 16 : 0);
+    ptx::cp_async_16(to + ptx::swizzle_128(r, chunk), source, inside);
   }
 }
 

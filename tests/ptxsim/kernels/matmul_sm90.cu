@@ -62,7 +62,7 @@ __device__ __forceinline__ void stage_output(const float (&d)[64], uint32_t out)
     uint32_t r[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      r[i] = ptx::pack<__nv_bfloat16>(d[8 * q + 2 * i], d[8 * q + 2 * i + 1]);
+      r[i] = infini::pack<__nv_bfloat16>(d[8 * q + 2 * i], d[8 * q + 2 * i + 1]);
     const int chunk = q % 4 * 2 + lane / 16;
     ptx::stmatrix_x4(out + q / 4 * kStrip + ptx::swizzle_128(row, chunk), r);
   }

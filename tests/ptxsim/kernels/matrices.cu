@@ -1,8 +1,9 @@
 // 8 x 8 matrices between shared memory and registers; one warp, block 32, 16-bit elements.
 //   matrices_load     out [3][32][4] = registers of ldmatrix x1, x2 and x4 (unused registers 0),
-//   from
-//                     in [4][8][8]
+//                     from in [4][8][8]
 //   matrices_load_trans   out [32][4] = registers of ldmatrix x4 .trans
+//   matrices_load_at  out [2][32][4] = registers of ldmatrix x4 and x4 .trans, whose addresses are
+//                     put together by the wrapper
 //   matrices_transpose    out [8][8] = the transpose of in [8][8], by movmatrix
 //   matrices_store    (sm_90) out [2][4][8][8] = stmatrix x4, plain and .trans, of registers
 //                     in [32][4]
@@ -41,6 +42,20 @@ extern "C" __global__ void matrices_load_trans(const uint4* in, uint4* out) {
   uint32_t r[4];
   ptx::ldmatrix_x4_trans(r, row_address(tile));
   out[lane] = make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+extern "C" __global__ void matrices_load_at(const uint4* in, uint4* out) {
+  __shared__ __align__(16) uint16_t tile[4 * 64];
+  const int lane = threadIdx.x;
+  reinterpret_cast<uint4*>(tile)[lane] = in[lane];
+  __syncwarp();
+  const uint32_t offset = 1040, toggle = 0x50;
+  const uint32_t start = (row_address(tile) - offset) ^ toggle;
+  uint32_t r[4];
+  ptx::ldmatrix_x4_at(r, start, toggle, offset);
+  out[lane] = make_uint4(r[0], r[1], r[2], r[3]);
+  ptx::ldmatrix_x4_trans_at(r, start, toggle, offset);
+  out[32 + lane] = make_uint4(r[0], r[1], r[2], r[3]);
 }
 
 extern "C" __global__ void matrices_transpose(const uint32_t* in, uint32_t* out) {

@@ -1,22 +1,15 @@
-// One function per PTX instruction, named after it. Instructions that order memory or read it
-// behind the compiler's back are volatile and clobber memory. Shared-memory addresses are 32-bit.
+// The instructions that kernels/common/ptx.cuh lacks: those of compute capability 9.0, and those
+// that only the simulator's tests use. Rules as there.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "common/ptx.cuh"
 
-#include <cstdint>
-
-namespace ptx {
+namespace infini::ptx {
 
 // A tensor map, passed by value as `const __grid_constant__`.
 struct alignas(64) TensorMap {
   unsigned char opaque[128];
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile with rows of 128 bytes, 128-byte
 // swizzle.
@@ -26,32 +19,15 @@ __device__ __forceinline__ uint32_t swizzle_128(int row, int chunk) {
 
 // ---- cp.async -----------------------------------------------------------------------------------
 
-// Copies `bytes` (0 to 16) and fills the rest of the 16 bytes with zero.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(bytes)
-               : "memory");
-}
-
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void cp_async_commit_group() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int Pending>
-__device__ __forceinline__ void cp_async_wait_group() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// ---- ldmatrix, stmatrix, movmatrix
-// ----------------------------------------------------------------
+// ---- ldmatrix, stmatrix, movmatrix --------------------------------------------------------------
 
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
@@ -63,20 +39,6 @@ __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], uint32_t row) {
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(row)
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row)
                : "memory");
 }
@@ -99,32 +61,7 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t r) {
   return d;
 }
 
-// ---- mma.sync
-// -------------------------------------------------------------------------------------
-
-template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1);
-
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                            uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
-                                                     uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// ---- mma.sync -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                  uint32_t b1) {
@@ -141,32 +78,7 @@ __device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
   return d;
 }
 
-// Two floats rounded to 16 bits: `low` in the lower half.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-// ---- scalar approximations
-// --------------------------------------------------------------------------
-
-__device__ __forceinline__ float ex2_approx_ftz(float x) {
-  float d;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
-  return d;
-}
+// ---- scalar approximations ----------------------------------------------------------------------
 
 __device__ __forceinline__ float lg2_approx(float x) {
   float d;
@@ -186,8 +98,7 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return d;
 }
 
-// ---- barriers of a block
-// --------------------------------------------------------------------------
+// ---- barriers of a block ------------------------------------------------------------------------
 
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -217,8 +128,7 @@ __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// ---- mbarrier
-// -------------------------------------------------------------------------------------
+// ---- mbarrier -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -270,8 +180,7 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- bulk and tensor copies
-// -------------------------------------------------------------------------
+// ---- bulk and tensor copies ---------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -398,8 +307,7 @@ __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
-// ---- clusters
-// -------------------------------------------------------------------------------------
+// ---- clusters -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
@@ -446,8 +354,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// ---- wgmma
-// ----------------------------------------------------------------------------------------
+// ---- wgmma --------------------------------------------------------------------------------------
 
 // Descriptor of an operand with the 128-byte swizzle; byte offsets as in the matrix descriptor.
 __device__ __forceinline__ uint64_t descriptor_128(uint32_t start, uint32_t leading,
@@ -530,4 +437,6 @@ __device__ __forceinline__ void wgmma_m64n64k16_f16_rs(float (&d)[32], const uin
 
 #endif  // sm_90
 
-}  // namespace ptx
+}  // namespace infini::ptx
+
+namespace ptx = infini::ptx;

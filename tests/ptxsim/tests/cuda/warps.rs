@@ -141,9 +141,11 @@ fn matrix_loads() {
     let input = device.buffer("in", &tile);
     let plain = device.uninitialised::<u32>("plain", 3 * 128);
     let transposed = device.uninitialised::<u32>("transposed", 128);
+    let at = device.uninitialised::<u32>("at", 2 * 128);
     let launch = Launch::linear(1, 32);
     clean(&mut device, &module, "matrices_load", launch, &[input.into(), plain.into()]);
     clean(&mut device, &module, "matrices_load_trans", launch, &[input.into(), transposed.into()]);
+    clean(&mut device, &module, "matrices_load_at", launch, &[input.into(), at.into()]);
     let registers = |count: usize, trans: bool| {
         let one = |i: usize| {
             let (lane, matrix) = (i / 4, i % 4);
@@ -154,6 +156,8 @@ fn matrix_loads() {
     let want = [1, 2, 4].map(|count| registers(count, false)).concat();
     assert_eq!(device.read::<u32>(plain), Ok(want));
     assert_eq!(device.read::<u32>(transposed), Ok(registers(4, true)));
+    let want = [false, true].map(|trans| registers(4, trans)).concat();
+    assert_eq!(device.read::<u32>(at), Ok(want));
 }
 
 #[test]

@@ -22,6 +22,11 @@ fn target() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target")
 }
 
+/// The folder of the crate's own kernels, whose headers the test kernels include.
+fn crate_kernels() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels")
+}
+
 fn venv() -> PathBuf {
     target().join("cuda-venv")
 }
@@ -37,7 +42,7 @@ pub fn kernel(name: &str, arch: &str) -> String {
     nvcc(&kernels().join(name).with_extension("cu"), arch)
 }
 
-/// PTX of a CUDA C++ file. The cache knows the file and the headers beside it.
+/// PTX of a CUDA C++ file. The cache knows the file, the headers beside it and those of the crate.
 pub fn nvcc(source: &Path, arch: &str) -> String {
     let compiler = find_nvcc().unwrap_or_else(|tried| {
         panic!("nvcc not found (looked for {}); {INSTALL}", tried.join(", "))
@@ -59,7 +64,8 @@ pub fn nvcc(source: &Path, arch: &str) -> String {
         create(&cache);
         // Another process may compile the same file: each writes its own, the last rename stays.
         let own = cache.join(format!("{stem}-{}.tmp", std::process::id()));
-        execute(Command::new(&compiler).args(flags).arg(source).arg("-o").arg(&own));
+        let mut command = Command::new(&compiler);
+        execute(command.args(flags).arg("-I").arg(crate_kernels()).arg(source).arg("-o").arg(&own));
         rename(&own, &output);
     }
     read(&output)
@@ -91,12 +97,14 @@ pub fn triton() -> PathBuf {
 }
 
 fn headers(source: &Path) -> Vec<PathBuf> {
-    let folder = source.parent().unwrap_or(Path::new("."));
-    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-    let mut headers: Vec<_> = entries
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cuh"))
-        .collect();
+    let beside = source.parent().unwrap_or(Path::new(".")).to_owned();
+    let mut headers = Vec::new();
+    for folder in [beside, crate_kernels().join("common")] {
+        let entries = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+        headers
+            .extend(paths.filter(|path| path.extension().is_some_and(|e| e == "cuh" || e == "h")));
+    }
     headers.sort();
     headers
 }

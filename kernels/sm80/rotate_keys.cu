@@ -1,0 +1,27 @@
+// Rotates the new keys of every piece into the workspace, once for all query tiles and heads that
+// will read them.
+//
+// Grid (ceil(N / 8), Hkv, pieces), a warp per token. No shared memory. Reads and writes each key
+// once, and its row of the tables.
+#include "common/instantiate.h"
+#include "common/piece.cuh"
+#include "common/rotate.cuh"
+
+namespace infini {
+
+template <class T>
+__device__ __forceinline__ void rotate_keys(const InfiniRotateKeys& p, unsigned char*) {
+  const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[blockIdx.z];
+  const int token = blockIdx.x * 8 + threadIdx.x / 32, kv_head = blockIdx.y;
+  if (token >= piece.len) return;
+  const int dk = p.problem.key_dim;
+  T* to = segment_rows<T>(p.rotated, p.problem, blockIdx.z, kv_head, dk) + int64_t{token} * dk;
+  const GlobalRow<T> row{row_of<T>(p.k, piece.batch, piece.first + token, kv_head), to};
+  rotate_row<32>(row, dk, p.rope,
+                 position_of(p.rope, piece.batch, piece.first + token, piece.position + token),
+                 p.status, threadIdx.x % 32);
+}
+
+}  // namespace infini
+
+INFINI_TYPE(rotate_keys, InfiniRotateKeys)

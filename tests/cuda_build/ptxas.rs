@@ -1,0 +1,182 @@
+//! Registers, stack and shared memory that ptxas assigns on compute capability 8.0.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use infini_attn::cuda::{KERNELS, Kernel, ptx};
+use rayon::prelude::*;
+
+/// Shared memory of a block that every device of compute capability 8.0 and later grants.
+const MOST_SHARED_BYTES: u32 = 99 * 1024;
+
+/// What ptxas says of one function.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    registers: u32,
+    /// Static shared memory; the table has the dynamic part.
+    shared_bytes: u32,
+    stack_bytes: u32,
+    spill_bytes: u32,
+}
+
+/// Most registers a thread may have for the planned blocks to fit an SM of 65536.
+fn allowed_registers(kernel: &Kernel) -> u32 {
+    let share = 65536 / (kernel.threads * kernel.blocks_per_sm);
+    (share / 8 * 8).min(255)
+}
+
+#[test]
+fn register_budgets() {
+    let of = |threads, blocks_per_sm| {
+        allowed_registers(&Kernel { threads, blocks_per_sm, ..KERNELS[0] })
+    };
+    assert_eq!([of(128, 2), of(256, 1), of(192, 2), of(1024, 1)], [255, 255, 168, 64]);
+}
+
+#[test]
+fn kernels_spill_nothing_and_keep_to_their_budgets() {
+    let Some(nvcc) = nvcc() else {
+        eprintln!("skipped: the crate was built from INFINI_ATTN_PREBUILT and NVCC is not set");
+        return;
+    };
+    let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
+    files.dedup();
+    files.sort_unstable();
+    files.dedup();
+    let usages: BTreeMap<String, Usage> = files
+        .par_iter()
+        .filter_map(|file| Some((*file, ptx(file)?)))
+        .flat_map_iter(|(file, text)| parse(&assemble(&nvcc, file, text)))
+        .collect();
+
+    let mut problems = Vec::new();
+    for (function, usage) in &usages {
+        if usage.stack_bytes + usage.spill_bytes > 0 {
+            problems.push(format!("{function}: stack or spills: {usage:?}"));
+        }
+    }
+    for kernel in KERNELS.iter().filter(|kernel| ptx(kernel.file).is_some()) {
+        let Some(usage) = usages.get(kernel.symbol) else {
+            problems.push(format!("{}: ptxas says nothing of it", kernel.symbol));
+            continue;
+        };
+        let allowed = allowed_registers(kernel);
+        if usage.registers > allowed {
+            problems.push(format!(
+                "{}: {} registers, at most {allowed} for {} blocks of {} threads",
+                kernel.symbol, usage.registers, kernel.blocks_per_sm, kernel.threads
+            ));
+        }
+        let shared = usage.shared_bytes + kernel.shared_bytes;
+        if shared > MOST_SHARED_BYTES {
+            problems.push(format!(
+                "{}: {shared} bytes of shared memory, at most {MOST_SHARED_BYTES}",
+                kernel.symbol
+            ));
+        }
+    }
+    report_drift(&usages);
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// The nvcc of the build, or NVCC.
+fn nvcc() -> Option<PathBuf> {
+    let built_with = option_env!("INFINI_ATTN_NVCC").map(PathBuf::from);
+    built_with.or_else(|| env::var_os("NVCC").map(Into::into))
+}
+
+/// The messages of ptxas for a file, kept by its content.
+fn assemble(nvcc: &Path, file: &str, text: &str) -> String {
+    let mut hasher = DefaultHasher::new();
+    (nvcc, text).hash(&mut hasher);
+    let name = format!("{}-{:016x}", file.replace('/', "-"), hasher.finish());
+    let stem = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptxas").join(name);
+    let [source, cubin, log] = ["ptx", "cubin", "log"].map(|e| stem.with_extension(e));
+    if let Ok(known) = fs::read_to_string(&log) {
+        return known;
+    }
+    fs::create_dir_all(stem.parent().unwrap()).unwrap();
+    fs::write(&source, text).unwrap();
+    let mut command = Command::new(nvcc);
+    command.args(["-cubin", "-arch=sm_80", "-Xptxas", "-v"]).arg(&source).arg("-o").arg(&cubin);
+    let output = command.output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{file}: {messages}");
+    for temporary in [source, cubin] {
+        fs::remove_file(temporary).unwrap();
+    }
+    fs::write(log, &messages).unwrap();
+    messages
+}
+
+/// Every function in the messages of `ptxas -v`.
+fn parse(messages: &str) -> BTreeMap<String, Usage> {
+    let mut usages = BTreeMap::<String, Usage>::new();
+    let mut function = String::new();
+    for line in messages.lines() {
+        if let Some((_, name)) = line.split_once("Function properties for ") {
+            function = name.trim().to_owned();
+            usages.entry(function.clone()).or_default();
+        } else if let Some(usage) = usages.get_mut(&function) {
+            for part in line.rsplit("Used ").next().unwrap_or_default().split(',') {
+                let mut words = part.split_whitespace();
+                let number = words.next().and_then(|word| word.parse().ok());
+                match (number, words.collect::<Vec<_>>().join(" ").as_str()) {
+                    (Some(n), "registers") => usage.registers = n,
+                    (Some(n), "bytes smem") => usage.shared_bytes = n,
+                    (Some(n), "bytes stack frame") => usage.stack_bytes = n,
+                    (Some(n), "bytes spill stores" | "bytes spill loads") => usage.spill_bytes += n,
+                    _ => {}
+                }
+            }
+        }
+    }
+    usages
+}
+
+#[test]
+fn messages_of_ptxas_are_understood() {
+    let usages = parse(
+        "ptxas info    : 0 bytes gmem\n\
+         ptxas info    : Compiling entry function 'f' for 'sm_80'\n\
+         ptxas info    : Function properties for f\n\
+         \x20   16 bytes stack frame, 24 bytes spill stores, 28 bytes spill loads\n\
+         ptxas info    : Used 170 registers, used 1 barriers, 1024 bytes smem, 396 bytes cmem[0]\n\
+         ptxas info    : Function properties for g\n\
+         \x20   8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n",
+    );
+    let f = usages["f"];
+    assert_eq!((f.registers, f.shared_bytes, f.stack_bytes, f.spill_bytes), (170, 1024, 16, 52));
+    assert_eq!(usages["g"].stack_bytes, 8);
+}
+
+/// Prints where registers or shared memory differ from tests/golden/ptxas.txt. Another release of
+/// ptxas may well differ: nothing fails. `INFINI_ATTN_BLESS=1` writes the table anew.
+fn report_drift(usages: &BTreeMap<String, Usage>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ptxas.txt");
+    let header = "# symbol, registers per thread, shared bytes per block (sm_80)";
+    let now: BTreeMap<&str, String> = KERNELS
+        .iter()
+        .filter_map(|kernel| Some((kernel.symbol, kernel.shared_bytes, usages.get(kernel.symbol)?)))
+        .map(|(symbol, dynamic, usage)| {
+            (symbol, format!("{} {}", usage.registers, usage.shared_bytes + dynamic))
+        })
+        .collect();
+    if env::var_os("INFINI_ATTN_BLESS").is_some() {
+        let lines: String = now.iter().map(|(symbol, line)| format!("{symbol} {line}\n")).collect();
+        fs::write(&path, format!("{header}\n{lines}")).unwrap();
+        return;
+    }
+    let golden = fs::read_to_string(&path).unwrap();
+    let golden: BTreeMap<&str, &str> =
+        golden.lines().skip(1).filter_map(|line| line.split_once(' ')).collect();
+    for (symbol, now) in &now {
+        let before = golden.get(symbol).copied().unwrap_or("nothing");
+        if before != now {
+            println!("drift: {symbol}: {before} before, {now} now (registers, shared bytes)");
+        }
+    }
+}
