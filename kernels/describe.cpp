@@ -33,7 +33,7 @@ void head(const char* dtype) {
   line("segment_attention", dtype, Dk, Dv,
        {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0});
   line("segment", dtype, Dk, Dv,
-       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, kSegmentColumns<Dv>});
+       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, Dv / S::slices});
   line("decode", dtype, Dk, Dv, {D::threads, D::shared_bytes, D::blocks_per_sm, D::rows, 0});
   line("segment_state", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
   line("commit", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});

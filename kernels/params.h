@@ -1,8 +1,8 @@
 // Launch parameters: one POD structure per kernel, shared with Rust by bindgen.
 //
 // Addresses are 64-bit device addresses; 0 means absent. Strides are in elements and may be
-// negative. T is the problem's 16-bit element type. Fixed-width types, no bool, no implicit padding:
-// sizes are multiples of 8 and both sides assert them.
+// negative. T is the problem's 16-bit element type. Fixed-width types, no bool, no implicit
+// padding: sizes are multiples of 8 and both sides assert them.
 #pragma once
 
 #include <stdint.h>
@@ -40,8 +40,8 @@ struct InfiniProblem {
   int32_t bypass;       // 1: an empty memory bypasses the gate
   int32_t denominator;  // INFINI_DENOMINATOR_*
   float epsilon;
-  float scale_log2;     // |scale| · log2 e, at least 1e-30: masked scores stay -inf
-  int32_t negative;     // 1: scale < 0, scores change sign
+  float scale_log2;  // |scale| · log2 e, at least 1e-30: masked scores stay -inf
+  int32_t negative;  // 1: scale < 0, scores change sign
 };
 
 // A [batch, token, head, channel] tensor with contiguous channels; log-sum-exp: channel dimension
@@ -55,15 +55,15 @@ struct InfiniTensor {
 
 // Rotation of the local branch. rows = 0: none.
 struct InfiniRope {
-  InfiniAddress cos;        // f32 [rows, half]
-  InfiniAddress sin;        // f32 [rows, half]
+  InfiniAddress cos;  // f32 [rows, half]
+  InfiniAddress sin;  // f32 [rows, half]
   int64_t cos_stride;
   int64_t sin_stride;
   InfiniAddress positions;  // i64, token t of batch b at b * positions_batch + t; 0: continued
   int64_t positions_batch;
-  int64_t rows;             // rows of the tables
-  int32_t half;             // R / 2; may be 0 with rotation on
-  int32_t interleaved;      // 1: channel 2i pairs with 2i + 1; 0: i with i + R/2
+  int64_t rows;         // rows of the tables
+  int32_t half;         // R / 2; may be 0 with rotation on
+  int32_t interleaved;  // 1: channel 2i pairs with 2i + 1; 0: i with i + R/2
 };
 
 // Counters of one slot.
@@ -96,15 +96,15 @@ struct InfiniPiece {
   int64_t position;  // default position of that token
   int32_t slot;
   int32_t batch;
-  int32_t len;       // new tokens
-  int32_t cached;    // tokens of the segment that lie in the open segment already
-  int32_t full;      // cached + len = N: the segment is committed
-  int32_t empty;     // nothing was committed before it
+  int32_t len;     // new tokens
+  int32_t cached;  // tokens of the segment that lie in the open segment already
+  int32_t full;    // cached + len = N: the segment is committed
+  int32_t empty;   // nothing was committed before it
 };
 
 // Consecutive pieces of one sequence.
 struct InfiniChain {
-  int64_t tokens;     // the slot's counters after the call
+  int64_t tokens;  // the slot's counters after the call
   int64_t committed;
   int32_t slot;
   int32_t first_piece;
@@ -137,8 +137,8 @@ struct InfiniSequences {
                         // `in_line`, else sequence b is tokens 0..tokens of batch b, slot b
   int32_t count;
   int32_t in_line;
-  int32_t tokens;       // extent of the token dimension per batch (total when packed)
-  int32_t max_len;      // most new tokens of a sequence
+  int32_t tokens;   // extent of the token dimension per batch (total when packed)
+  int32_t max_len;  // most new tokens of a sequence
   struct InfiniSequence inline_sequences[INFINI_INLINE_SEQUENCES];
 };
 
@@ -176,9 +176,9 @@ struct InfiniSegmentState {
   struct InfiniState state;
   struct InfiniRun run;
   int32_t splits;
-  int32_t split_len;      // multiple of 64
-  InfiniAddress b;        // f32 [piece_count][Hkv][splits][Dk][Dv]
-  InfiniAddress sums;     // f32 [piece_count][Hkv][splits][Dk]
+  int32_t split_len;   // multiple of 64
+  InfiniAddress b;     // f32 [piece_count][Hkv][splits][Dk][Dv]
+  InfiniAddress sums;  // f32 [piece_count][Hkv][splits][Dk]
 };
 
 // z before every piece, and z after the run.
@@ -212,16 +212,16 @@ struct InfiniMemoryScan {
   struct InfiniProblem problem;
   struct InfiniRun run;
   int32_t splits;
-  int32_t start_kind;            // INFINI_START_*
-  InfiniAddress b;               // f32 [piece_count][Hkv][splits][Dk][columns]; absent: 0
-  InfiniAddress g;               // as above; absent: linear rule
+  int32_t start_kind;  // INFINI_START_*
+  InfiniAddress b;     // f32 [piece_count][Hkv][splits][Dk][columns]; absent: 0
+  InfiniAddress g;     // as above; absent: linear rule
   InfiniAddress g_scale;
   InfiniAddress start;           // f32 [slots][Hkv][Dk][columns], read under INFINI_START_MEMORY
   InfiniAddress end;             // out, f32 [slots][Hkv][Dk][columns]; may be `start`
   InfiniAddress snapshot;        // out, T [piece_count][Hkv][Dk][columns], M before the piece;
                                  // absent: none
   InfiniAddress snapshot_scale;  // out, f32 [piece_count][Hkv][columns / 32]
-  InfiniAddress end_snapshot;        // out, T [slots][Hkv][Dk][columns]; absent: none
+  InfiniAddress end_snapshot;    // out, T [slots][Hkv][Dk][columns]; absent: none
   InfiniAddress end_snapshot_scale;  // out, f32 [slots][Hkv][columns / 32]
   int64_t columns;
 };
@@ -262,9 +262,9 @@ struct InfiniClearPadding {
 
 // What the blocks of one (sequence, KV head) exchange.
 struct InfiniExchange {
-  InfiniAddress partials;        // f32, see the kernel
-  InfiniAddress head_tickets;    // u32 [sequences][Hkv], 0 before and after every launch
-  InfiniAddress sequence_tickets;  // u32 [sequences], 0 before and after every launch
+  InfiniAddress partials;          // f32, see the kernel
+  InfiniAddress head_tickets;      // u32 [sequences][Hkv] (decode: [row_tiles]), 0 between launches
+  InfiniAddress sequence_tickets;  // u32 [sequences], 0 between launches
 };
 
 // Up to one segment per sequence: attention of the new tokens, and the update where they complete
@@ -274,9 +274,9 @@ struct InfiniSegment {
   struct InfiniCall call;
   struct InfiniState state;
   struct InfiniExchange exchange;
-  int32_t tiles;        // query tiles of the longest sequence
-  int32_t chunks;       // update chunks of a segment, 0 when no sequence completes one
-  int32_t chunk_len;    // tokens per update chunk, a multiple of 64
+  int32_t tiles;      // query tiles of the longest sequence
+  int32_t chunks;     // update chunks of a segment, 0 when no sequence completes one
+  int32_t chunk_len;  // tokens per update chunk, a multiple of 64
   int32_t reserved;
   struct InfiniSequences sequences;
 };

@@ -5,8 +5,8 @@ mod check;
 mod form;
 
 #[cfg(feature = "cuda")]
-pub(crate) use check::{check_continued, dtype_is};
-pub(crate) use check::{check_dtype, check_longest, check_slots};
+pub(crate) use check::check_continued;
+pub(crate) use check::{check_dtype, check_longest, check_slots, dtype_is};
 pub(crate) use form::{
     Form, Gate, Lengths, OutputForm, Piece, Positions, RopeForm, Sequence, pieces,
 };

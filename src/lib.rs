@@ -11,6 +11,7 @@ mod memory;
 mod merge;
 mod problem;
 pub mod reference;
+mod runs;
 mod tensor;
 
 pub use call::{Inputs, Outputs, Rope};

@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use crate::memory::Counters;
-use crate::tensor::{Rows, RowsMut};
-use crate::{Element, Error, Result, State, TensorView, TensorViewMut, Update};
+use crate::tensor::{Layout, Rows, RowsMut};
+use crate::{Element, Error, Problem, Result, State, TensorView, TensorViewMut, Update};
 
 /// Merges local attentions of the same queries over disjoint sets of keys into the attention over
 /// all of them: out = Σ exp(lseᵢ − L) · A_dotᵢ with L = ln Σ exp(lseᵢ), which goes to `out_lse`.
@@ -24,7 +24,10 @@ pub fn merge_partials<T: Element>(
     mut out: TensorViewMut<'_, T>,
     mut out_lse: Option<TensorViewMut<'_, f32>>,
 ) -> Result<()> {
-    check_partials(a_dot, lse, &out, out_lse.as_ref())?;
+    let a_dot_layouts: Vec<_> = a_dot.iter().map(TensorView::layout).collect();
+    let lse_layouts: Vec<_> = lse.iter().map(TensorView::layout).collect();
+    let out_lse_layout = out_lse.as_ref().map(TensorViewMut::layout);
+    check_partials(&a_dot_layouts, &lse_layouts, &out.layout(), out_lse_layout.as_ref())?;
     let (tokens, heads) = match *out.shape() {
         [_, tokens, heads, _] => (tokens, heads),
         [tokens, heads, _] => (tokens, heads),
@@ -99,11 +102,12 @@ fn max_and_exp_sum(logs: &[f64]) -> (f64, f64) {
     (max, logs.iter().map(|x| (x - max).exp()).sum())
 }
 
-fn check_partials<T: Element>(
-    a_dot: &[TensorView<'_, T>],
-    lse: &[TensorView<'_, f32>],
-    out: &TensorViewMut<'_, T>,
-    out_lse: Option<&TensorViewMut<'_, f32>>,
+/// The shapes of a merge of partial attentions.
+pub(crate) fn check_partials(
+    a_dot: &[Layout],
+    lse: &[Layout],
+    out: &Layout,
+    out_lse: Option<&Layout>,
 ) -> Result<()> {
     if a_dot.is_empty() {
         return Err(Error::Length { argument: "a_dot", got: 0, expected: "at least 1".into() });
@@ -122,7 +126,7 @@ fn check_partials<T: Element>(
     };
     out.check_rows("out")?;
     if let Some(out_lse) = out_lse {
-        out_lse.layout().check_shape("out_lse", &lse_shape, "[B, Hq, T] or packed [Hq, total]")?;
+        out_lse.check_shape("out_lse", &lse_shape, "[B, Hq, T] or packed [Hq, total]")?;
         out_lse.check_rows("out_lse")?;
     }
     for (i, (a_dot, lse)) in a_dot.iter().zip(lse).enumerate() {
@@ -133,20 +137,20 @@ fn check_partials<T: Element>(
 }
 
 /// One entry of a list of tensors: the error's argument says which.
-fn check_entry<T>(
+fn check_entry(
     list: &'static str,
     index: usize,
-    view: &TensorView<'_, T>,
+    layout: &Layout,
     expected: &[usize],
     names: &str,
 ) -> Result<()> {
     let argument = format!("{list}[{index}]");
-    if view.shape() != expected {
-        let got = format!("shape {:?}", view.shape());
+    if layout.shape() != expected {
+        let got = format!("shape {:?}", layout.shape());
         return Err(Error::value(argument, got, format!("{expected:?} ({names})")));
     }
-    view.check_rows(list).map_err(|_| {
-        let got = format!("strides {:?} (in elements)", view.strides());
+    layout.check_rows(list).map_err(|_| {
+        let got = format!("strides {:?} (in elements)", layout.strides());
         Error::value(argument, got, "a contiguous last dimension (stride 1)")
     })
 }
@@ -164,26 +168,9 @@ fn check_entry<T>(
 /// their problems differ, [`Error::OpenSegment`], [`Error::DeltaMerge`], and [`Error::Value`] when
 /// the token counts overflow.
 pub fn merge_memories(states: &[&State]) -> Result<State> {
-    let Some((last, earlier)) = states.split_last() else {
-        return Err(Error::Length { argument: "states", got: 0, expected: "at least 1".into() });
-    };
-    for (i, state) in states.iter().enumerate() {
-        states[0].problem.check_same(&state.problem)?;
-        if state.sequences() != states[0].sequences() {
-            let got = format!("{} slots", state.sequences());
-            let expected = format!("{} (those of states[0])", states[0].sequences());
-            return Err(Error::value(format!("states[{i}]"), got, expected));
-        }
-    }
-    for state in earlier {
-        if let Some(slot) = state.counters.iter().position(|c| c.open_len > 0) {
-            let open_len = state.counters[slot].open_len;
-            return Err(Error::OpenSegment { argument: "states", slot, open_len });
-        }
-    }
-    let counters = (0..last.sequences())
-        .map(|slot| merge_counters(states, slot))
-        .collect::<Result<Vec<_>>>()?;
+    let counted: Vec<_> = states.iter().map(|s| (&s.problem, &s.counters[..])).collect();
+    let counters = merge_counters(&counted)?;
+    let Some(last) = states.last() else { return Err(no_states()) };
     let mut merged = State::clone(last);
     merged.counters = counters;
     add_up(&mut merged.m, states, |s| &s.m);
@@ -191,15 +178,40 @@ pub fn merge_memories(states: &[&State]) -> Result<State> {
     Ok(merged)
 }
 
-fn merge_counters(states: &[&State], slot: usize) -> Result<Counters> {
-    let last = states[states.len() - 1];
-    let mut merged = Counters { tokens: 0, committed: 0, ..last.counters[slot] };
+fn no_states() -> Error {
+    Error::Length { argument: "states", got: 0, expected: "at least 1".into() }
+}
+
+/// Checks that states may be merged, whatever holds their memories, and adds up their counters.
+pub(crate) fn merge_counters(states: &[(&Problem, &[Counters])]) -> Result<Vec<Counters>> {
+    let Some(((problem, last), earlier)) = states.split_last() else { return Err(no_states()) };
+    for (i, (other, counters)) in states.iter().enumerate() {
+        states[0].0.check_same(other)?;
+        if counters.len() != states[0].1.len() {
+            let got = format!("{} slots", counters.len());
+            let expected = format!("{} (those of states[0])", states[0].1.len());
+            return Err(Error::value(format!("states[{i}]"), got, expected));
+        }
+    }
+    for (_, counters) in earlier {
+        if let Some(slot) = counters.iter().position(|c| c.open_len > 0) {
+            let open_len = counters[slot].open_len;
+            return Err(Error::OpenSegment { argument: "states", slot, open_len });
+        }
+    }
+    let slot_counters = |slot| states.iter().map(|(_, c)| c[slot]).collect::<Vec<_>>();
+    (0..last.len()).map(|slot| merge_slot(problem, slot, &slot_counters(slot))).collect()
+}
+
+/// The counters of one slot of the merged states.
+fn merge_slot(problem: &Problem, slot: usize, states: &[Counters]) -> Result<Counters> {
+    let last = states.last().copied().unwrap_or_default();
+    let mut merged = Counters { tokens: 0, committed: 0, ..last };
     let mut finished: Option<usize> = None;
-    for (i, state) in states.iter().enumerate() {
-        let c = &state.counters[slot];
+    for (i, c) in states.iter().enumerate() {
         merged.tokens = merged.tokens.saturating_add(c.tokens);
         merged.committed = merged.committed.saturating_add(c.committed);
-        if c.committed == 0 || state.problem.update() == Update::Linear {
+        if c.committed == 0 || problem.update() == Update::Linear {
             continue;
         }
         if let Some(first) = finished.replace(i) {
@@ -207,12 +219,12 @@ fn merge_counters(states: &[&State], slot: usize) -> Result<Counters> {
                 first,
                 second: i,
                 slot,
-                first_tokens: states[first].committed(slot),
+                first_tokens: states[first].committed,
                 second_tokens: c.committed,
             });
         }
     }
-    merged.check(&last.problem, slot)?;
+    merged.check(problem, slot)?;
     Ok(merged)
 }
 

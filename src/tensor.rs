@@ -185,10 +185,6 @@ macro_rules! view_accessors {
         pub(crate) fn layout(&self) -> Layout {
             self.layout
         }
-
-        pub(crate) fn check_rows(&self, argument: &'static str) -> Result<()> {
-            self.layout.check_rows(argument)
-        }
     };
 }
 

@@ -17,6 +17,7 @@
 
 #include "common/feature_map.cuh"
 #include "common/rotate.cuh"
+#include "common/snapshot.cuh"
 #include "common/tiles.h"
 
 namespace infini {
@@ -38,7 +39,7 @@ struct Gate {
 
 __device__ __forceinline__ Gate gate_of(const InfiniProblem& p, float logit, bool empty) {
   if (empty && p.bypass) return {0.0f, 1.0f};
-  return {1.0f / (1.0f + expf(-logit)), 1.0f / (1.0f + expf(logit))};
+  return {__fdividef(1.0f, 1.0f + expf(-logit)), __fdividef(1.0f, 1.0f + expf(logit))};
 }
 
 template <class T, int Dk, int Dv, class Shape>
@@ -63,15 +64,15 @@ struct Attention {
 
   // Registers. Row i, half h of a thread is tile row `row(i, h)`.
   float o[kRowTiles][Dv / 8][4];
-  float top[kRowTiles][2];    // running maximum of scores, times scale_log2
-  float total[kRowTiles][2];  // running sum of exponentials; of this thread's columns until reduce()
+  float top[kRowTiles][2];  // running maximum of scores, times scale_log2
+  float total[kRowTiles]
+             [2];  // running sum of exponentials; of this thread's columns until reduce()
 
   __device__ __forceinline__ explicit Attention(unsigned char* shared)
       : queries{ptx::shared_address(shared)},
         keys{queries.base + QueryTile::bytes},
         values{keys.base + KeyTile::bytes},
-        z{reinterpret_cast<float*>(shared + QueryTile::bytes + KeyTile::bytes +
-                                   ValueTile::bytes)},
+        z{reinterpret_cast<float*>(shared + QueryTile::bytes + KeyTile::bytes + ValueTile::bytes)},
         weight{z + Dk} {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -306,7 +307,8 @@ struct Attention {
 #pragma unroll
           for (int j = slice * 4; j < slice * 4 + 4; ++j) {
             const uint32_t to = values.at(stage + lane / 4 + h * 8, j) + lane % 4 * 4;
-            const uint32_t pair = pack<T>(weighed(o[i][j][2 * h], f), weighed(o[i][j][2 * h + 1], f));
+            const uint32_t pair =
+                pack<T>(weighed(o[i][j][2 * h], f), weighed(o[i][j][2 * h + 1], f));
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
           }
         }
@@ -337,7 +339,7 @@ struct Attention {
   __device__ __forceinline__ void map_queries(const InfiniProblem& p, int rows, GateOf gate) {
     __syncthreads();
     map_rows<Shift::kMaximum, kThreads>(p, queries, z, rows, [&](int row, float d, bool first) {
-      if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : gate(row).memory / d;
+      if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : __fdividef(gate(row).memory, d);
       return d != 0.0f;
     });
     __syncthreads();
@@ -355,7 +357,7 @@ struct Attention {
 #pragma unroll
         for (int slice = 0; slice < Dv / 32; ++slice) {
           const float w = local(i, h, slice);
-          const float f = w == 0.0f ? 0.0f : w / retrieved(i, h, slice);
+          const float f = w == 0.0f ? 0.0f : __fdividef(w, retrieved(i, h, slice));
 #pragma unroll
           for (int j = slice * 4; j < slice * 4 + 4; ++j) {
             o[i][j][2 * h] = weighed(o[i][j][2 * h], f);
@@ -412,7 +414,7 @@ struct Attention {
     float weights[kRowTiles][2];  // of the local branch, over the softmax sum
     each_row([&](int i, int h, int r) {
       const float w = r < rows ? gate(r).local : 0.0f;
-      weights[i][h] = w == 0.0f || total[i][h] == 0.0f ? 0.0f : w / total[i][h];
+      weights[i][h] = w == 0.0f || total[i][h] == 0.0f ? 0.0f : __fdividef(w, total[i][h]);
     });
     for (int i = threadIdx.x; retrieves && i < Dk; i += kThreads) z[i] = memory.z[i];
     const auto local = [&](int i, int h, int) { return weights[i][h]; };
@@ -425,9 +427,11 @@ struct Attention {
     // Rows that retrieve nothing must not meet the memory at all: it may hold NaN.
     store(local, [&](int r) -> T* { return weight[r] == 0.0f ? out(r) : nullptr; });
     __syncthreads();
-    // Bounded from below so that local / retrieved stays finite; what that adds is below rounding.
+    // Bounded away from 0 so that local / retrieved stays finite; what that adds is below rounding.
     const auto retrieved = [&](int i, int h, int slice) {
-      return fmaxf(weight[row(i, h)] / memory.scale[slice], weights[i][h] * 1e-30f);
+      const float e = weight[row(i, h)] * inverse_scale(memory.scale[slice]);
+      const float least = weights[i][h] * 1e-30f;
+      return fabsf(e) < least ? least : e;
     };
     retrieve(memory, idle, local, retrieved);
     store(retrieved, [&](int r) -> T* { return weight[r] == 0.0f ? nullptr : out(r); });

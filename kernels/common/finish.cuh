@@ -37,8 +37,8 @@ __device__ __forceinline__ void finish_memory(const InfiniState& state, int64_t 
         x[i] = {x[i].x + d.x, x[i].y + d.y, x[i].z + d.z, x[i].w + d.w};
       }
       *reinterpret_cast<float4*>(m + at) = x[i];
-      top = fmaxf(top, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)),
-                             fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
+      top = fmaxf(top,
+                  fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
     }
     const float scale = snapshot_scale(block_max<Threads>(top));
 #pragma unroll

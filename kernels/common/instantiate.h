@@ -31,24 +31,24 @@
 #define INFINI_JOIN_(operation, dtype, dims) infini_##operation##_sm80_##dtype##_##dims
 #define INFINI_JOIN(operation, dtype, dims) INFINI_JOIN_(operation, dtype, dims)
 
-#define INFINI_HEAD_(operation, Params, Launch, T, dtype, dk, dv)        \
-  INFINI_KERNEL(INFINI_JOIN(operation, dtype, INFINI_NAME_##dk##_##dv),  \
-                INFINI_COMMAS(operation<infini::T, dk, dv>), Params,     \
-                INFINI_COMMAS(infini::Launch<dk, dv>::threads),          \
+#define INFINI_HEAD_(operation, Params, Launch, T, dtype, dk, dv)       \
+  INFINI_KERNEL(INFINI_JOIN(operation, dtype, INFINI_NAME_##dk##_##dv), \
+                INFINI_COMMAS(operation<infini::T, dk, dv>), Params,    \
+                INFINI_COMMAS(infini::Launch<dk, dv>::threads),         \
                 INFINI_COMMAS(infini::Launch<dk, dv>::blocks_per_sm))
-#define INFINI_HEAD(operation, Params, Launch, dk, dv)          \
-  INFINI_HEAD_(operation, Params, Launch, Bf16, bf16, dk, dv)   \
+#define INFINI_HEAD(operation, Params, Launch, dk, dv)        \
+  INFINI_HEAD_(operation, Params, Launch, Bf16, bf16, dk, dv) \
   INFINI_HEAD_(operation, Params, Launch, F16, f16, dk, dv)
 
-#define INFINI_KEY_(operation, Params, Launch, T, dtype, dk)                                  \
+#define INFINI_KEY_(operation, Params, Launch, T, dtype, dk)                                   \
   INFINI_KERNEL(INFINI_JOIN(operation, dtype, d##dk), INFINI_COMMAS(operation<infini::T, dk>), \
                 Params, infini::Launch<dk>::threads, infini::Launch<dk>::blocks_per_sm)
 #define INFINI_KEY(operation, Params, Launch, dk)        \
   INFINI_KEY_(operation, Params, Launch, Bf16, bf16, dk) \
   INFINI_KEY_(operation, Params, Launch, F16, f16, dk)
 
-#define INFINI_TYPE(operation, Params)                                                    \
-  INFINI_KERNEL(infini_##operation##_sm80_bf16, operation<infini::Bf16>, Params,          \
-                infini::kElementThreads, 1)                                               \
-  INFINI_KERNEL(infini_##operation##_sm80_f16, operation<infini::F16>, Params,            \
+#define INFINI_TYPE(operation, Params)                                           \
+  INFINI_KERNEL(infini_##operation##_sm80_bf16, operation<infini::Bf16>, Params, \
+                infini::kElementThreads, 1)                                      \
+  INFINI_KERNEL(infini_##operation##_sm80_f16, operation<infini::F16>, Params,   \
                 infini::kElementThreads, 1)

@@ -128,17 +128,17 @@ struct GlobalRow {
   __device__ __forceinline__ void set_element(int i, T x) const { to[i] = x; }
 };
 
-// A permutation of the rows of every group of eight. Lanes take the parts of a row, then those of the
-// next: eight lanes on two or four rows so meet chunks in different banks.
+// A permutation of the rows of every group of eight. Lanes take the parts of a row, then those of
+// the next: eight lanes on two or four rows so meet chunks in different banks.
 template <int C>
 __device__ __forceinline__ int row_in_turn(int i) {
   if constexpr (C % 64 != 0) return i;  // neighbours lie half the banks apart already
   return (i & ~7) + static_cast<int>(__brev(i & 7) >> 29);
 }
 
-// Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row outside
-// the tables stays as it is. Every thread of the block takes part; the caller synchronises before
-// and after.
+// Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row
+// outside the tables stays as it is. Every thread of the block takes part; the caller synchronises
+// before and after.
 template <int Threads, class T, int R, int C, class Position>
 __device__ __forceinline__ void rotate_tile(const Tile<T, R, C>& tile, int first, int last,
                                             const InfiniRope& rope, uint64_t status,

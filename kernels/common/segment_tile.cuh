@@ -17,8 +17,8 @@ struct SegmentTask {
   Memory<T> memory;
   InfiniPiece piece;
   InfiniRope rope;
-  int64_t token;     // the tile's first token
-  int first, rows;   // the same within the piece; rows in use
+  int64_t token;    // the tile's first token
+  int first, rows;  // the same within the piece; rows in use
   int head;
   int kv_head;
   Branch branch;
@@ -67,11 +67,13 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
       }
       __syncthreads();
     };
-    t.attend(p, task.source, 0, whole - 1 + task.rows, whole,
-             [&](int i, int h) { return whole + Tile::row(i, h); }, Tile::first_row() >= task.rows,
-             rotate);
+    t.attend(
+        p, task.source, 0, whole - 1 + task.rows, whole,
+        [&](int i, int h) { return whole + Tile::row(i, h); }, Tile::first_row() >= task.rows,
+        rotate);
     t.reduce();
   } else {
+    ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncthreads();
   }
@@ -88,7 +90,8 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
     });
   }
   if (asked && call.a_dot.data) {
-    t.store([&](int i, int h, int) { return t.total[i][h] == 0.0f ? 0.0f : 1.0f / t.total[i][h]; },
+    t.store([&](int i, int h,
+                int) { return t.total[i][h] == 0.0f ? 0.0f : __fdividef(1.0f, t.total[i][h]); },
             [&](int r) { return out(call.a_dot, r); });
   }
   const Gate gate = gate_of(p, call, task);

@@ -14,4 +14,9 @@ __device__ __forceinline__ float snapshot_scale(float top) {
   return __uint_as_float(254 - exponent << 23);
 }
 
+// 1 / scale, exactly: the scale is a power of two.
+__device__ __forceinline__ float inverse_scale(float scale) {
+  return __uint_as_float((254u << 23) - __float_as_uint(scale));
+}
+
 }  // namespace infini

@@ -84,8 +84,8 @@ struct SegmentRows {
   int cached;
 };
 
-// Keys and values of a segment. Kernels hold it in shared memory, where it takes no registers through
-// their main loops.
+// Keys and values of a segment. Kernels hold it in shared memory, where it takes no registers
+// through their main loops.
 template <class T>
 struct Keys {
   SegmentRows<T> k, v;

@@ -27,8 +27,7 @@ struct AttentionTile {
   // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
   static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
   // Query tile, key tile, value tile; z; one weight per row.
-  static constexpr int shared_bytes =
-      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
+  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };
 
 // Decoding packs the query heads of a KV head into the rows of one tile.
@@ -41,8 +40,7 @@ struct DecodeTile {
   static constexpr int keys = 64;
   static constexpr int blocks_per_sm = 2;
   static constexpr int score_unroll = 2;
-  static constexpr int shared_bytes =
-      2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
+  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
 };
 
 // A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its
@@ -61,11 +59,16 @@ struct UpdateTile {
 // Columns of V that one block of segment_state and commit takes: all, unless the accumulators
 // would not fit its registers; then K is read again (from L2) for the others.
 template <int Columns>
-constexpr int kUpdateColumns = Columns <= 128 ? Columns : Columns % 128 == 0 ? 128 : Columns / 2;
+constexpr int kUpdateColumns = Columns <= 128       ? Columns
+                               : Columns % 128 == 0 ? 128
+                                                    : Columns / 2;
 
-// The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention.
+// The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention; at
+// Dk = 256 they take the columns of K in two halves.
 template <int Dv>
 constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 32;
+template <int Dk>
+constexpr int kSegmentKeys = Dk > 192 ? Dk / 2 : Dk;
 
 // Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
 // ring of [Dk x 32] panels.
@@ -86,6 +89,8 @@ template <int Dk, int Dv>
 struct SegmentTile {
   using Attention = AttentionTile<Dk, Dv>;
   using Update = UpdateTile<Dk, kSegmentColumns<Dv>>;
+  // Update blocks per chunk of tokens and KV head.
+  static constexpr int slices = Dv / kSegmentColumns<Dv> * (Dk / kSegmentKeys<Dk>);
   static constexpr int threads = Attention::threads;
   static constexpr int blocks_per_sm = 2;
   static constexpr int shared_bytes = Attention::shared_bytes > Update::shared_bytes

@@ -12,11 +12,14 @@
 #pragma once
 
 #include "common/sequence.cuh"
+#include "common/snapshot.cuh"
 #include "common/tiles.h"
 
 namespace infini {
 
-template <class T, int Dk, int Columns, int Threads>
+// `Accumulated` of the Dk columns of dMt, from `key` on, where all of them would not fit the
+// registers.
+template <class T, int Dk, int Columns, int Threads, int Accumulated = Dk>
 struct Update {
   using Shape = UpdateTile<Dk, Columns>;
   static constexpr int kTokens = Shape::tokens;
@@ -34,16 +37,18 @@ struct Update {
   float* factor;     // [64]
 
   // Registers of a warp that owns columns.
-  float d[Dk / 8][4];        // dMt: rows v, columns k
-  float2 sums;               // column sums of sigma(K): of one pair of columns, every kGroups rows
-  uint32_t mt[Dk / 16][4];   // Mt snapshot, under the delta rule
-  float memory_scale;        // what mt is divided by, negated
+  int key;
+  float d[Accumulated / 8][4];  // dMt: rows v, columns k
+  float2 sums;              // column sums of sigma(K): of one pair of columns, every kGroups rows
+  uint32_t mt[Dk / 16][4];  // Mt snapshot, under the delta rule
+  float memory_scale;       // what mt is divided by, negated
 
-  __device__ __forceinline__ explicit Update(unsigned char* shared)
+  __device__ __forceinline__ explicit Update(unsigned char* shared, int key = 0)
       : keys{ptx::shared_address(shared)},
         values{keys.base + 2 * KeyTile::bytes},
         z{reinterpret_cast<float*>(shared + 2 * (KeyTile::bytes + ValueTile::bytes))},
         factor{z + Dk},
+        key(key),
         sums{0.0f, 0.0f} {
 #pragma unroll
     for (auto& tile : d) {
@@ -54,7 +59,9 @@ struct Update {
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-  static __device__ __forceinline__ bool owns() { return Threads == 32 * kWarps || warp() < kWarps; }
+  static __device__ __forceinline__ bool owns() {
+    return Threads == 32 * kWarps || warp() < kWarps;
+  }
 
   __device__ __forceinline__ KeyTile key_tile(int stage) const {
     return {keys.base + stage * KeyTile::bytes};
@@ -81,17 +88,18 @@ struct Update {
         block.a_trans(mt[(first + k) / 16], k, warp() * 16);
       }
     }
-    memory_scale = owns() ? -1.0f / scale[(column + warp() * 16) / INFINI_SCALE_COLUMNS] : 0.0f;
+    memory_scale =
+        owns() ? -inverse_scale(scale[(column + warp() * 16) / INFINI_SCALE_COLUMNS]) : 0.0f;
     __syncthreads();
   }
 
-  // Adds the tokens `first` to `end`. `load(stage, token)` copies the values of a tile (or nothing),
-  // `prepare(stage)` may turn the mapped tile further, between barriers. `p` is the problem, whose
-  // epsilon is in units of `z`; `inverse(den)` the factor of a token.
+  // Adds the tokens `first` to `end`. `load(stage, token)` copies the values of a tile (or
+  // nothing), `prepare(stage)` may turn the mapped tile further, between barriers. `p` is the
+  // problem, whose epsilon is in units of `z`; `inverse(den)` the factor of a token.
   template <bool kDelta, class Load, class Inverse, class Prepare>
   __device__ __forceinline__ void run(const InfiniProblem& p, const SegmentRows<T>& k, int first,
-                                      int end, bool delta, bool sum, Load load, Inverse inverse,
-                                      Prepare prepare) {
+                                      const int& end, bool delta, bool sum, Load load,
+                                      Inverse inverse, Prepare prepare) {
     if (first >= end) return;
     load_tile<Threads>(key_tile(0), k, first, end);
     load(0, first);
@@ -147,9 +155,9 @@ struct Update {
       v.a_trans(a, token, warp() * 16);
       if (kDelta && delta) retrieve(r, k, token);
 #pragma unroll
-      for (int j = 0; j < Dk / 16; ++j) {
+      for (int j = 0; j < Accumulated / 16; ++j) {
         uint32_t b[4];
-        k.b_trans(b, token, j * 16);
+        k.b_trans(b, token, key + j * 16);
         ptx::mma_m16n8k16<T>(d[2 * j], a, b[0], b[1]);
         ptx::mma_m16n8k16<T>(d[2 * j + 1], a, b[2], b[3]);
         if (kDelta && delta) {
@@ -186,9 +194,9 @@ struct Update {
   // dM as f32 [Dk][columns], columns `column` on: whole sectors, 8 columns of 4 rows at a time.
   __device__ __forceinline__ void store(float* to, int columns, int column) const {
     if (!owns()) return;
-    to += column + warp() * 16 + lane() / 4;
+    to += int64_t{key} * columns + column + warp() * 16 + lane() / 4;
 #pragma unroll
-    for (int j = 0; j < Dk / 8; ++j) {
+    for (int j = 0; j < Accumulated / 8; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         to[int64_t{j * 8 + lane() % 4 * 2 + c % 2} * columns + c / 2 * 8] = d[j][c];

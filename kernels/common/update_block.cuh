@@ -8,30 +8,39 @@
 
 namespace infini {
 
-// Tokens `first` to `end` of the segment, columns `slice * Columns` on of V. `source` lies in shared
-// memory.
-template <int Threads, class T, int Dk, int Dv, int Columns>
+// What the block is to do. It lies in shared memory, so that it takes no registers through the main
+// loop.
+template <class T>
+struct UpdateTask {
+  Keys<T> source;
+  int64_t matrix;  // slot and head of M
+  float* partial;  // where the result goes
+  int first, end;  // tokens of the segment
+  int column;      // first column of V
+  int key;         // first column of K that is accumulated
+  bool empty;
+};
+
+template <int Threads, class T, int Dk, int Dv, int Columns, int Accumulated = Dk>
 __device__ __forceinline__ void update_block(const InfiniProblem& p, const InfiniState& state,
-                                             const Keys<T>& source, int64_t matrix,
-                                             bool empty, int first, int end, int slice,
-                                             float* partial, unsigned char* shared) {
-  Update<T, Dk, Columns, Threads> update(shared);
-  const bool delta = p.delta && !empty;
-  const float* z = pointer<const float>(state.normalizer) + matrix * Dk;
+                                             const UpdateTask<T>& task, unsigned char* shared) {
+  Update<T, Dk, Columns, Threads, Accumulated> update(shared, task.key);
+  const bool delta = p.delta && !task.empty;
+  const float* z = pointer<const float>(state.normalizer) + task.matrix * Dk;
   for (int i = threadIdx.x; i < Dk; i += Threads) update.z[i] = delta ? z[i] : 0.0f;
   if (delta) {
-    update.load_memory(pointer<const T>(state.snapshot) + matrix * (Dk * Dv),
-                       pointer<const float>(state.snapshot_scale) + matrix * (Dv / 32), Dv,
-                       slice * Columns);
+    update.load_memory(pointer<const T>(state.snapshot) + task.matrix * (Dk * Dv),
+                       pointer<const float>(state.snapshot_scale) + task.matrix * (Dv / 32), Dv,
+                       task.column);
   }
   update.template run<true>(
-      p, source.k, first, end, delta, slice == 0,
+      p, task.source.k, task.first, task.end, delta, task.column == 0 && task.key == 0,
       [&](int stage, int token) {
-        load_tile<Threads>(update.value_tile(stage), source.v, token, end, slice * Columns);
+        load_tile<Threads>(update.value_tile(stage), task.source.v, token, task.end, task.column);
       },
       [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; }, [](int) {});
-  update.store(partial, Dv, slice * Columns);
-  if (slice == 0) update.store_sums(partial + Dk * Dv, shared);
+  update.store(task.partial, Dv, task.column);
+  if (task.column == 0 && task.key == 0) update.store_sums(task.partial + Dk * Dv, shared);
 }
 
 }  // namespace infini

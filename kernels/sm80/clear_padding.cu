@@ -11,8 +11,7 @@ template <class T>
 __device__ __forceinline__ void clear_padding(const InfiniClearPadding& p, unsigned char*) {
   const InfiniSequence s = sequence_of(p.sequences, blockIdx.z);
   const int token = blockIdx.x * 8 + threadIdx.x / 32, head = blockIdx.y, lane = threadIdx.x % 32;
-  if (token >= p.sequences.tokens || token < s.len || s.batch < 0 ||
-      s.batch >= p.sequences.count) {
+  if (token >= p.sequences.tokens || token < s.len || s.batch < 0 || s.batch >= p.sequences.count) {
     return;
   }
   for (const InfiniTensor* x : {&p.call.o, &p.call.a_dot, &p.call.a_mem}) {

@@ -1,9 +1,9 @@
 // Folds open segments into (M, z): those that are full, or any under `flush`.
 //
-// Tile: UpdateTile<Dk, columns> (common/update.cuh). Grid (chunks, Hkv * Dv / columns, sequences): a
-// block takes `chunk_len` tokens of the open segment and writes a partial update; the last block of
-// a head adds the partials in index order and writes M, z and the snapshot in place; the last head
-// of a sequence moves its counters. Blocks with nothing to do still take their ticket.
+// Tile: UpdateTile<Dk, columns> (common/update.cuh). Grid (chunks, Hkv * Dv / columns, sequences):
+// a block takes `chunk_len` tokens of the open segment and writes a partial update; the last block
+// of a head adds the partials in index order and writes M, z and the snapshot in place; the last
+// head of a sequence moves its counters. Blocks with nothing to do still take their ticket.
 //
 // Shared memory: two stages of key and value tiles, z, factors. Barriers: __syncthreads; tickets in
 // global memory, 0 between launches.
@@ -29,16 +29,24 @@ __device__ __forceinline__ void commit(const InfiniCommit& p, unsigned char* sha
   const int64_t head = int64_t{blockIdx.z} * p.problem.kv_heads + kv_head;
   const int64_t matrix = int64_t{slot} * p.problem.kv_heads + kv_head;
   const int first = chunk * p.chunk_len, end = min(first + p.chunk_len, len);
-  __shared__ Keys<T> source;
   if (first < end) {
+    __shared__ UpdateTask<T> task;
     const auto rows = [&](uint64_t address, int columns) {
       const T* data = segment_rows<const T>(address, p.problem, slot, kv_head, columns);
       return SegmentRows<T>{{data, columns}, {data, columns}, len};
     };
-    if (threadIdx.x == 0) source = {rows(p.state.open_k, Dk), rows(p.state.open_v, Dv)};
+    if (threadIdx.x == 0) {
+      task = {{rows(p.state.open_k, Dk), rows(p.state.open_v, Dv)},
+              matrix,
+              partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
+              first,
+              end,
+              slice * kColumns,
+              0,
+              empty};
+    }
     __syncthreads();
-    update_block<kThreads, T, Dk, Dv, kColumns>(
-        p.problem, p.state, source, matrix, empty, first, end, slice, partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk), shared);
+    update_block<kThreads, T, Dk, Dv, kColumns>(p.problem, p.state, task, shared);
   }
 
   if (!last_block(pointer<uint32_t>(p.exchange.head_tickets) + head, gridDim.x * kSlices)) return;

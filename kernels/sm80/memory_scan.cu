@@ -1,8 +1,8 @@
 // Phase 4 of prefill: M before every piece, as snapshot, and M after the run:
 // M <- M - G M + B, serial over the pieces of a chain.
 //
-// Tile: ScanTile<Dk>: 32 columns of M per block, in f32 accumulators, a warp per 16 rows; the columns
-// are independent. Grid (columns / 32, Hkv, chains). Per piece:
+// Tile: ScanTile<Dk>: 32 columns of M per block, in f32 accumulators, a warp per 16 rows; the
+// columns are independent. Grid (columns / 32, Hkv, chains). Per piece:
 //   1. largest magnitude of the block, hence the snapshot's power of two
 //   2. snapshot to shared memory (the product's operand) and to the workspace
 //   3. P = G snapshot, G in panels of 32 columns through a ring of four stages that runs ahead over
@@ -11,12 +11,12 @@
 //
 // Shared memory: panels [4][Dk x 32], snapshot [Dk x 32].
 //
-// Per piece and head 2 Dk^2 columns flops; reads Dk^2 elements of G per block and 4 Dk columns bytes
-// of B, writes 2 Dk columns bytes.
+// Per piece and head 2 Dk^2 columns flops; reads Dk^2 elements of G per block and 4 Dk columns
+// bytes of B, writes 2 Dk columns bytes.
+#include "common/feature_map.cuh"
 #include "common/instantiate.h"
 #include "common/snapshot.cuh"
 #include "common/tile.cuh"
-#include "common/feature_map.cuh"
 
 namespace infini {
 
@@ -109,9 +109,8 @@ struct Scan {
   __device__ __forceinline__ float snapshot(Accumulator& m, uint64_t to, uint64_t scales,
                                             int64_t matrix) const {
     float top = 0.0f;
-    each_pair(m, [&](float& x, float& y, int, int) {
-      top = fmaxf(top, fmaxf(fabsf(x), fabsf(y)));
-    });
+    each_pair(m,
+              [&](float& x, float& y, int, int) { top = fmaxf(top, fmaxf(fabsf(x), fabsf(y))); });
     // Its barrier also says that all have read the operand of the piece before.
     const float scale = snapshot_scale(block_max<kThreads>(top));
     const Operand tile = operand();

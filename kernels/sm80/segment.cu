@@ -1,5 +1,5 @@
-// One segment (or less) of every sequence in one launch: attention of the new tokens, and where they
-// complete the segment, the update of the memory.
+// One segment (or less) of every sequence in one launch: attention of the new tokens, and where
+// they complete the segment, the update of the memory.
 //
 // Grid (blocks, sequences). Of a sequence's blocks the first `tiles` * Hq (twice that with a_mem
 // asked) each attend one query tile (AttentionTile, common/attention.cuh), the others each update
@@ -25,7 +25,8 @@ template <class T, int Dk, int Dv>
 struct Segment {
   static constexpr int kThreads = SegmentTile<Dk, Dv>::threads;
   static constexpr int kRows = AttentionTile<Dk, Dv>::rows;
-  static constexpr int kColumns = kSegmentColumns<Dv>, kSlices = Dv / kColumns;
+  static constexpr int kColumns = kSegmentColumns<Dv>, kKeys = kSegmentKeys<Dk>;
+  static constexpr int kSlices = SegmentTile<Dk, Dv>::slices;
 
   static __device__ __forceinline__ int64_t matrix(const InfiniSegment& p, const InfiniPiece& piece,
                                                    int kv_head) {
@@ -69,22 +70,29 @@ struct Segment {
   }
 
   // Update block `id` of a sequence.
-  static __device__ __forceinline__ void update(const InfiniSegment& p, SegmentTask<T>& task,
+  static __device__ __forceinline__ void update(const InfiniSegment& p, const SegmentTask<T>& task,
                                                 int id, unsigned char* shared) {
     const InfiniPiece& piece = task.piece;
-    const int slice = id % kSlices, kv_head = task.kv_head;
-    const int chunk = id / kSlices / p.problem.kv_heads, first = chunk * p.chunk_len;
-    const int end = min(first + p.chunk_len, p.problem.segment_len);
+    const int kv_head = task.kv_head, chunk = id / kSlices / p.problem.kv_heads;
+    const int first = chunk * p.chunk_len, end = min(first + p.chunk_len, p.problem.segment_len);
     if (!piece.full || piece.len == 0 || first >= end) return;
-    const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
+    const int slice = id % kSlices, column = slice % (Dv / kColumns) * kColumns;
+    const int key = slice / (Dv / kColumns) * kKeys;
+    __shared__ UpdateTask<T> update;
     if (threadIdx.x == 0) {
-      task.source = {keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
-                     values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)};
+      const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
+      update = {{keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
+                 values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)},
+                matrix(p, piece, kv_head),
+                partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
+                first,
+                end,
+                column,
+                key,
+                piece.empty != 0};
     }
     __syncthreads();
-    update_block<kThreads, T, Dk, Dv, kColumns>(
-        p.problem, p.state, task.source, matrix(p, piece, kv_head), piece.empty, first, end, slice, partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
-        shared);
+    update_block<kThreads, T, Dk, Dv, kColumns, kKeys>(p.problem, p.state, update, shared);
   }
 
   // What the last blocks do, after everything.
@@ -124,7 +132,7 @@ __device__ __forceinline__ void segment(const InfiniSegment& p, unsigned char* s
   if (threadIdx.x == 0) {
     const InfiniSequence s = sequence_of(p.sequences, blockIdx.y);
     task.piece = piece_of(p.problem, p.state, p.call.rope, p.sequences, s, 0);
-    if (task.piece.len > 0 && task.piece.len < s.len) {
+    if (task.piece.len > 0 && (task.piece.len < s.len || (task.piece.full && p.chunks == 0))) {
       report(p.state.status, INFINI_STATUS_LENGTH);
       task.piece.len = 0;
     }

@@ -1,9 +1,9 @@
 // Phase 5 of prefill: local attention, retrieval and gate of every piece, segments in parallel.
 //
-// Tile: AttentionTile<Dk, Dv>: 128 query rows (64 at Dv = 256) of one query head, 64 keys per block,
-// 4 warps; two blocks per SM. One-dimensional grid, longest tiles first, query heads innermost so
-// that the heads of a group share K and V in L2; with a_mem asked, as many blocks again write the
-// memory branch alone.
+// Tile: AttentionTile<Dk, Dv>: 128 query rows (64 at Dv = 256) of one query head, 64 keys per
+// block, 4 warps; two blocks per SM. One-dimensional grid, longest tiles first, query heads
+// innermost so that the heads of a group share K and V in L2; with a_mem asked, as many blocks
+// again write the memory branch alone.
 //
 // Shared memory: query, key, value tile; z [Dk]; row weights. Barriers: __syncthreads only, three
 // per block of keys (common/attention.cuh).

@@ -37,8 +37,7 @@ __device__ __forceinline__ void segment_state(const InfiniSegmentState& p, unsig
       },
       [](float) { return 0.0f; }, [](int) {});
 
-  const int64_t record =
-      (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head) * p.splits + split;
+  const int64_t record = (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head) * p.splits + split;
   if (values) {
     update.store(pointer<float>(p.b) + record * (Dk * Dv), Dv, slice * kColumns);
   }

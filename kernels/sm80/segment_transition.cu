@@ -5,8 +5,9 @@
 // per 16 columns of G. Grid (Dk / columns, Hkv, pieces).
 //
 // Powers of two keep the 16-bit operands in range: z is divided by the one that brings its largest
-// channel into [1, 2), so that W is of the order of 1 / Dk whatever the keys' scale, and the 16 rows
-// of G that a warp holds by the one that brings their largest element there. g_scale undoes both.
+// channel into [1, 2), so that W is of the order of 1 / Dk whatever the keys' scale, and the 16
+// rows of G that a warp holds by the one that brings their largest element there. g_scale undoes
+// both.
 //
 // Shared memory: two stages of key and W tiles, z, factors; at the end G on its way out.
 //

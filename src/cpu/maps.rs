@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use super::matmul::{Into, Mat, matmul};
 use super::segment::{self, CHUNK, Scratch};
 use super::simd;
-use crate::call::check_dtype;
+use crate::runs::{MapTokens, check_batch, check_keys, check_map};
 use crate::tensor::Rows;
-use crate::{Element, Error, Problem, Result, State, TensorView, Update};
+use crate::{Element, Problem, Result, State, TensorView, Update};
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,38 +98,15 @@ impl SegmentMap {
         &self.sums.tokens
     }
 
+    fn run(&self) -> MapTokens<'_> {
+        MapTokens { problem: &self.problem, before: &self.before.tokens, tokens: &self.sums.tokens }
+    }
+
     fn view<'a>(&'a self, data: &'a [f32], width: usize) -> TensorView<'a, f32> {
         let p = &self.problem;
         TensorView::new(data, &[self.sums.tokens.len(), p.kv_heads(), p.key_dim(), width])
             .expect("A and B have these shapes since they were made")
     }
-}
-
-fn check_batch(argument: &'static str, got: usize, expected: usize) -> Result<()> {
-    if got != expected {
-        let expected = format!("{expected} (sequences)");
-        return Err(Error::Length { argument, got, expected });
-    }
-    Ok(())
-}
-
-/// Checks a [B, T, Hkv, D] tensor and returns (B, T).
-fn check_tokens<T: Element>(
-    problem: &Problem,
-    argument: &'static str,
-    x: &TensorView<'_, T>,
-    dim: usize,
-) -> Result<(usize, usize)> {
-    check_dtype::<T>(argument, problem.dtype())?;
-    let &[b, t, heads, d] = x.shape() else {
-        return Err(Error::shape(argument, x.shape(), "rank 4 [B, T, Hkv, D]"));
-    };
-    if [heads, d] != [problem.kv_heads(), dim] {
-        let expected = format!("[B, T, Hkv = {}, {dim}]", problem.kv_heads());
-        return Err(Error::shape(argument, x.shape(), expected));
-    }
-    x.check_rows(argument)?;
-    Ok((b, t))
 }
 
 /// Σ σ(k) over a run of tokens: k [B, T, Hkv, Dk], unrotated.
@@ -138,7 +115,7 @@ fn check_tokens<T: Element>(
 /// [`Error::DType`], [`Error::Shape`] or [`Error::Stride`] naming k.
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
     let dk = problem.key_dim();
-    let (batch, tokens) = check_tokens(problem, "k", &k, dk)?;
+    let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
     let mut out = KeySums::zero(problem, batch);
     out.tokens.fill(tokens as u64);
     let rows = k.rows();
@@ -174,14 +151,9 @@ pub fn segment_map<T: Element>(
     before: &KeySums,
 ) -> Result<SegmentMap> {
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
-    let (batch, tokens) = check_tokens(problem, "k", &k, dk)?;
-    let got = check_tokens(problem, "v", &v, dv)?;
-    if got != (batch, tokens) {
-        let expected = format!("B = {batch}, T = {tokens} as k");
-        return Err(Error::shape("v", v.shape(), expected));
-    }
-    problem.check_same(&before.problem)?;
-    check_batch("before", before.tokens.len(), batch)?;
+    let (k_layout, v_layout) = (k.layout(), v.layout());
+    let found = (&before.problem, &before.tokens[..]);
+    let (batch, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
     let mut map = SegmentMap {
         problem: *problem,
         before: before.clone(),
@@ -269,9 +241,7 @@ fn run_map<T: Element>(
 /// [`Error::Problem`] or [`Error::Length`] when they belong to different problems or batches,
 /// [`Error::Value`] when `second` was not made for the tokens that `first` leaves behind.
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
-    first.problem.check_same(&second.problem)?;
-    check_batch("second", second.sums.tokens.len(), first.sums.tokens.len())?;
-    check_follows("second", &first.before.add(&first.sums)?, &second.before)?;
+    first.run().check_followed_by(&second.run())?;
     let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
     let mut map = SegmentMap {
         a: vec![0.0; first.a.len()],
@@ -299,14 +269,7 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// [`Error::OpenSegment`] for a slot with an open segment, [`Error::Value`] when the map was made
 /// for another number of earlier tokens. The state is unchanged then.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
-    map.problem.check_same(&state.problem)?;
-    check_batch("state", state.sequences(), map.sums.tokens.len())?;
-    for (slot, c) in state.counters.iter().enumerate() {
-        if c.open_len > 0 {
-            return Err(Error::OpenSegment { argument: "state", slot, open_len: c.open_len });
-        }
-    }
-    check_follows("map", &KeySums::from_state(state), &map.before)?;
+    let counters = map.run().apply(&state.problem, &state.counters)?;
     let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());
     (state.m.par_chunks_exact_mut(dk * dv))
         .zip(map.a.par_chunks_exact(dk * dk).zip(map.b.par_chunks_exact(dk * dv)))
@@ -316,23 +279,6 @@ pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
             matmul(m, Into::Add, Mat::rows(a, dk, dk, dk), Mat::rows(&found, dk, dv, dv));
         });
     state.z.iter_mut().zip(&map.sums.sums).for_each(|(z, dz)| *z += dz);
-    for (c, tokens) in state.counters.iter_mut().zip(&map.sums.tokens) {
-        c.tokens += tokens;
-        c.committed += tokens;
-    }
-    Ok(())
-}
-
-/// A map may only follow the number of tokens it was made for.
-fn check_follows(argument: &'static str, found: &KeySums, made_for: &KeySums) -> Result<()> {
-    for (b, (found, made_for)) in found.tokens.iter().zip(&made_for.tokens).enumerate() {
-        if found != made_for {
-            return Err(Error::value(
-                format!("{argument} (sequence {b})"),
-                format!("a map made for {made_for} earlier tokens"),
-                format!("one made for {found}"),
-            ));
-        }
-    }
+    state.counters = counters;
     Ok(())
 }
