@@ -67,8 +67,7 @@ impl StateLayout {
             status: all.part(&[1], 4)?,
             slots: slots as i64,
         };
-        let (head_tickets, sequence_tickets) =
-            (all.part(&[slots, h, p.group()], 4)?, all.part(&[slots], 4)?);
+        let (head_tickets, sequence_tickets) = (all.part(&[slots, h], 4)?, all.part(&[slots], 4)?);
         let (problem, bytes) = (*problem, all.bytes());
         Ok(Self { problem, slots, rotation, bytes, state, head_tickets, sequence_tickets })
     }
