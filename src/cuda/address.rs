@@ -74,8 +74,8 @@ const PART_LSE: u64 = 1 << 15;
 impl Operand {
     fn number(self) -> u64 {
         match self {
-            Operand::Part(i) => PART | u64::from(i) % PART,
-            Operand::PartLse(i) => PART_LSE | u64::from(i) % PART,
+            Operand::Part(i) => PART | (u64::from(i) % PART),
+            Operand::PartLse(i) => PART_LSE | (u64::from(i) % PART),
             _ => 1 + NAMED.iter().position(|(named, _)| *named == self).unwrap_or(0) as u64,
         }
     }
