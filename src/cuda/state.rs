@@ -1,6 +1,6 @@
 //! A pool of states in device memory: one allocation, and a mirror of its counters on the host.
 
-use super::address::Parameters;
+use super::address::{Bytes, Parameters};
 use super::call::shapes;
 use super::params::*;
 use super::plan::{Allocation, Plan};
@@ -151,6 +151,19 @@ impl StateLayout {
         Ok(plan.finish(Vec::new(), &Allocation::new(Operand::Workspace)))
     }
 
+    /// Writes the counters of every slot.
+    pub(crate) fn set_counters(&self, plan: &mut Plan, counters: &[Counters]) {
+        let counters = counters.iter().map(|c| InfiniCounters {
+            tokens: c.tokens,
+            committed: c.committed,
+            open_len: c.open_len as u32,
+            rotated: c.rotated.into(),
+            taken: 0,
+            reserved: 0,
+        });
+        plan.copy(self.state.counters, Bytes::plain(&counters.collect::<Vec<_>>()));
+    }
+
     /// Launches that make the snapshots of `count` slots from `first` on from their memories.
     pub(crate) fn snapshots(&self, plan: &mut Plan, first: usize, count: usize) -> Result<()> {
         /// Memories per launch: a grid's y.
@@ -179,6 +192,10 @@ impl StateLayout {
 /// What a run changes in the counters.
 #[derive(Clone, Debug)]
 pub(crate) enum Effect {
+    /// Nothing: no state is touched.
+    None,
+    /// Every slot's counters change from what was found when it was planned.
+    Set(Vec<(Counters, Counters)>),
     /// Slots are emptied.
     Reset(Vec<usize>),
     /// Open segments are committed. With the counters found when it was planned.
@@ -295,13 +312,21 @@ impl Mirror {
 
     /// The counters after a run.
     fn after(&self, plan: &Plan, table: Option<&[(usize, usize)]>) -> Result<Vec<Counters>> {
-        self.problem().check_same(plan.state().problem())?;
-        if plan.state().slots != self.counters.len() {
-            let (got, expected) = (self.counters.len(), format!("{} (slots)", plan.state().slots));
+        let mut counters = self.counters.clone();
+        let Some(state) = plan.state() else { return Ok(counters) };
+        self.problem().check_same(state.problem())?;
+        if state.slots != self.counters.len() {
+            let (got, expected) = (self.counters.len(), format!("{} (slots)", state.slots));
             return Err(Error::Length { argument: "state", got, expected });
         }
-        let mut counters = self.counters.clone();
         match &plan.effect {
+            Effect::None => {}
+            Effect::Set(slots) => {
+                for (slot, (planned, after)) in slots.iter().enumerate() {
+                    self.unmoved(slot, planned)?;
+                    counters[slot] = *after;
+                }
+            }
             Effect::Reset(slots) => slots.iter().for_each(|&s| counters[s] = Counters::default()),
             Effect::Flush(slots) => {
                 for (slot, planned) in slots {

@@ -9,6 +9,8 @@ pub mod call;
 pub mod cases;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod driver;
 pub mod metric;
 pub mod model;
