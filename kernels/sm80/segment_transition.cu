@@ -87,7 +87,9 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
   float top = 0.0f;
   for (int i = threadIdx.x; i < Dk; i += kThreads) top = fmaxf(top, fabsf(z[i]));
   const float shrink = snapshot_scale(block_max<kThreads>(top));
-  for (int i = threadIdx.x; i < Dk; i += kThreads) update.z[i] = z[i] * shrink;
+  for (int i = threadIdx.x; i < Dk; i += kThreads) {
+    update.z[i] = z[z_channel<Dk>(i)] * shrink;
+  }
 
   InfiniProblem problem = p.problem;
   problem.epsilon *= shrink;
