@@ -122,8 +122,10 @@ struct Scan {
     if (to) {
       T* rows = pointer<T>(to) + matrix * Dk * p.columns + column;
       for (int i = threadIdx.x; i < Dk * 4; i += kThreads) {
-        *reinterpret_cast<Chunk*>(rows + i / 4 * p.columns + i % 4 * 8) =
-            load_chunk(tile.at(i / 4, i % 4));
+        const Chunk c = load_chunk(tile.at(i / 4, i % 4));
+        // A plain store of 16 bytes would be split here.
+        __stcg(reinterpret_cast<uint4*>(rows + i / 4 * p.columns + i % 4 * 8),
+               uint4{c.x[0], c.x[1], c.x[2], c.x[3]});
       }
       if (threadIdx.x == 0) {
         pointer<float>(scales)[matrix * (p.columns / INFINI_SCALE_COLUMNS) + blockIdx.x] = scale;

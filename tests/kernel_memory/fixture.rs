@@ -188,8 +188,8 @@ pub fn check_snapshot<T: Element>(what: &str, m: &[f32], columns: usize, got: &[
     }
 }
 
-/// Buffers of a few bytes that say what there is to do: every thread reads them.
-const DESCRIPTORS: [&str; 4] = ["pieces", "chains", "counters", "sequences"];
+/// Buffers of a few bytes that every thread of a block or warp reads.
+const DESCRIPTORS: [&str; 5] = ["pieces", "chains", "counters", "sequences", "g_scale"];
 
 /// Checks that a launch moves at most 1.05 times the distinct bytes, of the buffers in `shared` as
 /// many times as they say; that it writes whole sectors; and that its accesses to shared
