@@ -30,7 +30,9 @@ struct Transition {
     const auto w = update.value_tile(stage);
 #pragma unroll 1
     for (int i = threadIdx.x; i < Product::kTokens * chunks; i += Threads) {
-      const int row = i / chunks, chunk = i % chunks;
+      // Eight lanes take four chunks of two rows that the swizzles of both tiles keep apart.
+      const int pair = i / 8 / (chunks / 4), row = (pair / 4 * 8 + pair % 4) ^ (i / 4 % 2 * 5);
+      const int chunk = i / 8 % (chunks / 4) * 4 + i % 4;
       float x[8];
       widen<T>(load_chunk(k.at(row, column / 8 + chunk)), x);
 #pragma unroll
