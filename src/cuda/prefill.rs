@@ -6,9 +6,9 @@
 //! 4. `memory_scan`: M before every piece, as snapshot, and the state's M after the run.
 //! 5. `segment_attention`: all outputs.
 //!
-//! Before them `rotate_keys`, with rotation; after them `append`: what is left of a run goes into the
-//! open segments, and the counters move. A chain of pieces that is cut continues in the next run
-//! from the state that the last one left: counters and all.
+//! Before them `rotate_keys`, with rotation; after them `append`, for sequences that end in the run:
+//! what is left goes into the open segment, and the counters move. A chain of pieces that is cut
+//! continues in the next run from the M and z that the last one left.
 
 use bytemuck::Zeroable;
 
@@ -19,7 +19,8 @@ use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding};
 use super::state::Kind;
 use super::{Call, Kernel, Mirror, Operand, find};
-use crate::call::{Piece, pieces};
+use crate::call::{Piece, Sequence, pieces};
+use crate::memory::Counters;
 use crate::{Problem, Result, Update};
 
 /// Tokens of a tile of keys and values: parts of a segment are multiples of it.
@@ -57,14 +58,15 @@ pub fn plan_prefill(
 ) -> Result<Plan> {
     let call = call.resolve(problem, state, None)?;
     let counters = state.counters();
-    let all: Vec<Piece> =
-        call.sequences.iter().flat_map(|s| pieces(problem, *s, counters[s.slot])).collect();
+    let all: Vec<_> =
+        call.sequences.iter().flat_map(|s| counted(&call, s, counters[s.slot])).collect();
     let columns = find("segment_state", problem)?.columns;
     let (splits, split_len) = splits(problem, columns, options.multiprocessors);
     let per_run = Arrays::pieces_per_run(&call, splits, all.len(), options.workspace_bytes)?;
-    let runs: Vec<Run> = all.chunks(per_run).map(|pieces| Run::new(&call, pieces)).collect();
+    let runs: Vec<Run> = all.chunks(per_run).map(|pieces| Run::new(problem, pieces)).collect();
 
-    let title = format!("prefill {}, {} segments in {} runs", call.shapes(), all.len(), runs.len());
+    let (segments, count) = (all.len(), runs.len());
+    let title = format!("prefill {}; segments: {segments}, runs: {count}", call.shapes());
     let before = call.sequences.iter().map(|s| counters[s.slot]).collect();
     let mut plan = Plan::new(title, state.layout(), call.effect(Kind::Once(before)));
     let mut workspace = Allocation::new(Operand::Workspace);
@@ -98,33 +100,46 @@ struct Run {
     /// Pieces that complete a segment, and those of them that find a memory.
     full: usize,
     transits: usize,
+    /// Chains that end.
+    ends: usize,
 }
 
 impl Run {
-    fn new(call: &Resolved<'_>, run: &[Piece]) -> Self {
+    fn new(p: &Problem, run: &[(Piece, Counters)]) -> Self {
         let mut chains: Vec<InfiniChain> = Vec::new();
-        for (i, piece) in run.iter().enumerate() {
+        for (i, (piece, after)) in run.iter().enumerate() {
             let slot = piece.seq.slot as i32;
-            match chains.last_mut() {
-                Some(chain) if chain.slot == slot => chain.pieces += 1,
-                _ => chains.push(InfiniChain {
-                    slot,
-                    first_piece: i as i32,
-                    pieces: 1,
-                    empty: piece.empty.into(),
-                }),
+            if chains.last().is_none_or(|chain| chain.slot != slot) {
+                let (first_piece, empty) = (i as i32, piece.empty.into());
+                chains.push(InfiniChain { slot, first_piece, empty, ..Zeroable::zeroed() });
+            }
+            if let Some(chain) = chains.last_mut() {
+                chain.pieces += 1;
+                (chain.tokens, chain.committed) = (after.tokens as i64, after.committed as i64);
+                chain.ends = (piece.start + piece.len == piece.seq.len).into();
             }
         }
-        let full = run.iter().filter(|piece| piece.full);
-        let delta = call.problem.update() == Update::Delta;
+        let pieces = || run.iter().map(|(piece, _)| piece);
+        let transits = |piece: &&Piece| piece.full && !piece.empty && p.update() == Update::Delta;
         Self {
-            pieces: run.iter().map(piece_params).collect(),
+            pieces: pieces().map(piece_params).collect(),
+            ends: chains.iter().filter(|chain| chain.ends != 0).count(),
             chains,
-            longest: run.iter().map(|piece| piece.len).max().unwrap_or(0),
-            full: full.clone().count(),
-            transits: full.filter(|piece| delta && !piece.empty).count(),
+            longest: pieces().map(|piece| piece.len).max().unwrap_or(0),
+            full: pieces().filter(|piece| piece.full).count(),
+            transits: pieces().filter(transits).count(),
         }
     }
+}
+
+/// A sequence's pieces, each with the counters after it.
+fn counted(call: &Resolved<'_>, s: &Sequence, mut counters: Counters) -> Vec<(Piece, Counters)> {
+    let rotated = call.rotation().is_some();
+    let counted = pieces(&call.problem, *s, counters).map(|piece| {
+        counters.advance(&piece, rotated);
+        (piece, counters)
+    });
+    counted.collect()
 }
 
 fn piece_params(piece: &Piece) -> InfiniPiece {
@@ -170,7 +185,7 @@ fn copy_tables(
 ///
 /// As many as give two blocks per multiprocessor to 16 segments of 8 KV heads; but no part so short
 /// that writing its B (f32) costs as much as half of reading its keys and values.
-fn splits(p: &Problem, columns: usize, multiprocessors: usize) -> (usize, usize) {
+pub(super) fn splits(p: &Problem, columns: usize, multiprocessors: usize) -> (usize, usize) {
     const HEADS: usize = 16 * 8;
     let (n, dk, dv) = (p.segment_len(), p.key_dim(), p.value_dim());
     let blocks = HEADS * (dv / columns);
@@ -296,7 +311,7 @@ impl Planner<'_> {
             sums: self.arrays.sums,
         };
         let why = format!(
-            "{} of {} segments are completed, {} parts of {} tokens",
+            "segments completed: {} of {}; parts: {}, of {} tokens",
             run.full,
             run.pieces.len(),
             self.splits,
@@ -335,7 +350,7 @@ impl Planner<'_> {
             g: self.arrays.g,
             g_scale: self.arrays.g_scale,
         };
-        let why = format!("delta: {} completed segments find a memory", run.transits);
+        let why = format!("delta rule; segments that find a memory: {}", run.transits);
         let grid = [p.key_dim() / kernel.columns, p.kv_heads(), run.pieces.len()];
         plan.launch(kernel, grid, params, why)
     }
@@ -383,11 +398,14 @@ impl Planner<'_> {
         let halves = 1 + usize::from(self.call.a_mem());
         let blocks = [run.pieces.len(), self.call.problem.heads(), halves];
         let blocks = blocks.iter().fold(tiles, |all, extent| all.saturating_mul(*extent));
-        let why = format!("{tiles} tiles of {} rows per segment and head", kernel.rows);
+        let why = format!("query tiles per segment and head: {tiles}, of {} rows", kernel.rows);
         plan.launch(kernel, [blocks, 1, 1], params, why)
     }
 
     fn append(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
+        if run.ends == 0 {
+            return Ok(());
+        }
         let p = &self.call.problem;
         let params = InfiniAppend {
             problem: self.problem,
@@ -397,6 +415,7 @@ impl Planner<'_> {
             rotated: self.arrays.rotated,
         };
         let grid = [p.segment_len().div_ceil(8), p.kv_heads(), run.chains.len()];
-        plan.launch(self.kernel("append")?, grid, params, "open segments and counters")
+        let why = format!("open segments and counters; sequences that end: {}", run.ends);
+        plan.launch(self.kernel("append")?, grid, params, why)
     }
 }

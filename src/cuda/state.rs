@@ -120,7 +120,7 @@ impl StateLayout {
     /// # Errors
     /// [`Error::Unsupported`], as [`Self::new`].
     pub fn plan_init(&self) -> Result<Plan> {
-        let title = format!("init; {}; {} slots", shapes(&self.problem), self.slots);
+        let title = format!("init {}; slots: {}", shapes(&self.problem), self.slots);
         let mut plan = Plan::new(title, self, Effect::Reset((0..self.slots).collect()));
         plan.fill(Operand::State.at(0), self.bytes, 0);
         self.snapshots(&mut plan, 0, self.slots)?;
@@ -134,7 +134,7 @@ impl StateLayout {
     pub fn plan_reset(&self, slots: &[usize]) -> Result<Plan> {
         check_slots(slots, self.slots)?;
         let p = &self.problem;
-        let title = format!("reset; {}; {} of {} slots", shapes(p), slots.len(), self.slots);
+        let title = format!("reset {}; slots: {} of {}", shapes(p), slots.len(), self.slots);
         let mut plan = Plan::new(title, self, Effect::Reset(slots.to_vec()));
         let z = (4 * p.kv_heads() * p.key_dim()) as u64;
         let parts = [
@@ -182,7 +182,7 @@ impl StateLayout {
                 key_dim: dk as i32,
                 value_dim: dv as i32,
             };
-            let why = format!("snapshots and scales of {matrices} memories");
+            let why = format!("snapshots and scales; memories: {matrices}");
             plan.launch(find("snapshot", p)?, [scales, matrices, 1], params, why)?;
         }
         Ok(())
