@@ -130,7 +130,7 @@ impl Layout {
         })
     }
 
-    fn check_within(&self, offset: usize, len: usize) -> Result<()> {
+    pub fn check_within(&self, offset: usize, len: usize) -> Result<()> {
         if self.is_empty() {
             return Ok(());
         }
@@ -378,7 +378,7 @@ impl<'a, T> TensorViewMut<'a, T> {
     }
 }
 
-fn check_len(got: usize, shape: &[usize]) -> Result<()> {
+pub(crate) fn check_len(got: usize, shape: &[usize]) -> Result<()> {
     let expected = shape.iter().try_fold(1usize, |n, &e| n.checked_mul(e));
     if expected != Some(got) {
         let expected = format!("the product of {shape:?}");

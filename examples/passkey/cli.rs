@@ -6,6 +6,7 @@ use clap::Parser;
 use infini_attn::Update;
 
 use crate::features::VALUES;
+use crate::memory::Place;
 
 /// Hides a passkey in up to a million tokens of real text and finds it again through the
 /// compressive memory of Infini-attention alone.
@@ -66,6 +67,11 @@ pub struct Cli {
     /// Draws passkeys, places and projections; the same seed gives the same run
     #[arg(long, default_value = "2404")]
     pub seed: u64,
+
+    /// Where the memory lies and is worked on; cuda needs a build with --features cuda, a device of
+    /// compute capability 8.0 and one of its head dimensions
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: Place,
 
     /// Heat map of the table (SVG)
     #[arg(long, value_name = "FILE", default_value = "target/passkey.svg", value_parser = svg)]
@@ -172,6 +178,7 @@ mod tests {
         refuse(&["--length", "32K,4K"], "--length: 4096 given, 6144");
         refuse(&["--segment", "32"], "--segment: 32 given, 64");
         refuse(&["--plot", "map.png"], ".svg");
+        refuse(&["--device", "tpu"], "cpu, cuda");
         assert!(Cli::try_parse_from(["passkey"]).unwrap().check().is_ok());
     }
 }

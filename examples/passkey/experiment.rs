@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use anyhow::Result;
 use indicatif::ProgressBar;
-use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
+use infini_attn::Problem;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cli::show_tokens;
 use crate::features::{DIGITS, PHRASE, Projections, WINDOW};
 use crate::haystack::Haystack;
+use crate::memory::{Backend, Feed, Memory};
 
 /// Passkeys per cell of the table.
 pub const KEYS: usize = 5;
@@ -91,6 +92,7 @@ struct Stream {
 
 pub struct Experiment<'a> {
     pub problem: Problem,
+    pub backend: &'a Backend,
     pub seed: u64,
     pub haystack: &'a Haystack,
     pub progress: &'a ProgressBar,
@@ -161,8 +163,8 @@ impl Experiment<'_> {
     /// Sends every stream through `prefill`, padded with text to the end of its last segment. Up to
     /// its first written byte a stream is the text alone: slot 0 reads that, and is forked where a
     /// stream departs from it. Slot i of the result belongs to stream i.
-    fn read(&self, caller: &mut Caller, streams: &[Stream], length: usize) -> Result<State> {
-        let mut state = State::new(&self.problem, 1);
+    fn read(&self, caller: &mut Caller, streams: &[Stream], length: usize) -> Result<Memory> {
+        let mut state = self.backend.state(&self.problem)?;
         let mut readers = vec![None];
         for call in self.calls(length) {
             let known = readers.len();
@@ -186,7 +188,7 @@ impl Experiment<'_> {
             self.progress.inc((call.len() * readers.len()) as u64);
         }
         let slot_of = |s: &Stream| readers.iter().position(|r| *r == Some(s));
-        Ok(state.fork(&Vec::from_iter(streams.iter().filter_map(slot_of)))?)
+        state.fork(&Vec::from_iter(streams.iter().filter_map(slot_of)))
     }
 
     /// Token ranges of the calls that read a text: whole segments.
@@ -216,7 +218,7 @@ impl Experiment<'_> {
     fn ask(
         &self,
         caller: &mut Caller,
-        state: &mut State,
+        state: &mut Memory,
         streams: &[Stream],
         length: usize,
     ) -> Result<[Cell; DEPTHS.len()]> {
@@ -283,43 +285,25 @@ fn zone(depth: usize, length: usize, segment: usize) -> Range<usize> {
 
 /// One call after another: features of some text, then `prefill`.
 struct Caller<'a> {
-    problem: &'a Problem,
     projections: &'a Projections,
-    gate: Vec<f32>,
-    /// Keys [T + 1, H, D], values [T, H, D] of the text encoded last.
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    outputs: Vec<f32>,
+    feed: Feed,
 }
 
 impl<'a> Caller<'a> {
-    fn new(problem: &'a Problem, projections: &'a Projections) -> Self {
-        let gate = vec![f32::INFINITY; problem.heads()];
-        Self { problem, projections, gate, keys: vec![], values: vec![], outputs: vec![] }
+    fn new(problem: &Problem, projections: &'a Projections) -> Self {
+        Self { projections, feed: Feed::new(problem) }
     }
 
     /// `bytes` begins with the WINDOW bytes before the first token.
     fn encode(&mut self, bytes: &[u8]) {
-        self.projections.encode(bytes, &mut self.keys, &mut self.values);
+        let (keys, values) = self.feed.features();
+        self.projections.encode(bytes, keys, values);
     }
 
     /// Feeds the encoded text to each of `slots`; gives the last token's output, [H, D], in the
     /// last of them.
-    fn prefill(&mut self, slots: &[usize], state: &mut State) -> Result<&[f32]> {
-        let (heads, dim) = (self.problem.heads(), self.problem.key_dim());
-        let width = heads * dim;
-        let tokens = self.values.len() / width;
-        let shape = [slots.len(), tokens, heads, dim];
-        // Batch stride 0: all sequences read the same text.
-        let strides = [0, width as i64, dim as i64, 1];
-        let view = |data, offset| TensorView::strided(data, offset, &shape, &strides);
-        // The query of a token is the key of the next.
-        let inputs =
-            Inputs::new(view(&self.keys, width)?, view(&self.keys, 0)?, view(&self.values, 0)?);
-        self.outputs.resize(slots.len() * tokens * width, 0.0);
-        let outputs = Outputs::new(TensorViewMut::new(&mut self.outputs, &shape)?);
-        prefill(self.problem, &inputs.slots(slots), &self.gate, state, outputs)?;
-        Ok(&self.outputs[self.outputs.len() - width..])
+    fn prefill(&mut self, slots: &[usize], state: &mut Memory) -> Result<&[f32]> {
+        self.feed.prefill(slots, state)
     }
 }
 
@@ -338,7 +322,9 @@ mod tests {
             .unwrap();
         let haystack = Haystack::read(&[], length + segment, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let experiment = Experiment { problem, seed: 7, haystack: &haystack, progress: &progress };
+        let (seed, backend) = (7, &Backend::Cpu);
+        let experiment =
+            Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         let lines = experiment.run(length).unwrap();
         assert_eq!(progress.position(), experiment.total(&[length]));
         lines
@@ -382,16 +368,23 @@ mod tests {
         let problem = Problem::builder().heads(2).head_dim(16).segment_len(256).build().unwrap();
         let haystack = Haystack::read(&[], 8192, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let e = Experiment { problem, seed: 3, haystack: &haystack, progress: &progress };
+        let (seed, backend) = (3, &Backend::Cpu);
+        let e = Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         let projections = Projections::random(2, 16, &mut e.rng(1));
         let mut caller = Caller::new(&problem, &projections);
         let streams = e.streams(8000, true);
-        let forked = e.read(&mut caller, &streams, 8000).unwrap();
+        let host = |memory| match memory {
+            Memory::Cpu(state) => state,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(_) => unreachable!("the backend is the CPU"),
+        };
+        let forked = host(e.read(&mut caller, &streams, 8000).unwrap());
         assert_eq!(forked.sequences(), streams.len());
         for (slot, stream) in streams.iter().enumerate() {
-            let mut whole = State::new(&problem, 1);
+            let mut whole = backend.state(&problem).unwrap();
             caller.encode(&e.bytes(Some(stream), 0, 8192));
             caller.prefill(&[0], &mut whole).unwrap();
+            let whole = host(whole);
             assert_eq!(forked.tokens(slot), whole.tokens(0));
             for (head, d, c) in (0..2 * 256).map(|i| (i / 256, i / 16 % 16, i % 16)) {
                 let (a, b) =
@@ -406,7 +399,8 @@ mod tests {
         let problem = Problem::builder().segment_len(64).build().unwrap();
         let haystack = Haystack::read(&[], 640, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let e = Experiment { problem, seed: 1, haystack: &haystack, progress: &progress };
+        let (seed, backend) = (1, &Backend::Cpu);
+        let e = Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         for stream in e.streams(640, true) {
             let text = e.bytes(Some(&stream), 0, 640);
             let text = String::from_utf8_lossy(&text);

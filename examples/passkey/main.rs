@@ -5,6 +5,7 @@ mod cli;
 mod experiment;
 mod features;
 mod haystack;
+mod memory;
 mod report;
 
 use std::io::Write;
@@ -14,12 +15,13 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use infini_attn::Problem;
+use infini_attn::{Error, Problem};
 
 use crate::cli::{Cli, show_tokens};
 use crate::experiment::{Experiment, KEYS, Kind};
 use crate::features::PHRASE;
 use crate::haystack::Haystack;
+use crate::memory::Backend;
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -30,7 +32,9 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(2)
+            // Nothing is wrong with the command line where a machine has no device.
+            let no_device = matches!(error.downcast_ref(), Some(Error::NoDevice { .. }));
+            ExitCode::from(if no_device { 1 } else { 2 })
         }
     }
 }
@@ -43,11 +47,13 @@ fn run(cli: &Cli) -> Result<bool> {
     let mut lengths = cli.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
+    let backend = Backend::open(cli.device)?;
     let problem = Problem::builder()
         .heads(cli.heads)
         .head_dim(cli.dim)
         .segment_len(cli.segment)
         .update(cli.update)
+        .dtype(backend.dtype())
         .build()?;
     let longest = lengths.last().copied().unwrap_or_default();
     let needed = longest.next_multiple_of(cli.segment);
@@ -63,14 +69,20 @@ fn run(cli: &Cli) -> Result<bool> {
     report::prepare(&cli.plot)?;
     writeln!(out, "{title}")?;
     writeln!(out, "Text: {}", haystack.describe(needed))?;
+    writeln!(out, "Memory on {}", backend.describe()?)?;
     writeln!(
         out,
         "Needle: \"{PHRASE}\" and five digits; projections are constructed, not trained"
     )?;
 
     let progress = bar();
-    let experiment =
-        Experiment { problem, seed: cli.seed, haystack: &haystack, progress: &progress };
+    let experiment = Experiment {
+        problem,
+        backend: &backend,
+        seed: cli.seed,
+        haystack: &haystack,
+        progress: &progress,
+    };
     progress.set_length(experiment.total(&lengths));
     let mut lines = vec![];
     for &length in &lengths {

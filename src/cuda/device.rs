@@ -5,15 +5,21 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use cudarc::driver::sys::{self, CUfunction_attribute, CUresult, CUstreamCaptureStatus};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction_attribute, CUresult, CUstreamCaptureStatus,
+};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+};
 use cudarc::nvrtc::Ptx;
 
 use super::kernels::{self, KERNELS, Kernel};
 use super::launcher::{Launch, Launcher};
 use super::params::{INFINI_TABLE_BYTES, InfiniTable};
+use super::plan::Plan;
+use super::{Addresses, Operand, PrefillOptions};
 use crate::{Error, Result};
 
 /// Least compute capability the kernels run on.
@@ -29,12 +35,39 @@ const DEFAULT_SHARED: u32 = 48 << 10;
 /// asynchronous: a call returns when everything is enqueued. A clone uses the same stream;
 /// [`Self::on`] another one. Loaded kernels are shared by all of them.
 ///
-/// Kernels are loaded when they are first needed, which a stream that captures a graph does not
-/// allow: a call that is to be captured runs once before, or [`Self::load`] is called.
+/// Kernels are loaded when they are first needed, and the workspace that the calls on a stream share
+/// grows to what the largest needs. A stream that captures a graph allows neither: a call that is to
+/// be captured runs once before, or [`Self::prepare`] is called. A captured graph runs in that
+/// workspace: it must be replayed on the device's stream, and not outlive the device.
 #[derive(Clone, Debug)]
 pub struct Device {
     stream: Arc<CudaStream>,
     loaded: Arc<Loaded>,
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+/// Memory that calls on one stream use one after another.
+#[derive(Debug, Default)]
+struct Workspace {
+    current: Option<Buffer>,
+    /// Whether a graph was captured with `current`.
+    captured: bool,
+    /// Smaller ones that captured graphs still use.
+    retired: Vec<Buffer>,
+}
+
+/// A buffer that only its own stream uses. Its address is kept, for cudarc may wait for events when
+/// asked for it, which would spoil a capture.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    pub address: u64,
+    data: CudaSlice<u8>,
+}
+
+impl Buffer {
+    pub fn len(&self) -> usize {
+        self.data.len()
+    }
 }
 
 /// What was loaded into the context so far.
@@ -79,7 +112,7 @@ impl Device {
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
         let loaded = Loaded { context, capability, tables: Mutex::default() };
-        Ok(Self { stream, loaded: Arc::new(loaded) })
+        Ok(Self { stream, loaded: Arc::new(loaded), workspace: Arc::default() })
     }
 
     /// The same device, its loaded kernels included, with another stream.
@@ -91,12 +124,17 @@ impl Device {
             let expected = "a stream of the device's own context";
             return Err(Error::value("stream", "a stream of another context", expected));
         }
-        Ok(Self { stream, loaded: self.loaded.clone() })
+        Ok(Self { stream, loaded: self.loaded.clone(), workspace: Arc::default() })
     }
 
     /// The stream that all work goes to.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// The device's ordinal.
+    pub fn ordinal(&self) -> usize {
+        self.loaded.context.ordinal()
     }
 
     /// Compute capability, (major, minor).
@@ -112,14 +150,24 @@ impl Device {
         self.loaded.context.name().map_err(|e| driver("name of the device", e))
     }
 
-    /// Multiprocessors of the device.
+    /// An attribute of the device, in the driver's own units.
     ///
     /// # Errors
-    /// [`Error::Driver`] when the driver does not tell.
-    pub fn multiprocessors(&self) -> Result<usize> {
-        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let count = self.loaded.context.attribute(count);
-        count.map(|n| n.max(1) as usize).map_err(|e| driver("number of multiprocessors", e))
+    /// [`Error::Driver`] when the driver does not know it.
+    pub fn attribute(&self, attribute: CUdevice_attribute) -> Result<usize> {
+        let value = self.loaded.context.attribute(attribute);
+        let value = value.map_err(|e| driver(format!("{attribute:?}"), e))?;
+        Ok(usize::try_from(value).unwrap_or(0))
+    }
+
+    /// How prefills are planned for this device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver does not tell the number of multiprocessors.
+    pub fn prefill_options(&self) -> Result<PrefillOptions> {
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = self.attribute(count)?.max(1);
+        Ok(PrefillOptions { multiprocessors, ..PrefillOptions::default() })
     }
 
     /// Waits until everything enqueued so far is done.
@@ -132,13 +180,55 @@ impl Device {
         self.stream.synchronize().map_err(|e| driver("synchronize", e))
     }
 
-    /// Loads a kernel ahead of its first launch.
+    /// Loads a plan's kernels and makes room for its workspace, so that its run can be captured.
     ///
     /// # Errors
-    /// [`Error::Driver`] when the driver has no code for the device or the device does not have the
-    /// shared memory, [`Error::Capturing`].
-    pub fn load(&self, kernel: &'static Kernel) -> Result<()> {
-        self.function(kernel).map(drop)
+    /// [`Error::Driver`] when the driver has no code for the device, or the device does not have the
+    /// memory; [`Error::Capturing`].
+    pub fn prepare(&self, plan: &Plan) -> Result<()> {
+        for kernel in plan.launches().map(|launch| launch.kernel).chain(table_kernel()) {
+            self.function(kernel)?;
+        }
+        self.workspace(plan.workspace_bytes()).map(drop)
+    }
+
+    /// Runs a plan on the stream, in the shared workspace. The other addresses and everything else
+    /// in the contract of [`Plan::run`] are the caller's part: state, tensors, order.
+    pub(super) fn run(&self, plan: &Plan, mut addresses: Addresses) -> Result<()> {
+        // Held to the end: steps of two calls from two threads must not alternate in one workspace.
+        let workspace = self.workspace(plan.workspace_bytes())?;
+        if let Some(current) = &workspace.current {
+            addresses.set(Operand::Workspace, current.address);
+        }
+        // SAFETY: the workspace is this stream's alone, and large enough; the rest is the contract
+        // of the safe calls, which borrow what they pass.
+        unsafe { plan.run(&addresses, &mut self.launcher()) }
+    }
+
+    fn workspace(&self, bytes: u64) -> Result<MutexGuard<'_, Workspace>> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
+        let capturing = self.is_capturing()?;
+        if workspace.current.as_ref().is_none_or(|w| (w.len() as u64) < bytes) && bytes > 0 {
+            let grown = self.allocate(bytes, "a larger workspace")?;
+            let old = workspace.current.replace(grown);
+            if std::mem::take(&mut workspace.captured) {
+                workspace.retired.extend(old);
+            }
+        }
+        workspace.captured |= capturing;
+        Ok(workspace)
+    }
+
+    /// A buffer of unspecified content; at least one byte.
+    pub(super) fn allocate(&self, bytes: u64, what: &str) -> Result<Buffer> {
+        let what = format!("allocating {what} of {bytes} B");
+        self.refuse_capture(&what, "run the call once, or Device::prepare, before the capture")?;
+        self.bind()?;
+        // SAFETY: bytes of any content are valid, and every plan writes what it reads.
+        let data = unsafe { self.stream.alloc((bytes as usize).max(1)) };
+        let data = data.map_err(|e| driver(what, e))?;
+        let address = data.device_ptr(&self.stream).0;
+        Ok(Buffer { address, data })
     }
 
     /// Whether the stream captures a graph.
@@ -169,7 +259,7 @@ impl Device {
         CudaLauncher { device: self }
     }
 
-    fn bind(&self) -> Result<()> {
+    pub(super) fn bind(&self) -> Result<()> {
         self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
     }
 
@@ -179,7 +269,7 @@ impl Device {
             return Ok(function.clone());
         }
         let what = || format!("loading the kernel {}", kernel.symbol);
-        self.refuse_capture(&what(), "run the call once, or Device::load, before the capture")?;
+        self.refuse_capture(&what(), "run the call once, or Device::prepare, before the capture")?;
         self.bind()?;
         let module = match tables.modules.get(kernel.file) {
             Some(module) => module.clone(),
@@ -258,6 +348,10 @@ fn load_module(context: &Arc<CudaContext>, file: &'static str) -> Result<Arc<Cud
     }
 }
 
+fn table_kernel() -> Option<&'static Kernel> {
+    KERNELS.iter().find(|k| k.operation == "table")
+}
+
 /// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
 /// can be captured in a graph.
 #[derive(Debug)]
@@ -269,7 +363,7 @@ impl CudaLauncher<'_> {
     /// One launch of `table` per part: the bytes travel in the parameters, so a captured graph owns
     /// them.
     fn write_table(&mut self, to: u64, from: &[u8]) -> Result<()> {
-        let Some(kernel) = KERNELS.iter().find(|k| k.operation == "table") else {
+        let Some(kernel) = table_kernel() else {
             let reason = "not compiled into this build".into();
             return Err(Error::Driver { what: "the kernel table".into(), reason });
         };
@@ -289,7 +383,7 @@ impl CudaLauncher<'_> {
 
 impl Launcher for CudaLauncher<'_> {
     fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, params, what } = *launch;
+        let Launch { kernel, grid, params, .. } = *launch;
         let function = self.device.function(kernel)?;
         self.device.bind()?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
@@ -306,13 +400,7 @@ impl Launcher for CudaLauncher<'_> {
                 &mut arguments,
             )
         };
-        launched.map_err(|e| Error::Launch {
-            kernel: kernel.symbol,
-            grid,
-            threads: kernel.threads,
-            what: what.into(),
-            reason: reason(e),
-        })
+        launched.map_err(|e| launch.error(reason(e)))
     }
 
     fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {

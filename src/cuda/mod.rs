@@ -1,17 +1,20 @@
 //! The operator on CUDA devices of compute capability 8.0 and later (feature `cuda`).
 //!
 //! The kernels are compiled when the crate is built and lie in it as fatbins; [`KERNELS`] is the
-//! table they are looked up in. libcuda is never linked: it is opened when a device is.
-
+//! table they are looked up in. libcuda is never linked: it is opened when a [`Device`] is.
 //!
 //! Calls come in two layers. The raw one takes addresses: a *plan* is made on the host from shapes
-//! alone ([`plan_prefill`], [`plan_segment`], [`plan_decode`], [`plan_flush`]), printed or tested without a device, and run by a
-//! [`Launcher`].
+//! alone ([`plan_prefill`], [`plan_segment`], [`plan_decode`], [`plan_flush`]), printed or tested
+//! without a device, and run by a [`Launcher`]. The typed one ([`prefill()`], [`segment()`],
+//! [`decode()`], [`flush`]) owns its [`State`] and borrows tensors in cudarc's buffers.
 
 mod address;
+mod buffers;
 mod call;
+mod calls;
 mod commit;
 mod decode;
+mod device;
 mod kernels;
 mod launcher;
 mod maps;
@@ -24,11 +27,16 @@ mod segment;
 mod sequences;
 mod state;
 mod tensor;
+mod transfer;
+mod typed;
 
 pub use address::{Addresses, Operand, Requirement};
+pub use buffers::{TensorView, TensorViewMut};
 pub use call::{Call, DeviceRope};
+pub use calls::{Inputs, Outputs, Rope, decode, flush, prefill, record_decode, segment};
 pub use commit::plan_flush;
 pub use decode::{DecodeOptions, Runs, plan_decode};
+pub use device::{CudaLauncher, Device};
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
 pub use launcher::{Launch, Launcher};
 pub use maps::{
@@ -41,3 +49,4 @@ pub use prefill::{PrefillOptions, plan_prefill};
 pub use segment::plan_segment;
 pub use state::{Mirror, StateLayout};
 pub use tensor::DeviceTensor;
+pub use typed::{Gate, State};

@@ -74,7 +74,7 @@ impl State {
 
     /// A state from its parts, `m` and `z` of the right length; open segments get room and their
     /// counters, their rows are left to the caller.
-    pub(super) fn assemble(
+    pub(crate) fn assemble(
         problem: &Problem,
         m: Vec<f32>,
         z: Vec<f32>,

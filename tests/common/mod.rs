@@ -7,6 +7,10 @@ pub mod backend;
 pub mod buffers;
 pub mod call;
 pub mod cases;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod driver;
 pub mod metric;
 pub mod model;

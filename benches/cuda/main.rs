@@ -1,0 +1,104 @@
+//! The operator on a CUDA device: `cargo bench --features cuda --bench cuda`.
+//!
+//! Every operation is captured into CUDA graphs, one per set of buffers (together larger than L2),
+//! and timed by events on the stream: no host time is in the figures. Next to criterion's own lines
+//! stands a Markdown table: µs, TFLOP/s of the formula, GB/s of the bytes that must move, and the
+//! share of the roofline, whose bandwidth is that of a copy measured in the same run.
+//!
+//! | variable | |
+//! |---|---|
+//! | `INFINI_BENCH_SECONDS` | time for all measurements together (default 120) |
+//! | `INFINI_BENCH_JSON` | file to append one JSON line per operation to |
+//!
+//! `--measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]` times one bf16 prefill and prints a
+//! JSON line: how `benches/compare.py` calls it. With a folder it reads q, k, v and gate from there
+//! and writes o.
+
+mod measure;
+mod roofline;
+mod work;
+
+use std::cell::RefCell;
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use criterion::Criterion;
+use infini_attn::cuda::Device;
+
+use roofline::{Figures, Roofline};
+use work::Work;
+
+fn main() -> std::process::ExitCode {
+    let device = match Device::new(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("cuda benchmarks: {error}; nothing was measured");
+            // A call for one figure must not pass for one that gave it.
+            return u8::from(measure::asked()).into();
+        }
+    };
+    let done = if measure::asked() { measure::run(&device) } else { all(&device) };
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// Every operation through criterion, then the table.
+fn all(device: &Device) -> Result<()> {
+    let roofline = Roofline::measure(device)?;
+    println!("{}\n", roofline.describe());
+    let cases = work::cases();
+    let seconds = std::env::var("INFINI_BENCH_SECONDS").ok().and_then(|s| s.parse().ok());
+    let each: f64 = seconds.unwrap_or(120.0) / cases.len() as f64;
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_secs_f64((each / 10.0).max(0.1)))
+        .measurement_time(Duration::from_secs_f64((each / 2.0).max(0.2)))
+        .configure_from_args();
+    let (mut rows, mut failed) = (vec![], vec![]);
+    for case in cases {
+        let name = case.name();
+        // Buffers are made only for what the command line asks for.
+        let mut ready: Option<Result<Work>> = None;
+        let samples = RefCell::new(vec![]);
+        criterion.bench_function(&name, |b| {
+            let work = ready.get_or_insert_with(|| case.prepare(device));
+            b.iter_custom(|iterations| match work {
+                Ok(work) => {
+                    let time = work.time(iterations).expect("a replay that was captured");
+                    samples.borrow_mut().push(time.as_secs_f64() / iterations as f64);
+                    time
+                }
+                // Criterion wants a time; the error follows the table.
+                Err(_) => Duration::from_nanos(iterations),
+            });
+        });
+        match ready {
+            None => {}
+            Some(Err(error)) => failed.push(format!("{name}: {error:#}")),
+            Some(Ok(work)) => rows.extend(work.figures(&name, samples.into_inner())),
+        }
+    }
+    report(&rows, &roofline)?;
+    ensure!(failed.is_empty(), "not measured, whatever stands above:\n{}", failed.join("\n"));
+    Ok(())
+}
+
+fn report(rows: &[Figures], roofline: &Roofline) -> Result<()> {
+    println!("\n| operation | µs | TFLOP/s | GB/s | of the roofline |\n|---|---|---|---|---|");
+    for row in rows {
+        println!("{}", row.markdown(roofline));
+    }
+    let Some(path) = std::env::var_os("INFINI_BENCH_JSON") else { return Ok(()) };
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+    let mut file = file.with_context(|| path.to_string_lossy().into_owned())?;
+    for row in rows {
+        writeln!(file, "{}", row.json(roofline))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,408 @@
+//! The operations, their shapes, and graphs of them over rotating buffers.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DevicePtr};
+use half::bf16;
+use infini_attn::cuda::{
+    Addresses, Call, CudaLauncher, DecodeOptions, Device, DeviceTensor, Launch, Launcher, Operand,
+    Plan, Runs, State, plan_decode, plan_flush, plan_prefill, plan_segment,
+};
+use infini_attn::{DType, Problem};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rand_distr::{Distribution, StandardNormal};
+
+use crate::roofline::{Figures, median};
+
+/// Heads, dimensions and lengths of one operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+    pub segment: usize,
+    /// New tokens per sequence.
+    pub tokens: usize,
+    pub sequences: usize,
+    /// Tokens in every open segment before.
+    pub open: usize,
+}
+
+/// What runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    Prefill,
+    /// Only the kernel of phase 5, gate −∞: local attention alone.
+    Local,
+    /// Only phases 1 to 4 of a prefill.
+    StatePhases,
+    Segment,
+    /// `DECODE_STEPS` steps of one token, and the counters put back.
+    Decode,
+    Flush,
+}
+
+/// Steps in one graph: what it takes to put the counters back is spread over them.
+const DECODE_STEPS: usize = 32;
+
+/// Buffers of one operation together, at least: several times the largest L2.
+const ROTATE_BYTES: usize = 512 << 20;
+const MOST_SETS: usize = 16;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    pub operation: Operation,
+    pub shape: Shape,
+}
+
+const BASE: Shape =
+    Shape { heads: 32, kv_heads: 8, dim: 128, segment: 2048, tokens: 32768, sequences: 1, open: 0 };
+
+pub fn cases() -> Vec<Case> {
+    let case = |operation, shape| Case { operation, shape };
+    let with = |segment, tokens| Shape { segment, tokens, ..BASE };
+    let mut all = vec![];
+    for shape in [BASE, with(8192, 131_072), with(256, 32768)] {
+        all.extend([Operation::Local, Operation::StatePhases].map(|o| case(o, shape)));
+    }
+    let lengths = [(2048, 32768), (2048, 131_072), (2048, 1 << 20), (8192, 131_072)];
+    all.extend(lengths.map(|(n, t)| case(Operation::Prefill, with(n, t))));
+    all.extend([(512, 32768), (256, 32768)].map(|(n, t)| case(Operation::Prefill, with(n, t))));
+    all.push(case(Operation::Prefill, Shape { dim: 64, ..BASE }));
+    all.push(case(Operation::Prefill, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }));
+    for sequences in [1, 8] {
+        all.push(case(Operation::Segment, Shape { sequences, tokens: 2048, ..BASE }));
+    }
+    for sequences in [1, 8, 64] {
+        all.push(case(Operation::Decode, Shape { sequences, tokens: 1, open: 1024, ..BASE }));
+    }
+    all.push(case(Operation::Flush, Shape { sequences: 64, tokens: 1024, open: 1024, ..BASE }));
+    all
+}
+
+impl Case {
+    pub fn name(&self) -> String {
+        let Shape { heads, kv_heads, dim, segment, tokens, sequences, open } = self.shape;
+        let operation = match self.operation {
+            Operation::Prefill => "prefill",
+            Operation::Local => "local attention",
+            Operation::StatePhases => "state phases",
+            Operation::Segment => "segment",
+            Operation::Decode => "decode",
+            Operation::Flush => "flush",
+        };
+        let open = if open > 0 { format!(", {open} open") } else { String::new() };
+        format!(
+            "{operation}, {heads}/{kv_heads} heads x {dim}, N {segment}, {sequences} x {tokens}{open}"
+        )
+    }
+
+    /// Flops of the formula and bytes that must move, for one run.
+    fn work(&self) -> [f64; 2] {
+        let s = self.shape;
+        let [hq, hkv, d, n] = [s.heads, s.kv_heads, s.dim, s.segment].map(|x| x as f64);
+        let t = (s.tokens * s.sequences) as f64;
+        let segments = (t / n).max(s.sequences as f64);
+        let keys = if self.operation == Operation::Decode { s.open as f64 + 16.0 } else { n / 2.0 };
+        let local = t * hq * 4.0 * keys * d;
+        let (retrieval, update) = (t * hq * 2.0 * d * d, t * hkv * 4.0 * d * d);
+        let (q, kv) = (t * hq * d * 2.0, t * hkv * d * 2.0);
+        // M and its snapshot, per KV head and sequence.
+        let memory = s.sequences as f64 * hkv * d * d;
+        let cache = s.sequences as f64 * hkv * 2.0 * d * keys * 2.0;
+        match self.operation {
+            Operation::Prefill => [local + retrieval + update, 2.0 * q + 2.0 * kv],
+            Operation::Local => [local, 2.0 * q + 2.0 * kv],
+            // K and V once, a snapshot per segment.
+            Operation::StatePhases => [update, 2.0 * kv + segments * hkv * d * d * 2.0],
+            Operation::Segment => [local + retrieval + update, 2.0 * q + 2.0 * kv + memory * 10.0],
+            Operation::Decode => [local + retrieval, 2.0 * q + 4.0 * kv + cache + memory * 2.0],
+            Operation::Flush => [update, 2.0 * kv + memory * 10.0],
+        }
+    }
+
+    pub fn problem(&self) -> Result<Problem> {
+        let s = self.shape;
+        let builder = Problem::builder().heads(s.heads).kv_heads(s.kv_heads).head_dim(s.dim);
+        Ok(builder.segment_len(s.segment).dtype(DType::BF16).build()?)
+    }
+
+    /// Makes the buffers and captures one graph per set of them.
+    pub fn prepare(&self, device: &Device) -> Result<Work> {
+        let first = Set::new(self, device)?;
+        let copies = ROTATE_BYTES.div_ceil(first.bytes()).clamp(1, MOST_SETS);
+        let mut sets = vec![first];
+        for _ in 1..copies {
+            sets.push(Set::new(self, device)?);
+        }
+        let graphs = sets.iter_mut().map(|set| set.capture(self, device));
+        let graphs = graphs.collect::<Result<Vec<_>>>()?;
+        let steps = if self.operation == Operation::Decode { DECODE_STEPS } else { 1 };
+        let watch = Stopwatch::new(device)?;
+        let work =
+            Work { graphs, watch, next: Cell::new(0), steps, work: self.work(), _sets: sets };
+        work.time(copies as u64)?;
+        Ok(work)
+    }
+}
+
+/// An operation ready to be replayed.
+pub struct Work {
+    graphs: Vec<CudaGraph>,
+    watch: Stopwatch,
+    next: Cell<usize>,
+    /// Runs of the operation in one graph.
+    steps: usize,
+    work: [f64; 2],
+    _sets: Vec<Set>,
+}
+
+impl Work {
+    /// Time of that many replays, on the device.
+    pub fn time(&self, replays: u64) -> Result<Duration> {
+        self.watch.time(|| {
+            for _ in 0..replays {
+                let i = self.next.replace((self.next.get() + 1) % self.graphs.len());
+                self.graphs[i].launch()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Of the seconds per replay.
+    pub fn figures(&self, name: &str, samples: Vec<f64>) -> Option<Figures> {
+        let [flops, bytes] = self.work;
+        let seconds = median(samples) / self.steps as f64;
+        let name = name.to_owned();
+        seconds.is_finite().then_some(Figures { name, seconds, flops, bytes })
+    }
+}
+
+/// Time between two events on the stream.
+pub struct Stopwatch {
+    device: Device,
+    events: [CudaEvent; 2],
+}
+
+impl Stopwatch {
+    pub fn new(device: &Device) -> Result<Self> {
+        let event = || device.stream().context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(Self { device: device.clone(), events: [event()?, event()?] })
+    }
+
+    pub fn time(&self, run: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        let [start, end] = &self.events;
+        start.record(self.device.stream())?;
+        run()?;
+        end.record(self.device.stream())?;
+        let ms = start.elapsed_ms(end)?;
+        Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
+    }
+}
+
+/// One set of buffers: tensors, state, workspace, all alive as long as their graph.
+pub struct Set {
+    pub state: State,
+    pub addresses: Addresses,
+    pub o: CudaSlice<bf16>,
+    bytes: usize,
+    keep: Vec<Box<dyn Any>>,
+}
+
+impl Set {
+    pub fn new(case: &Case, device: &Device) -> Result<Self> {
+        let s = case.shape;
+        let problem = case.problem()?;
+        let rows = s.sequences * s.tokens * s.dim;
+        let q = normals(device, 1, rows * s.heads)?;
+        let (k, v) =
+            (normals(device, 2, rows * s.kv_heads)?, normals(device, 3, rows * s.kv_heads)?);
+        let o = device.stream().alloc_zeros::<bf16>(rows * s.heads)?;
+        let beta = if case.operation == Operation::Local { f32::NEG_INFINITY } else { 0.0 };
+        let gate = device.upload(&vec![beta; s.heads])?;
+        Self::of(State::new(device, &problem, s.sequences, false)?, [q, k, v], gate, o)
+    }
+
+    /// Of the given tensors.
+    pub fn of(
+        state: State,
+        tensors: [CudaSlice<bf16>; 3],
+        gate: CudaSlice<f32>,
+        o: CudaSlice<bf16>,
+    ) -> Result<Self> {
+        let stream = state.device().stream().clone();
+        let mut addresses = Addresses::new();
+        for (operand, tensor) in [Operand::Q, Operand::K, Operand::V].into_iter().zip(&tensors) {
+            addresses.set(operand, tensor.device_ptr(&stream).0);
+        }
+        addresses.set(Operand::O, o.device_ptr(&stream).0);
+        addresses.set(Operand::Gate, gate.device_ptr(&stream).0);
+        addresses.set(Operand::State, state.address());
+        let elements: usize = tensors.iter().map(CudaSlice::len).sum::<usize>() + o.len();
+        let bytes = 2 * elements + state.bytes();
+        let keep: Vec<Box<dyn Any>> = vec![Box::new(tensors), Box::new(gate)];
+        Ok(Self { state, addresses, o, bytes, keep })
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Brings the open segments to their length.
+    fn open(&mut self, case: &Case, device: &Device) -> Result<()> {
+        let filling = Shape { tokens: case.shape.open, open: 0, ..case.shape };
+        if case.shape.open == 0 {
+            return Ok(());
+        }
+        let filler = Case { operation: Operation::Prefill, shape: filling };
+        let mut set = Set::new(&filler, device)?;
+        set.addresses.set(Operand::State, self.state.address());
+        let plan = filler.plan(&set.state)?;
+        set.run(&plan, device)?;
+        self.state.advance(&plan)?;
+        device.synchronize()?;
+        Ok(())
+    }
+
+    /// Runs a plan once, in a workspace of its own.
+    pub fn run(&mut self, plan: &Plan, device: &Device) -> Result<()> {
+        self.workspace(plan, device)?;
+        device.prepare(plan)?;
+        // SAFETY: the addresses are those of buffers of this set, made for these shapes; they live
+        // until the device was waited for.
+        unsafe { plan.run(&self.addresses, &mut device.launcher())? };
+        Ok(())
+    }
+
+    fn workspace(&mut self, plan: &Plan, device: &Device) -> Result<()> {
+        let workspace = device.stream().alloc_zeros::<u8>(plan.workspace_bytes().max(1) as usize)?;
+        self.addresses.set(Operand::Workspace, workspace.device_ptr(device.stream()).0);
+        self.keep.push(Box::new(workspace));
+        Ok(())
+    }
+
+    fn capture(&mut self, case: &Case, device: &Device) -> Result<CudaGraph> {
+        self.open(case, device)?;
+        let plan = case.plan(&self.state)?;
+        let counters = self.counters(device)?;
+        // Also fills the workspace, for graphs of single phases.
+        self.run(&plan, device)?;
+        device.synchronize()?;
+        let stream = device.stream();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let recorded = self.record(case, device, &plan, &counters);
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        recorded?;
+        let graph = graph?.context("the capture gave no graph")?;
+        graph.upload()?;
+        Ok(graph)
+    }
+
+    fn record(&self, case: &Case, device: &Device, plan: &Plan, counters: &[u8]) -> Result<()> {
+        let mut launcher = device.launcher();
+        let operations: &[&str] = match case.operation {
+            Operation::Local => &["segment_attention"],
+            Operation::StatePhases => {
+                &["segment_state", "normaliser_scan", "segment_transition", "memory_scan"]
+            }
+            _ => &[],
+        };
+        let steps = if case.operation == Operation::Decode { DECODE_STEPS } else { 1 };
+        if matches!(case.operation, Operation::Decode | Operation::Flush) {
+            let at = self.state.mirror().layout().params(self.state.address()).counters;
+            launcher.copy(at, counters)?;
+        }
+        for _ in 0..steps {
+            let mut some = Only { inner: &mut launcher, operations };
+            // SAFETY: as in `run`; the buffers live as long as the graph, in `Work`. Counters are
+            // put back by the graph itself, so that every replay starts from the same.
+            unsafe { plan.run(&self.addresses, &mut some)? };
+        }
+        Ok(())
+    }
+
+    /// The device's counters as they are now.
+    fn counters(&self, device: &Device) -> Result<Vec<u8>> {
+        let mirror = self.state.mirror();
+        let mut bytes = vec![];
+        for slot in 0..mirror.layout().slots() {
+            let counters = infini_attn::cuda::params::InfiniCounters {
+                tokens: mirror.tokens(slot),
+                committed: mirror.committed(slot),
+                open_len: mirror.open_len(slot) as u32,
+                ..Default::default()
+            };
+            bytes.extend_from_slice(bytemuck::bytes_of(&counters));
+        }
+        device.synchronize()?;
+        Ok(bytes)
+    }
+}
+
+impl Case {
+    pub fn plan(&self, state: &State) -> Result<Plan> {
+        let s = self.shape;
+        let (problem, mirror) = (self.problem()?, state.mirror());
+        let tensor =
+            |heads| DeviceTensor::contiguous(DType::BF16, &[s.sequences, s.tokens, heads, s.dim]);
+        let (q, kv) = (tensor(s.heads)?, tensor(s.kv_heads)?);
+        let gate = DeviceTensor::contiguous(DType::F32, &[s.heads])?;
+        let call = Call::new(q, kv, kv, gate, q);
+        let options = state.device().prefill_options()?;
+        let replay = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
+        Ok(match self.operation {
+            Operation::Segment => plan_segment(&problem, &call, mirror)?,
+            Operation::Decode => plan_decode(&problem, &call, mirror, &replay)?,
+            Operation::Flush => {
+                plan_flush(&problem, mirror, &(0..s.sequences).collect::<Vec<_>>())?
+            }
+            _ => plan_prefill(&problem, &call, mirror, &options)?,
+        })
+    }
+}
+
+/// Passes on the launches of some operations, or of all when none is named.
+struct Only<'a, 'd> {
+    inner: &'a mut CudaLauncher<'d>,
+    operations: &'a [&'a str],
+}
+
+impl Launcher for Only<'_, '_> {
+    fn launch(&mut self, launch: &Launch<'_>) -> infini_attn::Result<()> {
+        let wanted = self.operations.is_empty()
+            || self.operations.iter().any(|o| launch.kernel.operation.starts_with(o));
+        if wanted { self.inner.launch(launch) } else { Ok(()) }
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> infini_attn::Result<()> {
+        if self.operations.is_empty() { self.inner.fill(to, bytes, value) } else { Ok(()) }
+    }
+
+    fn copy(&mut self, to: u64, from: &[u8]) -> infini_attn::Result<()> {
+        if self.operations.is_empty() { self.inner.copy(to, from) } else { Ok(()) }
+    }
+}
+
+/// N(0, 1) rounded to bf16. A block of a million numbers repeats: more would only take time.
+fn normals(device: &Device, seed: u64, count: usize) -> Result<CudaSlice<bf16>> {
+    let block = (1 << 20).min(count);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let once: Vec<f32> = StandardNormal.sample_iter(&mut rng).take(block).collect();
+    let once: Vec<bf16> = once.into_iter().map(bf16::from_f32).collect();
+    let mut all = device.stream().alloc_zeros::<bf16>(count)?;
+    device.stream().memcpy_htod(&once, &mut all)?;
+    let mut filled = block;
+    while filled < count {
+        let more = filled.min(count - filled);
+        let (from, mut to) = all.split_at_mut(filled);
+        device.stream().memcpy_dtod(&from.slice(..more), &mut to.slice_mut(..more))?;
+        filled += more;
+    }
+    device.synchronize()?;
+    Ok(all)
+}

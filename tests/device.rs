@@ -1,0 +1,267 @@
+//! The operator on a real CUDA device: the shared table of cases, long streams, graphs, streams.
+//! Without a device every test says how much it skipped, and why.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::cases::Case;
+use common::device::{Entry, OnDevice};
+use common::driver::run_cases;
+use common::metric::relative_rms;
+use common::stream::{Stream, normals};
+use common::tensor_cases::{Shape, pairwise};
+use common::{bits, widen};
+use cudarc::driver::CudaSlice;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use half::bf16;
+use infini_attn::cuda::{self, Device, Gate, Inputs, KERNELS, Outputs, TensorView, TensorViewMut};
+use infini_attn::{DType, Error, Problem, State, TensorViewMut as HostMut, prefill};
+
+/// Multiply-adds of a case: some tenths of a second of the float64 reference.
+const BUDGET: u64 = 200_000_000;
+
+/// The first device; none: says what was skipped.
+fn device(skipped: &str) -> Option<Device> {
+    match Device::new(0) {
+        Ok(device) => Some(device),
+        Err(error @ Error::NoDevice { .. }) => {
+            println!("skipped {skipped}: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Shapes that kernels are compiled for.
+fn shapes() -> Vec<Shape> {
+    let attention = KERNELS.iter().filter(|k| k.operation == "segment_attention");
+    attention.filter_map(|k| k.dtype.map(|dtype| (dtype, k.key_dim, k.value_dim))).collect()
+}
+
+fn run(entry: Entry, cases: impl Iterator<Item = Case>) {
+    let cases: Vec<Case> = cases.collect();
+    let Some(device) = device(&format!("{} cases of {entry:?}", cases.len())) else { return };
+    let backend = OnDevice { device, entry };
+    let summary = run_cases(&backend, &cases).finish(&format!("{backend:?}"));
+    assert_eq!((summary.ran, summary.refused.len()), (cases.len(), 0));
+}
+
+#[test]
+fn prefill_runs_the_table() {
+    run(Entry::Prefill, pairwise(&shapes(), BUDGET).into_iter());
+}
+
+#[test]
+fn segment_runs_the_table() {
+    run(Entry::Segment, pairwise(&shapes(), BUDGET).into_iter().map(Case::within_segments));
+}
+
+#[test]
+fn decode_runs_the_table_in_short_calls() {
+    let most = |i: usize| [16, 5, 1, 11][i % 4];
+    let cases = pairwise(&shapes(), BUDGET / 4).into_iter().enumerate();
+    run(Entry::Decode, cases.map(|(i, case)| case.recut(most(i))));
+}
+
+#[test]
+fn entries_take_turns() {
+    run(Entry::Mixed, pairwise(&shapes(), BUDGET).into_iter().filter(|c| c.calls.len() > 1));
+}
+
+fn problem(heads: usize, kv_heads: usize, dim: usize, segment_len: usize) -> Problem {
+    let b = Problem::builder().heads(heads).kv_heads(kv_heads).head_dim(dim);
+    b.segment_len(segment_len).dtype(DType::BF16).build().expect("valid")
+}
+
+/// q, k, v of some tokens and room for their output, in device memory.
+struct Tokens {
+    q: CudaSlice<bf16>,
+    k: CudaSlice<bf16>,
+    v: CudaSlice<bf16>,
+    o: CudaSlice<bf16>,
+    shapes: [[usize; 4]; 2],
+}
+
+impl Tokens {
+    fn new(device: &Device, stream: &Stream<bf16>) -> Self {
+        let p = &stream.problem;
+        let upload = |x: &[bf16]| device.upload(x).expect("room");
+        let shapes = [p.heads(), p.kv_heads()].map(|h| [1, stream.tokens, h, p.key_dim()]);
+        Self {
+            q: upload(&stream.q),
+            k: upload(&stream.k),
+            v: upload(&stream.v),
+            o: upload(&stream.q),
+            shapes,
+        }
+    }
+
+    fn views(&mut self) -> (Inputs<'_, bf16>, Outputs<'_, bf16>) {
+        let Self { q, k, v, o, shapes: [many, few] } = self;
+        let view = |x, shape| TensorView::new(x, shape).expect("a stream's own shape");
+        let inputs = Inputs::new(view(q, many), view(k, few), view(v, few));
+        (inputs, Outputs::new(TensorViewMut::new(o, many).expect("a stream's own shape")))
+    }
+
+    fn prefill(&mut self, state: &mut cuda::State, gate: &Gate) -> Vec<bf16> {
+        let problem = *state.problem();
+        let (inputs, outputs) = self.views();
+        cuda::prefill(&problem, &inputs, gate, state, outputs).expect("a valid call");
+        self.output(state.device())
+    }
+
+    fn output(&self, device: &Device) -> Vec<bf16> {
+        let o = device.stream().clone_dtoh(&self.o).expect("a copy");
+        device.synchronize().expect("no error on the device");
+        o
+    }
+}
+
+/// The CPU backend on the same stream.
+fn on_cpu(stream: &Stream<bf16>, gate: &[f32], state: &mut State) -> Vec<f64> {
+    let p = stream.problem;
+    let mut o = vec![bf16::ZERO; stream.tokens * p.heads() * p.value_dim()];
+    let shape = [1, stream.tokens, p.heads(), p.value_dim()];
+    let outputs = infini_attn::Outputs::new(HostMut::new(&mut o, &shape).expect("its shape"));
+    prefill(&p, &stream.inputs(), gate, state, outputs).expect("a valid call");
+    widen(&o)
+}
+
+fn close(what: &str, got: &[f64], want: &[f64], limit: f64) {
+    relative_rms(what, got, want, &[got.len()], limit).unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn long_streams_are_those_of_the_cpu() {
+    let shapes = [(8, 2, 128, 2048), (4, 4, 64, 512), (4, 1, 256, 256)];
+    let Some(device) = device(&format!("{} long streams", shapes.len())) else { return };
+    for (heads, kv_heads, dim, n) in shapes {
+        let p = problem(heads, kv_heads, dim, n);
+        let (stream, logits) = (Stream::<bf16>::normal(&p, 4 * n + 77, 5), normals(6, heads));
+        let mut cpu = State::new(&p, 1);
+        let want = on_cpu(&stream, &logits, &mut cpu);
+        let mut state = cuda::State::new(&device, &p, 1, false).expect("room");
+        let gate = Gate::new(&device, &logits).expect("room");
+        let got = Tokens::new(&device, &stream).prefill(&mut state, &gate);
+        close(&format!("o at {dim}, {n}"), &widen(&got), &want, 8e-3);
+        let host = state.to_host().expect("a state");
+        let m = |s: &State| widen(s.memory().as_slice().expect("contiguous"));
+        close(&format!("M at {dim}, {n}"), &m(&host), &m(&cpu), 4e-3);
+        assert_eq!(host.open_len(0), cpu.open_len(0));
+    }
+}
+
+#[test]
+fn states_continue_after_a_visit_to_the_host() {
+    let Some(device) = device("a state's visit to the host") else { return };
+    let p = problem(4, 2, 64, 128);
+    let gate = Gate::new(&device, &normals(1, 4)).expect("room");
+    let stream = Stream::<bf16>::normal(&p, 400, 2);
+    let mut state = cuda::State::new(&device, &p, 1, false).expect("room");
+    Tokens::new(&device, &stream.slice(0..300)).prefill(&mut state, &gate);
+    let mut visitor = state.to_host().expect("a state").to_device(&device, false).expect("room");
+    let rest = stream.slice(300..400);
+    let outputs = [&mut state, &mut visitor].map(|state| {
+        let o = Tokens::new(&device, &rest).prefill(state, &gate);
+        (bits(&o), state.to_host().expect("a state").to_bytes().expect("bytes"))
+    });
+    assert_eq!(outputs[0].0, outputs[1].0, "outputs");
+    assert_eq!(outputs[0].1, outputs[1].1, "states");
+}
+
+#[test]
+fn other_streams_wait_and_give_the_same_bits() {
+    let Some(device) = device("a second stream") else { return };
+    let p = problem(8, 2, 128, 256);
+    let stream = Stream::<bf16>::normal(&p, 3000, 3);
+    let gate = Gate::new(&device, &normals(4, 8)).expect("room");
+    let mut first = cuda::State::new(&device, &p, 1, false).expect("room");
+    let want = Tokens::new(&device, &stream).prefill(&mut first, &gate);
+    let side = device.stream().context().new_stream().expect("a stream");
+    let side = device.on(side).expect("the same context");
+    let mut second = cuda::State::new(&side, &p, 1, false).expect("room");
+    // Buffers of the first stream, written and read there, used on the second in between.
+    let mut tokens = Tokens::new(&device, &stream);
+    device.stream().memset_zeros(&mut tokens.o).expect("a fill");
+    let (inputs, outputs) = tokens.views();
+    cuda::prefill(&p, &inputs, &gate, &mut second, outputs).expect("a valid call");
+    assert_eq!(bits(&tokens.output(&device)), bits(&want));
+}
+
+/// A captured step, replayed over the ends of three segments, against single steps on the CPU; and
+/// twice, for equal bits.
+#[test]
+fn a_captured_step_replays_across_segments() {
+    let Some(device) = device("graphs of a decode step") else { return };
+    let p = problem(8, 2, 128, 64);
+    let stream = Stream::<bf16>::normal(&p, 3 * 64 + 9, 7);
+    let logits = normals(8, 8);
+    let gate = Gate::new(&device, &logits).expect("room");
+    let mut cpu = State::new(&p, 1);
+    let want = on_cpu(&stream, &logits, &mut cpu);
+    let [first, second] = [(); 2].map(|()| replay(&device, &stream, &gate));
+    assert_eq!(bits(&first.0), bits(&second.0), "the replays differ");
+    close("o of replays", &widen(&first.0), &want, 8e-3);
+    let m = |s: &State| widen(s.memory().as_slice().expect("contiguous"));
+    close("M after replays", &m(&first.1), &m(&cpu), 4e-3);
+    assert_eq!((first.1.tokens(0), first.1.committed(0), first.1.open_len(0)), (201, 192, 9));
+}
+
+fn replay(device: &Device, stream: &Stream<bf16>, gate: &Gate) -> (Vec<bf16>, State) {
+    let p = stream.problem;
+    let mut state = cuda::State::new(device, &p, 1, false).expect("room");
+    let mut token = Tokens::new(device, &stream.slice(0..1));
+    // Loads kernels and makes room; the state starts anew after it.
+    let (inputs, outputs) = token.views();
+    cuda::decode(&p, &inputs, gate, &mut state, outputs).expect("a valid call");
+    state.reset(&[0]).expect("slot 0 exists");
+
+    let (inputs, outputs) = token.views();
+    let cu_stream = device.stream();
+    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    cu_stream.begin_capture(mode).expect("a capture");
+    // SAFETY: `token`, `gate` and `state` outlive the graph, which runs on the device's stream.
+    let plan = unsafe { cuda::record_decode(&p, &inputs, gate, &state, outputs) };
+    let graph = cu_stream.end_capture(CUgraphInstantiate_flags(0)).expect("a graph").expect("one");
+    let plan = plan.expect("a plan that is captured");
+
+    let mut all = vec![];
+    for t in 0..stream.tokens {
+        let next = stream.slice(t..t + 1);
+        for (to, from) in
+            [(&mut token.q, &next.q), (&mut token.k, &next.k), (&mut token.v, &next.v)]
+        {
+            cu_stream.memcpy_htod(from, to).expect("a copy");
+        }
+        state.advance(&plan).expect("a plan for any counters");
+        graph.launch().expect("a replay");
+        all.extend(token.output(device));
+    }
+    state.status().expect("nothing was skipped");
+    (all, state.to_host().expect("a state"))
+}
+
+#[test]
+fn what_a_capture_cannot_hold_is_refused() {
+    let Some(device) = device("refusals under capture") else { return };
+    let p = problem(4, 2, 64, 64);
+    let mut state = cuda::State::new(&device, &p, 1, false).expect("room");
+    let gate = Gate::new(&device, &[0.0; 4]).expect("room");
+    let mut token = Tokens::new(&device, &Stream::normal(&p, 1, 9));
+    let (inputs, outputs) = token.views();
+    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    device.stream().begin_capture(mode).expect("a capture");
+    let results = [
+        cuda::decode(&p, &inputs, &gate, &mut state, outputs).map(drop),
+        state.to_host().map(drop),
+        state.status(),
+        device.synchronize(),
+        cuda::State::new(&device, &p, 1, false).map(drop),
+    ];
+    device.stream().end_capture(CUgraphInstantiate_flags(0)).expect("an empty graph");
+    for result in results {
+        assert!(matches!(result, Err(Error::Capturing { .. })), "{result:?}");
+    }
+    // The capture is unharmed, and so is the state.
+    assert_eq!(token.prefill(&mut state, &gate).len(), 4 * 64);
+}
