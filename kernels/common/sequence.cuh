@@ -55,16 +55,14 @@ __device__ __forceinline__ InfiniPiece piece_of(const InfiniProblem& p, const In
 // Whether this block is the last of `blocks` to come here; the ticket is 0 before and after. What
 // the others wrote before they came is visible to the last. Every thread of the block takes part.
 __device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks) {
-  __shared__ uint32_t earlier;
-  __threadfence();
+  __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    earlier = atomicAdd(ticket, 1u);
-    if (earlier == blocks - 1) *ticket = 0;
+    __threadfence();  // what this block wrote comes before its ticket,
+    last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();  // and what it reads after the tickets before it
   }
   __syncthreads();
-  const bool last = earlier == blocks - 1;
-  if (last) __threadfence();
   return last;
 }
 

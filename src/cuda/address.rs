@@ -40,17 +40,29 @@ pub enum Operand {
     State,
     /// The plan's workspace.
     Workspace,
+    /// Key sums, f32 [B, Hkv, Dk], that are made.
+    KeySums,
+    /// Key sums that a run finds.
+    Before,
+    /// A map that is made or applied.
+    Map,
+    /// The first of two maps or key sums.
+    First,
+    /// The second of two.
+    Second,
     /// Entry of a list of partial results.
     Part(u16),
     /// The log-sum-exp of such an entry.
     PartLse(u16),
+    /// Entry of a list of states.
+    Source(u16),
 }
 
 /// Bits of an offset inside a symbol: more than a device has memory.
 const OFFSET_BITS: u32 = 48;
 
 /// Operands without an index, in the order of their numbers from 1 on.
-const NAMED: [(Operand, &str); 14] = [
+const NAMED: [(Operand, &str); 19] = [
     (Operand::Q, "q"),
     (Operand::K, "k"),
     (Operand::V, "v"),
@@ -65,20 +77,27 @@ const NAMED: [(Operand, &str); 14] = [
     (Operand::Sequences, "sequences"),
     (Operand::State, "state"),
     (Operand::Workspace, "workspace"),
+    (Operand::KeySums, "key_sums"),
+    (Operand::Before, "before"),
+    (Operand::Map, "map"),
+    (Operand::First, "first"),
+    (Operand::Second, "second"),
 ];
 
 /// Numbers of indexed operands: a kind in the upper two bits, the index below.
 const PART: u64 = 1 << 14;
-const PART_LSE: u64 = 1 << 15;
+const PART_LSE: u64 = 2 << 14;
+const SOURCE: u64 = 3 << 14;
 
 impl Operand {
-    /// Most entries of a list of partial results.
+    /// Most entries of a list.
     pub(crate) const MAX_PARTS: usize = PART as usize;
 
     fn number(self) -> u64 {
         match self {
             Operand::Part(i) => PART | u64::from(i) % PART,
             Operand::PartLse(i) => PART_LSE | u64::from(i) % PART,
+            Operand::Source(i) => SOURCE | u64::from(i) % PART,
             _ => 1 + NAMED.iter().position(|(named, _)| *named == self).unwrap_or(0) as u64,
         }
     }
@@ -93,10 +112,11 @@ impl Operand {
     fn of(symbol: u64) -> (Operand, u64) {
         let (number, offset) = (symbol >> OFFSET_BITS, symbol & ((1 << OFFSET_BITS) - 1));
         let index = (number % PART) as u16;
-        let operand = match number {
-            n if n & PART != 0 => Operand::Part(index),
-            n if n & PART_LSE != 0 => Operand::PartLse(index),
-            n => NAMED[(n as usize).clamp(1, NAMED.len()) - 1].0,
+        let operand = match number & SOURCE {
+            PART => Operand::Part(index),
+            PART_LSE => Operand::PartLse(index),
+            SOURCE => Operand::Source(index),
+            _ => NAMED[(number as usize).clamp(1, NAMED.len()) - 1].0,
         };
         (operand, offset)
     }
@@ -107,6 +127,7 @@ impl std::fmt::Display for Operand {
         match self {
             Operand::Part(i) => write!(f, "a_dot[{i}]"),
             Operand::PartLse(i) => write!(f, "lse[{i}]"),
+            Operand::Source(i) => write!(f, "states[{i}]"),
             _ => f.write_str(NAMED[self.number() as usize - 1].1),
         }
     }
@@ -330,7 +351,8 @@ mod tests {
 
     #[test]
     fn symbols_name_operand_and_offset() {
-        let indexed = [Operand::Part(0), Operand::Part(7), Operand::PartLse(16383)];
+        let indexed =
+            [Operand::Part(0), Operand::Part(7), Operand::PartLse(16383), Operand::Source(9)];
         for operand in NAMED.iter().map(|(operand, _)| *operand).chain(indexed) {
             for offset in [0, 1, 256, (1 << OFFSET_BITS) - 1] {
                 assert_eq!(Operand::of(operand.at(offset)), (operand, offset));

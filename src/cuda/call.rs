@@ -322,10 +322,11 @@ impl<'a> Resolved<'a> {
         let (Some(rope), Some(form)) = (&self.call.rope, &self.form.rope) else {
             return InfiniRope::default();
         };
-        let (positions, count) = match form.positions {
+        let per_batch = |count| if self.form.shared(count) { 0 } else { self.tokens() as i64 };
+        let (positions, positions_batch) = match form.positions {
             Positions::Continued => (0, 0),
-            Positions::Given(list) => (positions, list.len()),
-            Positions::Device(count) => (Operand::Positions.at(0), count),
+            Positions::Given(list) => (positions, per_batch(list.len())),
+            Positions::Device(count) => (Operand::Positions.at(0), per_batch(count)),
         };
         let table = |tensor: &DeviceTensor, operand: Operand| {
             if tensor.layout().is_empty() { 0 } else { operand.at(0) }
@@ -336,7 +337,7 @@ impl<'a> Resolved<'a> {
             cos_stride: rope.cos.outer_stride(),
             sin_stride: rope.sin.outer_stride(),
             positions,
-            positions_batch: if self.form.shared(count) { 0 } else { self.tokens() as i64 },
+            positions_batch,
             rows: rope.cos.shape()[0] as i64,
             half: rope.cos.shape()[1] as i32,
             interleaved: rope.interleaved.into(),
@@ -380,7 +381,7 @@ impl<'a> Resolved<'a> {
         } else {
             format!("{shortest} to {}", self.longest())
         };
-        format!("{}; {count} sequences of {range} new tokens", shapes(p))
+        format!("{}; sequences: {count}, new tokens: {range}", shapes(p))
     }
 }
 

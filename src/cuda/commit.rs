@@ -35,7 +35,7 @@ pub fn plan_flush(problem: &Problem, state: &Mirror, slots: &[usize]) -> Result<
         })
         .collect();
     let title =
-        format!("flush {}; {} open segments of up to {longest}", shapes(problem), open.len());
+        format!("flush {}; open segments: {}, up to {longest} tokens", shapes(problem), open.len());
     let mut plan = Plan::new(title, state.layout(), Effect::Flush(open));
     let mut workspace = Allocation::new(Operand::Workspace);
     if longest > 0 {
@@ -109,7 +109,7 @@ pub(super) fn commit(
         sequences,
     };
     let what = if flush { "open segments" } else { "segments that filled" };
-    let why = format!("{what}, {} chunks of {} tokens", chunks.count, chunks.len);
+    let why = format!("{what}; chunks: {}, of {} tokens", chunks.count, chunks.len);
     let grid = [chunks.count, p.kv_heads() * (p.value_dim() / kernel.columns), count];
     plan.launch(kernel, grid, params, why)
 }

@@ -140,7 +140,8 @@ fn launches(
             step: step as i32,
             sequences,
         };
-        let why = format!("step {step}: {splits} splits of {split_len} keys, {rows} rows per head");
+        let why =
+            format!("step {step}; splits: {splits}, of {split_len} keys; rows per head: {rows}");
         plan.launch(kernel, [splits * row_tiles, p.kv_heads(), count], params, why)?;
         if *fills {
             commit(p, state, sequences, chunks, sums, false, plan)?;

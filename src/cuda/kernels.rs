@@ -42,14 +42,7 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 /// [`Error::Unsupported`] naming the argument for which nothing is compiled (`operation`, `dtype`,
 /// `key_dim` or `(key_dim, value_dim)`), its value and everything that is accepted.
 pub fn find(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
-    let mut kernels: Vec<&'static Kernel> = KERNELS.iter().collect();
-    retain(&mut kernels, "operation", operation, |k| k.operation.to_owned())?;
-    if kernels[0].dtype.is_some() {
-        let dtype = problem.dtype().to_string();
-        retain(&mut kernels, "dtype", &dtype, |k| {
-            k.dtype.map_or(String::new(), |d| d.to_string())
-        })?;
-    }
+    let mut kernels = of_type(operation, problem.dtype())?;
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     match (kernels[0].key_dim, kernels[0].value_dim) {
         (0, _) => {}
@@ -59,6 +52,26 @@ pub fn find(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
         })?,
     }
     Ok(kernels[0])
+}
+
+/// The kernel of an operation that is compiled for all dimensions alike.
+///
+/// # Errors
+/// As [`find`].
+pub(crate) fn find_for(operation: &str, dtype: DType) -> Result<&'static Kernel> {
+    of_type(operation, dtype).map(|kernels| kernels[0])
+}
+
+/// The kernels of an operation for an element type, at least one.
+fn of_type(operation: &str, dtype: DType) -> Result<Vec<&'static Kernel>> {
+    let mut kernels: Vec<&'static Kernel> = KERNELS.iter().collect();
+    retain(&mut kernels, "operation", operation, |k| k.operation.to_owned())?;
+    if kernels[0].dtype.is_some() {
+        retain(&mut kernels, "dtype", &dtype.to_string(), |k| {
+            k.dtype.map_or(String::new(), |d| d.to_string())
+        })?;
+    }
+    Ok(kernels)
 }
 
 /// Keeps the kernels whose `name` is `wanted`; at least one, or an error.

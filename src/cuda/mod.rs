@@ -17,7 +17,10 @@ mod decode;
 mod device;
 mod kernels;
 mod launcher;
+mod maps;
+mod merge;
 pub mod params;
+mod phases;
 mod plan;
 mod prefill;
 mod segment;
@@ -36,6 +39,11 @@ pub use decode::{DecodeOptions, Runs, plan_decode};
 pub use device::{CudaLauncher, Device};
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
 pub use launcher::{Launch, Launcher};
+pub use maps::{
+    KeySumsMirror, MapAddresses, SegmentMapMirror, plan_add_key_sums, plan_apply, plan_compose,
+    plan_key_sums, plan_segment_map,
+};
+pub use merge::{plan_merge_memories, plan_merge_partials};
 pub use plan::{Plan, PlannedLaunch};
 pub use prefill::{PrefillOptions, plan_prefill};
 pub use segment::plan_segment;

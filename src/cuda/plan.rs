@@ -23,7 +23,7 @@ const MAX_GRID: [usize; 3] = [i32::MAX as usize, 65_535, 65_535];
 #[derive(Clone, Debug)]
 pub struct Plan {
     title: String,
-    state: StateLayout,
+    state: Option<StateLayout>,
     steps: Vec<Step>,
     workspace: u64,
     requirements: Vec<Requirement>,
@@ -52,12 +52,18 @@ impl Plan {
     /// A plan without steps, on states of that layout.
     pub(crate) fn new(title: String, state: &StateLayout, effect: Effect) -> Self {
         let (steps, requirements) = (Vec::new(), Vec::new());
-        Self { title, state: *state, steps, workspace: 0, requirements, effect }
+        Self { title, state: Some(*state), steps, workspace: 0, requirements, effect }
     }
 
-    /// The layout of the states it works on.
-    pub fn state(&self) -> &StateLayout {
-        &self.state
+    /// A plan without steps that touches no state.
+    pub(crate) fn stateless(title: String) -> Self {
+        let (steps, requirements) = (Vec::new(), Vec::new());
+        Self { title, state: None, steps, workspace: 0, requirements, effect: Effect::None }
+    }
+
+    /// The layout of the states it works on; none for a plan that touches no state.
+    pub fn state(&self) -> Option<&StateLayout> {
+        self.state.as_ref()
     }
 
     /// Bytes of workspace that a run needs at [`Operand::Workspace`]. Its content does not matter,
@@ -167,14 +173,11 @@ impl Plan {
         }
         self.workspace = workspace.bytes();
         self.requirements = tensors;
-        for (operand, after) in
-            [(Operand::State, self.state.bytes()), (Operand::Workspace, self.workspace)]
-        {
-            let align = PART_ALIGN;
-            if after > 0 {
-                self.requirements.push(Requirement { operand, align, before: 0, after });
-            }
-        }
+        let state = self.state.map_or(0, |state| state.bytes());
+        let parts = [(Operand::State, state), (Operand::Workspace, self.workspace)];
+        self.requirements.extend(parts.into_iter().filter_map(|(operand, after)| {
+            (after > 0).then_some(Requirement { operand, align: PART_ALIGN, before: 0, after })
+        }));
         self
     }
 }
@@ -182,7 +185,15 @@ impl Plan {
 /// A table: every step with its grid, threads and shared bytes, and why it is there.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = self.state.problem();
         writeln!(f, "{}", self.title)?;
+        writeln!(
+            f,
+            "kernels: sm80, for every device of compute capability 8.0 and later; {}, (Dk, Dv) = ({}, {})",
+            p.dtype(),
+            p.key_dim(),
+            p.value_dim()
+        )?;
         let mut rows = vec![["step", "grid", "threads", "shared", "why"].map(String::from)];
         for step in &self.steps {
             rows.push(match step {

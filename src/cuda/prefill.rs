@@ -65,7 +65,8 @@ pub fn plan_prefill(
     let per_run = Arrays::pieces_per_run(&call, splits, all.len(), options.workspace_bytes)?;
     let runs: Vec<Run> = all.chunks(per_run).map(|pieces| Run::new(problem, pieces)).collect();
 
-    let title = format!("prefill {}, {} segments in {} runs", call.shapes(), all.len(), runs.len());
+    let (segments, count) = (all.len(), runs.len());
+    let title = format!("prefill {}; segments: {segments}, runs: {count}", call.shapes());
     let before = call.sequences.iter().map(|s| counters[s.slot]).collect();
     let mut plan = Plan::new(title, state.layout(), call.effect(Kind::Once(before)));
     let mut workspace = Allocation::new(Operand::Workspace);
@@ -227,7 +228,7 @@ impl Arrays {
             sums: workspace.part(&[pieces, h, splits, dk], 4)?,
             z: workspace.part(&[pieces, h, dk], 4)?,
             g: workspace.part(&[delta, h, dk, dk], t)?,
-            g_scale: workspace.part(&[delta, h], 4)?,
+            g_scale: workspace.part(&[delta, h, dk / 16], 4)?,
             snapshot: workspace.part(&[pieces, h, dk, dv], t)?,
             snapshot_scale: workspace.part(&[pieces, h, scales], 4)?,
         })
@@ -310,7 +311,7 @@ impl Planner<'_> {
             sums: self.arrays.sums,
         };
         let why = format!(
-            "{} of {} segments are completed, {} parts of {} tokens",
+            "segments completed: {} of {}; parts: {}, of {} tokens",
             run.full,
             run.pieces.len(),
             self.splits,
@@ -349,7 +350,7 @@ impl Planner<'_> {
             g: self.arrays.g,
             g_scale: self.arrays.g_scale,
         };
-        let why = format!("delta: {} completed segments find a memory", run.transits);
+        let why = format!("delta rule; segments that find a memory: {}", run.transits);
         let grid = [p.key_dim() / kernel.columns, p.kv_heads(), run.pieces.len()];
         plan.launch(kernel, grid, params, why)
     }
@@ -397,7 +398,7 @@ impl Planner<'_> {
         let halves = 1 + usize::from(self.call.a_mem());
         let blocks = [run.pieces.len(), self.call.problem.heads(), halves];
         let blocks = blocks.iter().fold(tiles, |all, extent| all.saturating_mul(*extent));
-        let why = format!("{tiles} tiles of {} rows per segment and head", kernel.rows);
+        let why = format!("query tiles per segment and head: {tiles}, of {} rows", kernel.rows);
         plan.launch(kernel, [blocks, 1, 1], params, why)
     }
 
@@ -414,7 +415,7 @@ impl Planner<'_> {
             rotated: self.arrays.rotated,
         };
         let grid = [p.segment_len().div_ceil(8), p.kv_heads(), run.chains.len()];
-        let why = format!("open segments and counters of {} sequences", run.ends);
+        let why = format!("open segments and counters; sequences that end: {}", run.ends);
         plan.launch(self.kernel("append")?, grid, params, why)
     }
 }

@@ -71,9 +71,12 @@ fn launch(
     let attention = tiles * p.heads() * (1 + usize::from(call.a_mem()));
     let update = chunks.count * p.kv_heads() * (p.value_dim() / kernel.columns);
     let why = if completes {
-        format!("{attention} blocks attend, {update} update: chunks of {} tokens", chunks.len)
+        format!(
+            "blocks that attend: {attention}, that update: {update}, {} tokens each",
+            chunks.len
+        )
     } else {
-        format!("{attention} blocks attend, no segment is completed")
+        format!("blocks that attend: {attention}; no segment is completed")
     };
     plan.launch(kernel, [attention + update, count, 1], params, why)
 }

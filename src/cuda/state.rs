@@ -1,6 +1,6 @@
 //! A pool of states in device memory: one allocation, and a mirror of its counters on the host.
 
-use super::address::Parameters;
+use super::address::{Bytes, Parameters};
 use super::call::shapes;
 use super::params::*;
 use super::plan::{Allocation, Plan};
@@ -67,7 +67,8 @@ impl StateLayout {
             status: all.part(&[1], 4)?,
             slots: slots as i64,
         };
-        let (head_tickets, sequence_tickets) = (all.part(&[slots, h], 4)?, all.part(&[slots], 4)?);
+        let (head_tickets, sequence_tickets) =
+            (all.part(&[slots, h, problem.group()], 4)?, all.part(&[slots], 4)?);
         let (problem, bytes) = (*problem, all.bytes());
         Ok(Self { problem, slots, rotation, bytes, state, head_tickets, sequence_tickets })
     }
@@ -119,7 +120,7 @@ impl StateLayout {
     /// # Errors
     /// [`Error::Unsupported`], as [`Self::new`].
     pub fn plan_init(&self) -> Result<Plan> {
-        let title = format!("init; {}; {} slots", shapes(&self.problem), self.slots);
+        let title = format!("init {}; slots: {}", shapes(&self.problem), self.slots);
         let mut plan = Plan::new(title, self, Effect::Reset((0..self.slots).collect()));
         plan.fill(Operand::State.at(0), self.bytes, 0);
         self.snapshots(&mut plan, 0, self.slots)?;
@@ -133,7 +134,7 @@ impl StateLayout {
     pub fn plan_reset(&self, slots: &[usize]) -> Result<Plan> {
         check_slots(slots, self.slots)?;
         let p = &self.problem;
-        let title = format!("reset; {}; {} of {} slots", shapes(p), slots.len(), self.slots);
+        let title = format!("reset {}; slots: {} of {}", shapes(p), slots.len(), self.slots);
         let mut plan = Plan::new(title, self, Effect::Reset(slots.to_vec()));
         let z = (4 * p.kv_heads() * p.key_dim()) as u64;
         let parts = [
@@ -148,6 +149,19 @@ impl StateLayout {
             self.snapshots(&mut plan, slot, 1)?;
         }
         Ok(plan.finish(Vec::new(), &Allocation::new(Operand::Workspace)))
+    }
+
+    /// Writes the counters of every slot.
+    pub(crate) fn set_counters(&self, plan: &mut Plan, counters: &[Counters]) {
+        let counters = counters.iter().map(|c| InfiniCounters {
+            tokens: c.tokens,
+            committed: c.committed,
+            open_len: c.open_len as u32,
+            rotated: c.rotated.into(),
+            taken: 0,
+            reserved: 0,
+        });
+        plan.copy(self.state.counters, Bytes::plain(&counters.collect::<Vec<_>>()));
     }
 
     /// Launches that make the snapshots of `count` slots from `first` on from their memories.
@@ -168,7 +182,7 @@ impl StateLayout {
                 key_dim: dk as i32,
                 value_dim: dv as i32,
             };
-            let why = format!("snapshots and scales of {matrices} memories");
+            let why = format!("snapshots and scales; memories: {matrices}");
             plan.launch(find("snapshot", p)?, [scales, matrices, 1], params, why)?;
         }
         Ok(())
@@ -178,6 +192,10 @@ impl StateLayout {
 /// What a run changes in the counters.
 #[derive(Clone, Debug)]
 pub(crate) enum Effect {
+    /// Nothing: no state is touched.
+    None,
+    /// Every slot's counters change from what was found when it was planned.
+    Set(Vec<(Counters, Counters)>),
     /// Slots are emptied.
     Reset(Vec<usize>),
     /// Open segments are committed. With the counters found when it was planned.
@@ -294,13 +312,21 @@ impl Mirror {
 
     /// The counters after a run.
     fn after(&self, plan: &Plan, table: Option<&[(usize, usize)]>) -> Result<Vec<Counters>> {
-        self.problem().check_same(plan.state().problem())?;
-        if plan.state().slots != self.counters.len() {
-            let (got, expected) = (self.counters.len(), format!("{} (slots)", plan.state().slots));
+        let mut counters = self.counters.clone();
+        let Some(state) = plan.state() else { return Ok(counters) };
+        self.problem().check_same(state.problem())?;
+        if state.slots != self.counters.len() {
+            let (got, expected) = (self.counters.len(), format!("{} (slots)", state.slots));
             return Err(Error::Length { argument: "state", got, expected });
         }
-        let mut counters = self.counters.clone();
         match &plan.effect {
+            Effect::None => {}
+            Effect::Set(slots) => {
+                for (slot, (planned, after)) in slots.iter().enumerate() {
+                    self.unmoved(slot, planned)?;
+                    counters[slot] = *after;
+                }
+            }
             Effect::Reset(slots) => slots.iter().for_each(|&s| counters[s] = Counters::default()),
             Effect::Flush(slots) => {
                 for (slot, planned) in slots {

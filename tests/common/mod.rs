@@ -8,6 +8,8 @@ pub mod buffers;
 pub mod call;
 pub mod cases;
 #[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
 pub mod device;
 pub mod driver;
 pub mod metric;

@@ -12,7 +12,7 @@ use ptxsim::Report;
 use super::common::metric::relative_rms;
 use super::common::simulator::Simulator;
 use super::common::{narrow, widen};
-use super::fixture::{CANARY, HEADS, Random, check_cost, check_snapshot, kernel, launch};
+use super::fixture::{HEADS, Random, check_cost, check_snapshot, kernel, launch};
 use super::fixture::{open_rows, problem, rows_of};
 use super::model::{Memory, Policy, rounded_sigma, sigma};
 use super::{DIMS, EXACT, POLICIES, memory_tolerance};

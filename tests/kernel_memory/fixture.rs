@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand_distr::{Distribution, StandardNormal};
 
 use super::common::simulator::Simulator;
-use super::common::{narrow, widen};
+use super::common::{bits, narrow, widen};
 use super::model::Policy;
 
 /// KV heads of every test.
@@ -180,7 +180,7 @@ pub fn check_snapshot<T: Element>(what: &str, m: &[f32], columns: usize, got: &[
         for row in 0..rows {
             let want: Vec<f32> = m[columns_of(row)].iter().map(|x| x * scale).collect();
             assert!(
-                narrow::<T>(&want) == got[columns_of(row)],
+                bits(&narrow::<T>(&want)) == bits(&got[columns_of(row)]),
                 "{what}: row {row}, columns from {}",
                 group * 32
             );

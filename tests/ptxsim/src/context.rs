@@ -6,7 +6,7 @@ use crate::gang::State;
 use crate::launch::Grid;
 use crate::program::{Dst, Flow, Lanes, Pred, PredDst, Src, Waiting};
 use crate::shadow::{Conflict, Race};
-use crate::warp::{RegisterFault, Warp};
+use crate::warp::{Group, RegisterFault, Warp};
 
 /// One instruction of one warp, for some of its lanes.
 pub struct Cx<'a, 'g> {
@@ -242,13 +242,22 @@ impl Cx<'_, '_> {
         if self.mask == self.warp.live {
             return None;
         }
-        if self.warp.groups.iter().any(|g| g.pc < self.pc) {
-            return Some(Flow::Wait(Waiting::Lanes(self.warp.live & !self.mask)));
-        }
         let missing = self.warp.live & !self.mask;
+        let others = || self.warp.groups.iter().filter(|g| g.lanes & self.mask == 0);
+        let here = others().fold(self.mask, |lanes, g| lanes | g.lanes) == self.warp.live;
+        // The others may still come, by a path further on in the text as well.
+        let come = |g: &Group| !matches!(g.waiting, Some(Waiting::Aligned(_)));
+        if here && others().any(come) {
+            return Some(Flow::Wait(Waiting::Aligned(missing)));
+        }
+        Some(self.left_behind(missing))
+    }
+
+    /// Reports that lanes have not come to an aligned instruction.
+    pub fn left_behind(&mut self, missing: u32) -> Flow {
         let text =
             format!("divergent lanes at an aligned instruction: lanes {missing:#x} are missing");
-        Some(self.fault(Kind::Divergence, text))
+        self.fault(Kind::Divergence, text)
     }
 
     /// For an instruction with a member mask: None when all its lanes are here, otherwise what to

@@ -14,7 +14,7 @@ use crate::launch::Grid;
 use crate::memory::SharedMemory;
 use crate::ops;
 use crate::program::{Flow, Waiting};
-use crate::warp::Warp;
+use crate::warp::{Group, Warp};
 
 /// Rounds in which every warp only polls, after which nothing is expected to happen any more.
 const STALLED_ROUNDS: u32 = 64;
@@ -326,7 +326,9 @@ impl<'g> Gang<'g> {
                 let at = self.grid.location(by.0, by.1, by.2);
                 let why = warp.last_wait.as_deref().unwrap_or("polls");
                 let why = match &g.waiting {
-                    Some(Waiting::Lanes(missing)) => format!("waits for lanes {missing:#x}"),
+                    Some(Waiting::Lanes(missing) | Waiting::Aligned(missing)) => {
+                        format!("waits for lanes {missing:#x}")
+                    }
                     Some(Waiting::On(what)) => format!("waits for {what}"),
                     Some(Waiting::Poll) | None => why.to_string(),
                 };
@@ -405,6 +407,16 @@ fn step(cx: &mut Cx<'_, '_>, g: usize) -> Step {
 
 /// Ends the executing lanes.
 fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
+    let awaited = |g: &Group| match g.waiting {
+        Some(Waiting::Aligned(missing)) if missing & cx.mask != 0 => Some((g.pc, g.lanes)),
+        _ => None,
+    };
+    if let Some((pc, lanes)) = cx.warp.groups.iter().find_map(awaited) {
+        let missing = cx.warp.live & !lanes;
+        (cx.pc, cx.mask) = (pc, lanes);
+        cx.left_behind(missing);
+        return Step::Fault;
+    }
     cx.warp.exit(g, cx.mask);
     ops::barrier::lanes_ended(cx);
     ops::cluster::lanes_ended(cx);

@@ -31,6 +31,8 @@ pub enum Flow {
 pub enum Waiting {
     /// The other lanes of a collective instruction.
     Lanes(u32),
+    /// All other lanes of the warp, at an instruction that all execute together.
+    Aligned(u32),
     /// Anything else, described.
     On(String),
     /// Nothing in particular: a thread that sleeps or polls.

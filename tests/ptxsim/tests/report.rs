@@ -227,3 +227,26 @@ fn lanes_that_end_early_hold_nobody_up() {
         assert!(device.read::<u32>(out).expect("written").into_iter().eq(0..40));
     }
 }
+
+/// Half of the warp takes a path that lies behind the barrier in the text, and comes back.
+#[test]
+fn lanes_may_come_to_a_barrier_from_further_on() {
+    let module = Module::parse(
+        ".version 8.0 .target sm_80 .address_size 64
+        .visible .entry out_of_line() {
+            .reg .b32 %r<4>; .reg .pred %p;
+            mov.u32 %r0, %tid.x;
+            setp.lt.u32 %p, %r0, 16;
+            @%p bra BEHIND;
+            BACK: bar.sync 0;
+            ret;
+            BEHIND: add.u32 %r1, %r0, 1;
+            bra BACK;
+        }",
+    )
+    .expect("PTX");
+    let mut device = Device::new(Arch::Sm80);
+    let report = device.launch(&module, "out_of_line", &Launch::linear(1, 64), &[]);
+    let report = report.expect("a valid launch");
+    assert!(report.is_clean(), "{report}");
+}
