@@ -229,9 +229,8 @@ pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
     same_stream("map", &map.device, state.device())?;
     state.device().refuse_capture("applying a map", "record the plan of plan_apply")?;
     state.mirror.check(&plan)?;
-    let addresses = Addresses::new()
-        .with(Operand::Map, map.data.address)
-        .with(Operand::State, state.address());
+    let addresses =
+        Addresses::new().with(Operand::Map, map.data.address).with(Operand::State, state.address());
     state.device().run(&plan, addresses)?;
     state.mirror.advance(&plan)
 }
