@@ -81,7 +81,7 @@ impl Arrays {
         Ok(Self {
             b: workspace.part(&[pieces, h, splits, dk, dv], 4)?,
             g: workspace.part(&[delta, h, dk, dk], p.dtype().bytes())?,
-            g_scale: workspace.part(&[delta, h], 4)?,
+            g_scale: workspace.part(&[delta, h, dk / 16], 4)?,
             ..Self::for_sums(p, splits, pieces, workspace)?
         })
     }

@@ -185,15 +185,13 @@ impl Plan {
 /// A table: every step with its grid, threads and shared bytes, and why it is there.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let p = self.state.problem();
         writeln!(f, "{}", self.title)?;
-        writeln!(
-            f,
-            "kernels: sm80, for every device of compute capability 8.0 and later; {}, (Dk, Dv) = ({}, {})",
-            p.dtype(),
-            p.key_dim(),
-            p.value_dim()
-        )?;
+        write!(f, "kernels: sm80, for every device of compute capability 8.0 and later")?;
+        if let Some(state) = &self.state {
+            let p = state.problem();
+            write!(f, "; {}, (Dk, Dv) = ({}, {})", p.dtype(), p.key_dim(), p.value_dim())?;
+        }
+        writeln!(f)?;
         let mut rows = vec![["step", "grid", "threads", "shared", "why"].map(String::from)];
         for step in &self.steps {
             rows.push(match step {

@@ -185,7 +185,7 @@ fn copy_tables(
 ///
 /// As many as give two blocks per multiprocessor to 16 segments of 8 KV heads; but no part so short
 /// that writing its B (f32) costs as much as half of reading its keys and values.
-fn splits(p: &Problem, columns: usize, multiprocessors: usize) -> (usize, usize) {
+pub(super) fn splits(p: &Problem, columns: usize, multiprocessors: usize) -> (usize, usize) {
     const HEADS: usize = 16 * 8;
     let (n, dk, dv) = (p.segment_len(), p.key_dim(), p.value_dim());
     let blocks = HEADS * (dv / columns);
