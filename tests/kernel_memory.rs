@@ -9,6 +9,8 @@ mod common;
 mod commit;
 #[path = "kernel_memory/fixture.rs"]
 mod fixture;
+#[path = "kernel_memory/launches.rs"]
+mod launches;
 #[path = "kernel_memory/model.rs"]
 mod model;
 #[path = "kernel_memory/prefill.rs"]

@@ -91,7 +91,9 @@ impl<T: Element> Pool<T> {
                 let values = random.normal(dk * dv, sum * v.0, deviation);
                 let (form, scale) = snapshot::<T>(&values, dv);
                 let sums = random.normal(dk, sum, sum / 8.0);
-                (m.extend(values), forms.extend(form), scales.extend(scale));
+                m.extend(values);
+                forms.extend(form);
+                scales.extend(scale);
                 z.extend(sums.iter().map(|x: &f32| x.abs()));
             }
         }
