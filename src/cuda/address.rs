@@ -95,9 +95,9 @@ impl Operand {
 
     fn number(self) -> u64 {
         match self {
-            Operand::Part(i) => PART | u64::from(i) % PART,
-            Operand::PartLse(i) => PART_LSE | u64::from(i) % PART,
-            Operand::Source(i) => SOURCE | u64::from(i) % PART,
+            Operand::Part(i) => PART | (u64::from(i) % PART),
+            Operand::PartLse(i) => PART_LSE | (u64::from(i) % PART),
+            Operand::Source(i) => SOURCE | (u64::from(i) % PART),
             _ => 1 + NAMED.iter().position(|(named, _)| *named == self).unwrap_or(0) as u64,
         }
     }
