@@ -112,7 +112,7 @@ impl<'a> Compiler<'a> {
         let asked = asked(&known)?;
         let cache = match env::var_os("INFINI_ATTN_KERNEL_CACHE") {
             Some(folder) => folder.into(),
-            None => default_cache(out),
+            None => tools::target_folder(out).join("infini-attn-kernels"),
         };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
         Ok(Compiler { nvcc, identity, asked, known, kernels, cache })
@@ -214,12 +214,6 @@ impl<'a> Compiler<'a> {
         texts.push(text);
         Ok(())
     }
-}
-
-/// Beside all build folders of Cargo's target folder, whose root is marked.
-fn default_cache(out: &Path) -> PathBuf {
-    let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
-    out.ancestors().find(marked).unwrap_or(out).join("infini-attn-kernels")
 }
 
 /// `INFINI_ATTN_CUDA_ARCHS`: architectures separated by commas, or `ptx` for none.

@@ -53,7 +53,7 @@ pub fn run() -> Result<()> {
     if let Some(folder) = env::var_os("INFINI_ATTN_PREBUILT").filter(|folder| !folder.is_empty()) {
         return prebuilt::copy(&root.join(folder), &kernels, &out);
     }
-    let tools = Tools::find(&root)?;
+    let tools = Tools::find(&root, &out)?;
     bindings::generate(&kernels, &out)?;
     if let Some(nvcc) = &tools.nvcc {
         println!("cargo::rustc-env=INFINI_ATTN_NVCC={}", nvcc.display());

@@ -11,8 +11,8 @@ use crate::cuda::Result;
 /// nvcc and libclang as Python packages, a line each.
 const REQUIREMENTS: &str = include_str!("requirements.txt");
 
-const INSTALL_HOST: &str = "Install one (`apt-get install g++`), name it in NVCC_CCBIN, or set \
-INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md).";
+const PREBUILT: &str = "To build without these tools, set INFINI_ATTN_PREBUILT to a folder of \
+compiled kernels (docs/building.md).";
 
 /// What was found.
 pub struct Tools {
@@ -24,8 +24,8 @@ pub struct Tools {
 
 impl Tools {
     /// Finds nvcc and the host compiler, and loads libclang. One message names all that is missing.
-    pub fn find(root: &Path) -> Result<Self> {
-        let site_packages = site_packages(root);
+    pub fn find(root: &Path, out: &Path) -> Result<Self> {
+        let site_packages = site_packages(root, out);
         let nvcc = match env::var_os("DOCS_RS") {
             Some(_) => Ok(None),
             None => nvcc(&site_packages).map(Some),
@@ -35,17 +35,28 @@ impl Tools {
         match (nvcc, host_compiler, libclang) {
             (Ok(nvcc), Ok(host_compiler), Ok(())) => Ok(Tools { nvcc, host_compiler }),
             (nvcc, host_compiler, libclang) => {
-                let errors = [nvcc.err(), host_compiler.err(), libclang.err()];
+                let packages = nvcc.is_err() || libclang.is_err();
+                let mut errors = vec![nvcc.err(), host_compiler.err(), libclang.err()];
+                errors.push(packages.then(install_packages));
+                errors.push(Some(PREBUILT.to_owned()));
                 Err(errors.into_iter().flatten().collect::<Vec<_>>().join("\n"))
             }
         }
     }
 }
 
-/// `site-packages` of the active Python environment and of target/cuda-venv.
-fn site_packages(root: &Path) -> Vec<PathBuf> {
+/// Cargo's target folder, whose root is marked; without a mark, `out` itself.
+pub fn target_folder(out: &Path) -> &Path {
+    out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file()).unwrap_or(out)
+}
+
+/// `site-packages` of the active Python environment and of target/cuda-venv, in the target folder of
+/// this build or of the repository.
+fn site_packages(root: &Path, out: &Path) -> Vec<PathBuf> {
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].map(env::var_os).into_iter().flatten();
-    let environments = active.map(PathBuf::from).chain([root.join("target/cuda-venv")]);
+    let environments = active
+        .map(PathBuf::from)
+        .chain([target_folder(out).join("cuda-venv"), root.join("target/cuda-venv")]);
     environments
         .flat_map(|environment| entries(&environment.join("lib")))
         .map(|python| python.join("site-packages"))
@@ -74,7 +85,8 @@ fn host_compiler() -> Result<PathBuf> {
     let named = named.map(|path| if path.is_dir() { path.join("g++") } else { path });
     let candidates = named.into_iter().chain(["g++".into()]).flat_map(|path| on_path(&path));
     candidates.into_iter().find(|candidate| candidate.is_file()).ok_or_else(|| {
-        format!("C++ compiler not found; looked for $NVCC_CCBIN, g++ in $PATH.\n{INSTALL_HOST}")
+        let places = "$NVCC_CCBIN and g++ in $PATH";
+        format!("C++ compiler not found; looked for {places} (`apt-get install g++`)")
     })
 }
 
@@ -95,17 +107,21 @@ fn load_libclang(site_packages: &[PathBuf]) -> Result<()> {
 }
 
 fn missing(what: &str, places: &str, site_packages: &[PathBuf]) -> String {
-    let packages = REQUIREMENTS.lines().filter(|line| !line.starts_with('#'));
-    let packages = packages.collect::<Vec<_>>().join(" ");
-    let looked_in: String =
+    let found: String =
         site_packages.iter().map(|folder| format!("\n  {}", folder.display())).collect();
     format!(
         "{what} not found; looked in {places}, and the Python environments $VIRTUAL_ENV, \
-         $CONDA_PREFIX and target/cuda-venv{looked_in}\n\
-         Install it into a Python environment (no root, no GPU needed):\n  \
+         $CONDA_PREFIX and target/cuda-venv{found}"
+    )
+}
+
+fn install_packages() -> String {
+    let packages = REQUIREMENTS.lines().filter(|line| !line.starts_with('#'));
+    let packages = packages.collect::<Vec<_>>().join(" ");
+    format!(
+        "nvcc and libclang come as Python packages (no root, no GPU needed):\n  \
          python3 -m venv target/cuda-venv\n  \
-         target/cuda-venv/bin/pip install {packages}\n\
-         or set INFINI_ATTN_PREBUILT to a folder of compiled kernels (docs/building.md)."
+         target/cuda-venv/bin/pip install {packages}"
     )
 }
 

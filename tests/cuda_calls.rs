@@ -418,7 +418,7 @@ fn bad_addresses_launch_nothing() {
     let spans: Vec<_> = plan.requirements().iter().map(|r| r.after).collect();
     let o = 2 * 200 * 4 * 128 * 2;
     assert_eq!(spans[..5], [o / 2, o / 4, o / 2, 16, o]);
-    assert_eq!(spans[10..], [plan.state().bytes(), plan.workspace_bytes()]);
+    assert_eq!(spans[10..], [mirror(&p, 2).layout().bytes(), plan.workspace_bytes()]);
     // Addresses that a plan does not use do not matter; one without steps uses none.
     let flush = plan_flush(&p, &state, &[0]).expect("valid");
     assert_eq!(

@@ -108,7 +108,7 @@ fn decode_steps_and_commits() {
     // At least 170 tokens per chunk.
     assert_eq!((commit.chunks, commit.chunk_len, commit.flush), (2, 192, 0));
     assert_eq!(launches(&plan)[1], ("commit", [2, 2, 3]));
-    let exchange = plan.state().params(base(Operand::State));
+    let exchange = plan.state().expect("of states").params(base(Operand::State));
     assert!(first.exchange.head_tickets > exchange.status);
     assert_ne!(first.exchange.partials, commit.exchange.partials);
 
@@ -294,9 +294,7 @@ fn a_plan_prints_as_a_table() {
         "prefill bf16, Hq 4, Hkv 2, Dk 64, Dv 128, N 128, delta; sequences: 2, new tokens: 40 to \
          200; segments: 3, runs: 1"
             .to_owned(),
-        "kernels: sm80, for every device of compute capability 8.0 and later; bf16, (Dk, Dv) = (64, \
-         128)"
-            .to_owned(),
+        "kernels: sm80, for every device of compute capability 8.0 and later".to_owned(),
         "step grid threads shared why".to_owned(),
         "copy 120 bytes of tables".to_owned(),
         "copy 80 bytes of tables".to_owned(),
@@ -305,7 +303,11 @@ fn a_plan_prints_as_a_table() {
         launch("normaliser_scan", "2 × 2 × 1", "z before every segment"),
         launch("segment_transition", "1 × 2 × 3", "delta rule; segments that find a memory: 1"),
         launch("memory_scan", "4 × 2 × 2", "M before every segment"),
-        launch("segment_attention", "12 × 1 × 1", "query tiles per segment and head: 1, of 128 rows"),
+        launch(
+            "segment_attention",
+            "12 × 1 × 1",
+            "query tiles per segment and head: 1, of 128 rows",
+        ),
         launch("append", "16 × 2 × 2", "open segments and counters; sequences that end: 2"),
         launch("clear_padding", "25 × 4 × 2", "output rows of padding"),
         format!("workspace: {} bytes", plan.workspace_bytes()),

@@ -244,7 +244,7 @@ fn arrays(p: &Problem, slots: usize, step: &Step) -> Vec<(u64, u64)> {
             let x: InfiniDecode = read(params);
             let tiles = (x.row_tiles * x.splits) as usize * x.sequences.count as usize * h;
             add(x.exchange.partials, tiles * 64 * (dv + 2), 4);
-            add(x.exchange.head_tickets, slots * h, 4);
+            add(x.exchange.head_tickets, slots * p.heads(), 4);
             add(x.exchange.sequence_tickets, slots, 4);
         }
         "commit" => {
@@ -256,7 +256,7 @@ fn arrays(p: &Problem, slots: usize, step: &Step) -> Vec<(u64, u64)> {
             let x: InfiniSegment = read(params);
             let chunks = x.chunks as usize * x.sequences.count as usize * h;
             add(x.exchange.partials, chunks * (dk * dv + dk), 4);
-            add(x.exchange.head_tickets, slots * h, 4);
+            add(x.exchange.head_tickets, slots * p.heads(), 4);
         }
         _ => {}
     }
@@ -341,7 +341,7 @@ fn sizes_beyond_32_bits() {
     let p = problem(|b| b.heads(32).kv_heads(8).key_dim(256).value_dim(256).segment_len(2048));
     let slots = 4096;
     let layout = StateLayout::new(&p, slots, true).expect("fits");
-    let per_slot = 8 * (256 * 256 * 6 + 256 * 4 + 8 * 4 + 3 * 2048 * 256 * 2) + 32 + 8 * 4 + 4;
+    let per_slot = 8 * (256 * 256 * 6 + 256 * 4 + 8 * 4 + 3 * 2048 * 256 * 2) + 32 + 32 * 4 + 4;
     let parts = slots as u64 * per_slot + 4;
     assert!((parts..parts + 11 * 256).contains(&layout.bytes()), "{} {parts}", layout.bytes());
     let state = layout.params(1 << 40);

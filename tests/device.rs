@@ -241,6 +241,82 @@ fn replay(device: &Device, stream: &Stream<bf16>, gate: &Gate) -> (Vec<bf16>, St
     (all, state.to_host().expect("a state"))
 }
 
+/// Two runs of a stream as maps: applied one after the other, and composed, they leave the state of
+/// the whole; two local attentions over halves of the keys merge into the attention over both.
+#[test]
+fn maps_and_merges_are_those_of_the_cpu() {
+    let Some(device) = device("maps and merges") else { return };
+    let p = problem(4, 2, 64, 64);
+    let stream = Stream::<bf16>::normal(&p, 4 * 64, 11);
+    let mut cpu = State::new(&p, 1);
+    on_cpu(&stream, &[0.0; 4], &mut cpu);
+    let want = widen(cpu.memory().as_slice().expect("contiguous"));
+    let m = |s: &cuda::State| {
+        widen(s.to_host().expect("a state").memory().as_slice().expect("contiguous"))
+    };
+
+    let runs = [stream.slice(0..128), stream.slice(128..256)];
+    let tokens = runs.each_ref().map(|run| Tokens::new(&device, run));
+    let views = tokens.each_ref().map(|t| {
+        let view = |x| TensorView::new(x, &t.shapes[1]).expect("a stream's own shape");
+        (view(&t.k), view(&t.v))
+    });
+    let first = cuda::KeySums::zero(&device, &p, 1).expect("room");
+    let sums = cuda::key_sums(&device, &p, views[0].0).expect("valid");
+    let second = first.add(&sums).expect("one batch");
+    let maps = [(views[0], &first), (views[1], &second)]
+        .map(|((k, v), before)| cuda::segment_map(&p, k, v, before).expect("valid"));
+    let mut state = cuda::State::new(&device, &p, 1, false).expect("room");
+    maps.iter().for_each(|map| cuda::apply(map, &mut state).expect("it follows"));
+    close("M by maps", &m(&state), &want, 4e-3);
+    assert_eq!((state.tokens(0), state.committed(0)), (256, 256));
+    let mut state = cuda::State::new(&device, &p, 1, false).expect("room");
+    let whole = cuda::compose(&maps[0], &maps[1]).expect("one follows the other");
+    cuda::apply(&whole, &mut state).expect("it follows");
+    close("M by the composed map", &m(&state), &want, 4e-3);
+    assert!(cuda::apply(&maps[0], &mut state).is_err(), "a map for no earlier tokens");
+
+    // One filled memory among empty ones is itself.
+    let empty = cuda::State::new(&device, &p, 1, false).expect("room");
+    let merged = cuda::merge_memories(&[&state, &empty]).expect("one is empty");
+    assert_eq!(m(&merged), m(&state));
+    assert!(matches!(cuda::merge_memories(&[&state, &state]), Err(Error::DeltaMerge { .. })));
+}
+
+#[test]
+fn partial_attentions_merge_as_on_the_cpu() {
+    let Some(device) = device("a merge of partial results") else { return };
+    let shape = [1, 33, 4, 64];
+    let (rows, logs) =
+        ([0, 1].map(|i| normals(20 + i, 33 * 4 * 64)), [0, 1].map(|i| normals(30 + i, 33 * 4)));
+    let rows = rows.map(|row| row.into_iter().map(bf16::from_f32).collect::<Vec<_>>());
+    let mut want = vec![bf16::ZERO; rows[0].len()];
+    let host = |x| infini_attn::TensorView::new(x, &shape).expect("its shape");
+    let host_log = |x| infini_attn::TensorView::new(x, &[1, 4, 33]).expect("its shape");
+    infini_attn::merge_partials(
+        &rows.each_ref().map(|x| host(x)),
+        &logs.each_ref().map(|x| host_log(x)),
+        HostMut::new(&mut want, &shape).expect("its shape"),
+        None,
+    )
+    .expect("valid");
+    let parts = rows.each_ref().map(|x| device.upload(x).expect("room"));
+    let weights = logs.each_ref().map(|x| device.upload(x).expect("room"));
+    let mut out = device.upload(&want).expect("room");
+    device.stream().memset_zeros(&mut out).expect("a fill");
+    cuda::merge_partials(
+        &device,
+        &parts.each_ref().map(|x| TensorView::new(x, &shape).expect("its shape")),
+        &weights.each_ref().map(|x| TensorView::new(x, &[1, 4, 33]).expect("its shape")),
+        TensorViewMut::new(&mut out, &shape).expect("its shape"),
+        None,
+    )
+    .expect("valid");
+    let got = device.stream().clone_dtoh(&out).expect("a copy");
+    device.synchronize().expect("no error on the device");
+    close("merged", &widen(&got), &widen(&want), 4e-3);
+}
+
 #[test]
 fn what_a_capture_cannot_hold_is_refused() {
     let Some(device) = device("refusals under capture") else { return };

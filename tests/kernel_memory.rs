@@ -33,6 +33,14 @@ const POLICIES: [Policy; 3] = [
     Policy { kind: INFINI_DENOMINATOR_ADD, epsilon: 3000.0 },
 ];
 
+/// Mean and deviation of keys, and of values, far from what normal ones are.
+const SIZES: [((f32, f32), (f32, f32)); 4] = [
+    ((-6.0, 0.7), (0.1, 1.0)),
+    ((0.0, 40.0), (0.0, 1.0)),
+    ((0.0, 1.0), (0.0, 1e-4)),
+    ((0.0, 1.0), (10.0, 3000.0)),
+];
+
 /// Relative RMS error that M may have.
 fn memory_tolerance(dtype: DType) -> f64 {
     if dtype == DType::F16 { 5e-4 } else { 4e-3 }

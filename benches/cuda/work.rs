@@ -9,8 +9,9 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 use infini_attn::cuda::{
-    Addresses, Call, CudaLauncher, DecodeOptions, Device, DeviceTensor, Launch, Launcher, Operand,
-    Plan, Runs, State, plan_decode, plan_flush, plan_prefill, plan_segment,
+    Addresses, Call, CudaLauncher, DecodeOptions, Device, DeviceTensor, KeySumsMirror, Launch,
+    Launcher, Operand, Plan, Runs, State, plan_apply, plan_compose, plan_decode, plan_flush,
+    plan_key_sums, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
 use infini_attn::{DType, Problem};
 use rand::SeedableRng;
@@ -45,6 +46,12 @@ pub enum Operation {
     /// `DECODE_STEPS` steps of one token, and the counters put back.
     Decode,
     Flush,
+    /// Two partial results.
+    MergePartials,
+    KeySums,
+    SegmentMap,
+    Compose,
+    Apply,
 }
 
 /// Steps in one graph: what it takes to put the counters back is spread over them.
@@ -82,6 +89,10 @@ pub fn cases() -> Vec<Case> {
         all.push(case(Operation::Decode, Shape { sequences, tokens: 1, open: 1024, ..BASE }));
     }
     all.push(case(Operation::Flush, Shape { sequences: 64, tokens: 1024, open: 1024, ..BASE }));
+    let over_tokens = [Operation::MergePartials, Operation::KeySums, Operation::SegmentMap];
+    all.extend(over_tokens.map(|o| case(o, BASE)));
+    let maps = Shape { sequences: 64, tokens: 64, ..BASE };
+    all.extend([Operation::Compose, Operation::Apply].map(|o| case(o, maps)));
     all
 }
 
@@ -95,6 +106,11 @@ impl Case {
             Operation::Segment => "segment",
             Operation::Decode => "decode",
             Operation::Flush => "flush",
+            Operation::MergePartials => "merge of two parts",
+            Operation::KeySums => "key sums",
+            Operation::SegmentMap => "map",
+            Operation::Compose => "compose",
+            Operation::Apply => "apply",
         };
         let open = if open > 0 { format!(", {open} open") } else { String::new() };
         format!(
@@ -123,6 +139,14 @@ impl Case {
             Operation::Segment => [local + retrieval + update, 2.0 * q + 2.0 * kv + memory * 10.0],
             Operation::Decode => [local + retrieval, 2.0 * q + 4.0 * kv + cache + memory * 2.0],
             Operation::Flush => [update, 2.0 * kv + memory * 10.0],
+            Operation::MergePartials => [t * hq * 4.0 * d, 3.0 * q + 8.0 * t * hq],
+            Operation::KeySums => [t * hkv * d, kv],
+            // Two products per segment, of I - G with A and with B.
+            Operation::SegmentMap => {
+                [update + segments * hkv * 4.0 * d * d * d, 2.0 * kv + memory * 8.0]
+            }
+            Operation::Compose => [memory * 4.0 * d, memory * 24.0],
+            Operation::Apply => [memory * 2.0 * d, memory * 18.0],
         }
     }
 
@@ -286,9 +310,23 @@ impl Set {
         Ok(())
     }
 
+    /// Zeros for every operand of the plan that has no buffer yet: sums, maps, partial results.
+    fn complete(&mut self, plan: &Plan, device: &Device) -> Result<()> {
+        for need in plan.requirements() {
+            if need.operand == Operand::Workspace || self.addresses.get(need.operand) != 0 {
+                continue;
+            }
+            let buffer = device.stream().alloc_zeros::<u8>((need.before + need.after) as usize)?;
+            self.addresses.set(need.operand, buffer.device_ptr(device.stream()).0 + need.before);
+            self.keep.push(Box::new(buffer));
+        }
+        Ok(())
+    }
+
     fn capture(&mut self, case: &Case, device: &Device) -> Result<CudaGraph> {
         self.open(case, device)?;
         let plan = case.plan(&self.state)?;
+        self.complete(&plan, device)?;
         let counters = self.counters(device)?;
         // Also fills the workspace, for graphs of single phases.
         self.run(&plan, device)?;
@@ -360,6 +398,23 @@ impl Case {
             Operation::Decode => plan_decode(&problem, &call, mirror, &replay)?,
             Operation::Flush => {
                 plan_flush(&problem, mirror, &(0..s.sequences).collect::<Vec<_>>())?
+            }
+            Operation::MergePartials => {
+                let lse = [s.sequences, s.heads, s.tokens];
+                let lse = DeviceTensor::contiguous(DType::F32, &lse)?;
+                plan_merge_partials(&[q, q], &[lse, lse], &q, None)?
+            }
+            Operation::KeySums => plan_key_sums(&problem, &kv)?.0,
+            Operation::SegmentMap | Operation::Compose | Operation::Apply => {
+                let before = KeySumsMirror::zero(&problem, s.sequences);
+                let (plan, first) = plan_segment_map(&problem, &kv, &kv, &before, &options)?;
+                let (_, sums) = plan_key_sums(&problem, &kv)?;
+                let (_, second) = plan_segment_map(&problem, &kv, &kv, &sums, &options)?;
+                match self.operation {
+                    Operation::SegmentMap => plan,
+                    Operation::Compose => plan_compose(&first, &second)?.0,
+                    _ => plan_apply(&first, mirror)?,
+                }
             }
             _ => plan_prefill(&problem, &call, mirror, &options)?,
         })

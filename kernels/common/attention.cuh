@@ -416,7 +416,9 @@ struct Attention {
       const float w = r < rows ? gate(r).local : 0.0f;
       weights[i][h] = w == 0.0f || total[i][h] == 0.0f ? 0.0f : __fdividef(w, total[i][h]);
     });
-    for (int i = threadIdx.x; retrieves && i < Dk; i += kThreads) z[i] = memory.z[i];
+    for (int i = threadIdx.x; retrieves && i < Dk; i += kThreads) {
+      z[i] = memory.z[z_channel<Dk>(i)];
+    }
     const auto local = [&](int i, int h, int) { return weights[i][h]; };
     if (!retrieves) {
       store(local, out);

@@ -88,11 +88,20 @@ __device__ __forceinline__ float row_max(const Tile<T, R, C>& tile, int row, int
 // Whether map_rows scales rows so that nothing underflows.
 enum class Shift { kNone, kMaximum };
 
+// z lies in shared memory with the lower halves of all chunks first, then the upper ones, so that
+// the lanes of a row read pieces of 16 bytes that lie side by side: the channel at an index.
+template <int Columns>
+__device__ __forceinline__ int z_channel(int index) {
+  const int half = index / (Columns / 2), i = index % (Columns / 2);
+  return i / 4 * 8 + half * 4 + i % 4;
+}
+
 // σ of every row of a tile, in place and rounded. Under Shift::kMaximum of rows scaled by e^-shift,
 // shift = min(row maximum, 0): a retrieval is invariant to its row's scale. (Keys that are written
 // are not.) `each(row, den, first)` gets the denominator of the rounded row in all lanes of the
 // row, `first` true in one of them, and returns whether the row counts: one that does not becomes
-// 0, as do rows from `end` on. z [C] lies in shared memory. Every thread of the block takes part;
+// 0, as do rows from `end` on. z [C] lies in shared memory in
+// the order of z_channel. Every thread of the block takes part;
 // the caller synchronises before and after.
 template <Shift kShift, int Threads, class T, int R, int C, class Each>
 __device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R, C>& tile,
@@ -119,7 +128,7 @@ __device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R
       mapped[i] = narrow<T>(x);
       widen<T>(mapped[i], x);
 #pragma unroll
-      for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 8 + c];
+      for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 4 + c % 4 + c / 4 * (C / 2)];
     }
     dot = lanes_sum<lanes>(dot);
     const bool counts = each(row, denominator(p, dot, shift), lane == 0) && row < end;

@@ -27,7 +27,9 @@ __device__ __forceinline__ void update_block(const InfiniProblem& p, const Infin
   Update<T, Dk, Columns, Threads, Accumulated> update(shared, task.key);
   const bool delta = p.delta && !task.empty;
   const float* z = pointer<const float>(state.normalizer) + task.matrix * Dk;
-  for (int i = threadIdx.x; i < Dk; i += Threads) update.z[i] = delta ? z[i] : 0.0f;
+  for (int i = threadIdx.x; i < Dk; i += Threads) {
+    update.z[i] = delta ? z[z_channel<Dk>(i)] : 0.0f;
+  }
   if (delta) {
     update.load_memory(pointer<const T>(state.snapshot) + task.matrix * (Dk * Dv),
                        pointer<const float>(state.snapshot_scale) + task.matrix * (Dv / 32), Dv,

@@ -22,7 +22,11 @@ __device__ __forceinline__ void commit(const InfiniCommit& p, unsigned char* sha
   const int chunk = blockIdx.x, kv_head = blockIdx.y / kSlices, slice = blockIdx.y % kSlices;
   const int slot = sequence_of(p.sequences, blockIdx.z).slot;
   InfiniCounters* counters = counters_of(p.state, slot);
-  const int open = counters ? static_cast<int>(counters->open_len) : 0;
+  int open = counters ? static_cast<int>(counters->open_len) : 0;
+  if (open < 0 || open > p.problem.segment_len) {
+    report(p.state.status, INFINI_STATUS_LENGTH);
+    open = 0;
+  }
   const bool empty = counters && counters->committed == 0;
   const int len = p.flush || open == p.problem.segment_len ? open : 0;
 

@@ -122,8 +122,10 @@ struct Scan {
     if (to) {
       T* rows = pointer<T>(to) + matrix * Dk * p.columns + column;
       for (int i = threadIdx.x; i < Dk * 4; i += kThreads) {
-        *reinterpret_cast<Chunk*>(rows + i / 4 * p.columns + i % 4 * 8) =
-            load_chunk(tile.at(i / 4, i % 4));
+        const Chunk c = load_chunk(tile.at(i / 4, i % 4));
+        // A plain store would be split.
+        __stcg(reinterpret_cast<uint4*>(rows + i / 4 * p.columns + i % 4 * 8),
+               uint4{c.x[0], c.x[1], c.x[2], c.x[3]});
       }
       if (threadIdx.x == 0) {
         pointer<float>(scales)[matrix * (p.columns / INFINI_SCALE_COLUMNS) + blockIdx.x] = scale;
@@ -196,7 +198,7 @@ struct Scan {
     if (p.end_snapshot) snapshot(m, p.end_snapshot, p.end_snapshot_scale, matrix);
     float* end = pointer<float>(p.end) + matrix * Dk * p.columns + column;
     each_pair(m, [&](float& x, float& y, int r, int c) {
-      *reinterpret_cast<float2*>(end + r * p.columns + c) = {x, y};
+      __stcg(reinterpret_cast<float2*>(end + r * p.columns + c), float2{x, y});
     });
     ptx::cp_async_wait_group<0>();
   }

@@ -30,7 +30,9 @@ struct Transition {
     const auto w = update.value_tile(stage);
 #pragma unroll 1
     for (int i = threadIdx.x; i < Product::kTokens * chunks; i += Threads) {
-      const int row = i / chunks, chunk = i % chunks;
+      // Eight lanes take four chunks of two rows that the swizzles of both tiles keep apart.
+      const int pair = i / 8 / (chunks / 4), row = (pair / 4 * 8 + pair % 4) ^ (i / 4 % 2 * 5);
+      const int chunk = i / 8 % (chunks / 4) * 4 + i % 4;
       float x[8];
       widen<T>(load_chunk(k.at(row, column / 8 + chunk)), x);
 #pragma unroll
@@ -87,7 +89,9 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
   float top = 0.0f;
   for (int i = threadIdx.x; i < Dk; i += kThreads) top = fmaxf(top, fabsf(z[i]));
   const float shrink = snapshot_scale(block_max<kThreads>(top));
-  for (int i = threadIdx.x; i < Dk; i += kThreads) update.z[i] = z[i] * shrink;
+  for (int i = threadIdx.x; i < Dk; i += kThreads) {
+    update.z[i] = z[z_channel<Dk>(i)] * shrink;
+  }
 
   InfiniProblem problem = p.problem;
   problem.epsilon *= shrink;

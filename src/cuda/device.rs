@@ -7,9 +7,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cudarc::driver::sys::{
-    self, CUdevice_attribute, CUfunction_attribute, CUresult, CUstreamCaptureStatus,
-};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result,
 };
@@ -334,18 +332,15 @@ pub(super) fn driver(what: impl Into<String>, error: DriverError) -> Error {
     Error::Driver { what: what.into(), reason: reason(error) }
 }
 
-/// A file's binary for the device, or its PTX where there is none.
+/// The code of a file. Every fatbin holds PTX beside its cubins, so the driver finds or compiles
+/// something for each device; the PTX text itself stays out of the program.
 fn load_module(context: &Arc<CudaContext>, file: &'static str) -> Result<Arc<CudaModule>> {
     let what = || format!("loading the kernels of {file}");
-    let absent = || Error::Driver { what: what(), reason: "not compiled into this build".into() };
-    let fatbin = kernels::fatbin(file).ok_or_else(absent)?;
-    match context.load_module(Ptx::from_binary(fatbin.to_vec())) {
-        Err(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
-            let text = kernels::ptx(file).ok_or_else(absent)?;
-            context.load_module(Ptx::from_src(text)).map_err(|e| driver(what(), e))
-        }
-        loaded => loaded.map_err(|e| driver(what(), e)),
-    }
+    let fatbin = kernels::fatbin(file).ok_or_else(|| Error::Driver {
+        what: what(),
+        reason: "not compiled into this build".into(),
+    })?;
+    context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| driver(what(), e))
 }
 
 fn table_kernel() -> Option<&'static Kernel> {

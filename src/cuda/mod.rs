@@ -23,6 +23,7 @@ pub mod params;
 mod phases;
 mod plan;
 mod prefill;
+mod runs;
 mod segment;
 mod sequences;
 mod state;
@@ -46,6 +47,9 @@ pub use maps::{
 pub use merge::{plan_merge_memories, plan_merge_partials};
 pub use plan::{Plan, PlannedLaunch};
 pub use prefill::{PrefillOptions, plan_prefill};
+pub use runs::{
+    KeySums, SegmentMap, apply, compose, key_sums, merge_memories, merge_partials, segment_map,
+};
 pub use segment::plan_segment;
 pub use state::{Mirror, StateLayout};
 pub use tensor::DeviceTensor;

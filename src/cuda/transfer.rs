@@ -9,17 +9,17 @@ use crate::{DType, Element, Error, Problem, Result, State};
 /// Host copies of what lies in device memory, row-major, T as bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Parts {
-    /// f32 [slots][Hkv][Dk][Dv].
+    /// f32 `[slots][Hkv][Dk][Dv]`.
     pub memory: Vec<f32>,
-    /// f32 [slots][Hkv][Dk].
+    /// f32 `[slots][Hkv][Dk]`.
     pub normalizer: Vec<f32>,
     /// `[slots]`.
     pub counters: Vec<Counters>,
-    /// T [slots][Hkv][N][Dk]; empty when no segment is open.
+    /// T `[slots][Hkv][N][Dk]`; empty when no segment is open.
     pub open_k: Vec<u8>,
-    /// T [slots][Hkv][N][Dk]; empty when no open segment came with rotation.
+    /// T `[slots][Hkv][N][Dk]`; empty when no open segment came with rotation.
     pub open_k_rotated: Vec<u8>,
-    /// T [slots][Hkv][N][Dv]; empty when no segment is open.
+    /// T `[slots][Hkv][N][Dv]`; empty when no segment is open.
     pub open_v: Vec<u8>,
 }
 

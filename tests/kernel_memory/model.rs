@@ -85,3 +85,15 @@ pub fn transition(s: &[f64], z: &[f64], policy: Policy) -> Vec<f64> {
     }
     g
 }
+
+/// Mean of σ over normal numbers of this mean and deviation.
+pub fn mean_sigma((mean, deviation): (f32, f32)) -> f32 {
+    let (mut sum, mut weights) = (0.0, 0.0);
+    for i in -60..=60 {
+        let x = f64::from(i) / 10.0;
+        let weight = (-x * x / 2.0).exp();
+        sum += weight * sigma(f64::from(mean) + f64::from(deviation) * x);
+        weights += weight;
+    }
+    (sum / weights) as f32
+}
