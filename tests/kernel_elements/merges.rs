@@ -268,11 +268,10 @@ fn check_snapshot<T: Element>(dk: usize, dv: usize) {
 
     let got = sim.read::<T>(to, memory.len() + 8);
     let scale = sim.read::<f32>(scales, MATRICES * slices + 2);
-    for slice in 0..MATRICES * slices {
+    for (slice, &s) in scale[..MATRICES * slices].iter().enumerate() {
         let columns = (0..dk * 32)
             .map(|i| (slice / slices * dk + i / 32) * dv + slice % slices * 32 + i % 32);
         let top = columns.clone().fold(0.0, |top, i| f32::max(top, memory[i].abs()));
-        let s = scale[slice];
         assert_eq!(s.to_bits() & 0x7f_ffff, 0, "{s} is no power of two");
         match top == 0.0 || top.is_infinite() {
             true => assert_eq!(s, 1.0),
