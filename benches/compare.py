@@ -14,6 +14,7 @@ alone by each SDPA backend and to a copy for the bandwidth. Prints Markdown tabl
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import platform
@@ -392,8 +393,13 @@ def ours_us(executable, shape, seconds):
     command = [executable, "--measure", "prefill", "--shape", ",".join(map(str, shape))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     if run.returncode:
-        raise RuntimeError((run.stderr or run.stdout).strip().splitlines()[-1:])
+        raise RuntimeError((run.stderr or run.stdout).strip() or f"status {run.returncode}")
     return json.loads(run.stdout.strip().splitlines()[-1])["us"]
+
+
+def stored_bytes(x):
+    x = x.cpu().contiguous()
+    return ctypes.string_at(x.data_ptr(), x.numel() * x.element_size())
 
 
 def ours_error(executable, shape):
@@ -401,9 +407,8 @@ def ours_error(executable, shape):
     args = inputs(shape, torch.bfloat16, "cuda")
     with tempfile.TemporaryDirectory() as folder:
         for name, x in zip(("q", "k", "v"), args):
-            stored = x.transpose(1, 2).contiguous().view(torch.int16)
-            (Path(folder) / name).write_bytes(stored.cpu().numpy().tobytes())
-        (Path(folder) / "gate").write_bytes(args[3].cpu().numpy().tobytes())
+            (Path(folder) / name).write_bytes(stored_bytes(x.transpose(1, 2)))
+        (Path(folder) / "gate").write_bytes(stored_bytes(args[3]))
         command = [executable, "--measure", "prefill", "--shape", ",".join(map(str, shape)),
                    "--inputs", folder]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)

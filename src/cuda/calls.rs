@@ -231,8 +231,7 @@ pub fn decode<T: Element + DeviceRepr>(
 
 /// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors
 /// then hold, from wherever the state then stands, across ends of segments; before each,
-/// [`State::advance`] with the plan that this returns. The call must have run once before
-/// the capture, or the plan been [prepared](super::Device::prepare).
+/// [`State::advance`] with the plan that this returns. [`prepare_decode`] comes before the capture.
 ///
 /// # Errors
 /// Those of [`decode`]; [`Error::Value`] when the stream captures nothing.
@@ -252,10 +251,36 @@ pub unsafe fn record_decode<T: Element + DeviceRepr>(
     if !state.device().is_capturing()? {
         return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
     }
-    let options = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
-    let plan = plan_decode(problem, &describe(inputs, gate, &outputs)?, &state.mirror, &options)?;
+    let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
     enqueue(&plan, inputs, gate, state, outputs)?;
     Ok(plan)
+}
+
+/// Loads the kernels and makes the room that [`record_decode`] of the same shapes needs. (A plan for
+/// any counters needs more of both than a call does.)
+///
+/// # Errors
+/// Those of [`decode`].
+pub fn prepare_decode<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    outputs: &Outputs<'_, T>,
+) -> Result<()> {
+    state.device().prepare(&plan_replay(problem, inputs, gate, state, outputs)?)
+}
+
+/// A decode step for any number of runs.
+fn plan_replay<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    outputs: &Outputs<'_, T>,
+) -> Result<Plan> {
+    let options = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
+    plan_decode(problem, &describe(inputs, gate, outputs)?, &state.mirror, &options)
 }
 
 /// [`crate::flush`] on the device: writes the open segments of the given slots into their memories.

@@ -34,8 +34,8 @@ const DEFAULT_SHARED: u32 = 48 << 10;
 /// [`Self::on`] another one. Loaded kernels are shared by all of them.
 ///
 /// Kernels are loaded when they are first needed, and the workspace that the calls on a stream share
-/// grows to what the largest needs. A stream that captures a graph allows neither: a call that is to
-/// be captured runs once before, or [`Self::prepare`] is called. A captured graph runs in that
+/// grows to what the largest needs. A stream that captures a graph allows neither: what is to be
+/// captured goes through [`Self::prepare`] before. A captured graph runs in that
 /// workspace: it must be replayed on the device's stream, and not outlive the device.
 #[derive(Clone, Debug)]
 pub struct Device {
@@ -220,7 +220,7 @@ impl Device {
     /// A buffer of unspecified content; at least one byte.
     pub(super) fn allocate(&self, bytes: u64, what: &str) -> Result<Buffer> {
         let what = format!("allocating {what} of {bytes} B");
-        self.refuse_capture(&what, "run the call once, or Device::prepare, before the capture")?;
+        self.refuse_capture(&what, "call Device::prepare before the capture")?;
         self.bind()?;
         // SAFETY: bytes of any content are valid, and every plan writes what it reads.
         let data = unsafe { self.stream.alloc((bytes as usize).max(1)) };
@@ -267,7 +267,7 @@ impl Device {
             return Ok(function.clone());
         }
         let what = || format!("loading the kernel {}", kernel.symbol);
-        self.refuse_capture(&what(), "run the call once, or Device::prepare, before the capture")?;
+        self.refuse_capture(&what(), "call Device::prepare before the capture")?;
         self.bind()?;
         let module = match tables.modules.get(kernel.file) {
             Some(module) => module.clone(),

@@ -34,7 +34,9 @@ mod typed;
 pub use address::{Addresses, Operand, Requirement};
 pub use buffers::{TensorView, TensorViewMut};
 pub use call::{Call, DeviceRope};
-pub use calls::{Inputs, Outputs, Rope, decode, flush, prefill, record_decode, segment};
+pub use calls::{
+    Inputs, Outputs, Rope, decode, flush, prefill, prepare_decode, record_decode, segment,
+};
 pub use commit::plan_flush;
 pub use decode::{DecodeOptions, Runs, plan_decode};
 pub use device::{CudaLauncher, Device};
