@@ -99,12 +99,12 @@ __device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Rows<
   constexpr int chunks = C / 8, step = Threads / chunks;  // rows per pass
   static_assert(step > 0);
   const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks;
-  if (Threads % chunks != 0 && row >= step) return;
+  const bool idle = Threads % chunks != 0 && row >= step;
   const T* from = source.row(first + row) + column + chunk * 8;
   const int64_t stride = source.stride * step;
 #pragma unroll 4
   for (int r = 0; r < R; r += step, from += stride) {
-    if (R % step != 0 && row + r >= R) return;
+    if (idle || (R % step != 0 && row + r >= R)) continue;
     ptx::cp_async_16(tile.at(row + r, chunk), from, first + row + r < end);
   }
 }
