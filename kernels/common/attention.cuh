@@ -61,6 +61,7 @@ struct Attention {
   ValueTile values;
   float* z;       // [Dk]
   float* weight;  // [rows], gate over the retrieval's denominator; 0: nothing is retrieved
+  float* share;   // [rows], complement of the gate over the softmax sum
 
   // Registers. Row i, half h of a thread is tile row `row(i, h)`.
   float o[kRowTiles][Dv / 8][4];
@@ -73,7 +74,8 @@ struct Attention {
         keys{queries.base + QueryTile::bytes},
         values{keys.base + KeyTile::bytes},
         z{reinterpret_cast<float*>(shared + QueryTile::bytes + KeyTile::bytes + ValueTile::bytes)},
-        weight{z + Dk} {
+        weight{z + Dk},
+        share{weight + Shape::rows} {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -411,15 +413,16 @@ struct Attention {
   __device__ __forceinline__ void finish(const InfiniProblem& p, const Memory<T>& memory, int rows,
                                          bool retrieves, GateOf gate, Out out, Reload reload) {
     const bool idle = first_row() >= rows;
-    float weights[kRowTiles][2];  // of the local branch, over the softmax sum
     each_row([&](int i, int h, int r) {
       const float w = r < rows ? gate(r).local : 0.0f;
-      weights[i][h] = w == 0.0f || total[i][h] == 0.0f ? 0.0f : __fdividef(w, total[i][h]);
+      const float over = w == 0.0f || total[i][h] == 0.0f ? 0.0f : __fdividef(w, total[i][h]);
+      if (threadIdx.x % 4 == 0) share[r] = over;
     });
+    __syncwarp();
     for (int i = threadIdx.x; retrieves && i < Dk; i += kThreads) {
       z[i] = memory.z[z_channel<Dk>(i)];
     }
-    const auto local = [&](int i, int h, int) { return weights[i][h]; };
+    const auto local = [&](int i, int h, int) { return share[row(i, h)]; };
     if (!retrieves) {
       store(local, out);
       return;
@@ -432,7 +435,7 @@ struct Attention {
     // Bounded away from 0 so that local / retrieved stays finite; what that adds is below rounding.
     const auto retrieved = [&](int i, int h, int slice) {
       const float e = weight[row(i, h)] * inverse_scale(memory.scale[slice]);
-      const float least = weights[i][h] * 1e-30f;
+      const float least = share[row(i, h)] * 1e-30f;
       return fabsf(e) < least ? least : e;
     };
     retrieve(memory, idle, local, retrieved);

@@ -22,12 +22,12 @@ struct AttentionTile {
   static constexpr int threads = warps * kWarp;
   static constexpr int row_tiles = Dv > 128 ? 1 : 2;
   static constexpr int rows = warps * row_tiles * 16;
-  static constexpr int keys = 64;
+  static constexpr int keys = Dk == 192 ? 32 : 64;  // 64 would spill where keys are rotated
   static constexpr int blocks_per_sm = 2;
   // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
   static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
-  // Query tile, key tile, value tile; z; one weight per row.
-  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
+  // Query tile, key tile, value tile; z; two weights per row.
+  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
 };
 
 // Decoding packs the query heads of a KV head into the rows of one tile.
@@ -37,10 +37,10 @@ struct DecodeTile {
   static constexpr int threads = warps * kWarp;
   static constexpr int row_tiles = 1;
   static constexpr int rows = warps * row_tiles * 16;
-  static constexpr int keys = 64;
+  static constexpr int keys = Dv > 128 ? 32 : 64;
   static constexpr int blocks_per_sm = 2;
-  static constexpr int score_unroll = 2;
-  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 4 * rows;
+  static constexpr int score_unroll = Dv > 128 ? 1 : 2;
+  static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
 };
 
 // A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its
@@ -63,12 +63,12 @@ constexpr int kUpdateColumns = Columns <= 128       ? Columns
                                : Columns % 128 == 0 ? 128
                                                     : Columns / 2;
 
-// The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention; at
-// Dk = 256 they take the columns of K in two halves.
+// The same inside the one-launch segment kernel, whose blocks have the 4 warps of its attention;
+// above Dk = 128 they take the columns of K in two halves.
 template <int Dv>
 constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 32;
 template <int Dk>
-constexpr int kSegmentKeys = Dk > 192 ? Dk / 2 : Dk;
+constexpr int kSegmentKeys = Dk > 128 ? Dk / 2 : Dk;
 
 // Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
 // ring of [Dk x 32] panels.

@@ -45,6 +45,7 @@ struct DecodeTask {
   int begin, end;   // keys of this block
   int used;         // splits with keys
   int taken;        // tokens of the call that earlier steps have appended
+  bool last;        // this block is the last of its row tile
 };
 
 template <class T, int Dk, int Dv>
@@ -252,10 +253,13 @@ struct Decode {
     c.taken = task.taken + task.piece.len;
   }
 
+  // Whether this block has rows and keys. Asked again wherever it matters: `task` lies in shared
+  // memory, and the accumulators leave no register to remember it in.
+  __device__ __forceinline__ bool works() const { return task.rows > 0 && task.begin < task.end; }
+
   __device__ __forceinline__ void run(unsigned char* shared) const {
-    const bool works = task.rows > 0 && task.begin < task.end;
     Tile t(shared);
-    if (works) {
+    if (works()) {
       if (row_tile() == 0 && split() == 0) {
         append_tokens<kThreads, T>(p.problem, p.call, p.state, task.piece, kv_head(), 0,
                                    task.piece.len);
@@ -263,16 +267,18 @@ struct Decode {
       attend(t);
       if (task.used > 1) leave(t);
     }
-    const int64_t tile = head_index() * p.row_tiles + row_tile();
-    const bool last = last_block(pointer<uint32_t>(p.exchange.head_tickets) + tile, p.splits);
-    const bool merges = last && task.used > 1 && task.rows > 0;
-    if (merges) merge(t);
-    if (merges || (works && task.used == 1)) finish(t);
-    if (!last || !last_block(pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.z,
-                             p.problem.kv_heads * p.row_tiles)) {
-      return;
+    const bool last = last_block(
+        pointer<uint32_t>(p.exchange.head_tickets) + head_index() * p.row_tiles + row_tile(),
+        p.splits);
+    if (threadIdx.x == 0) task.last = last;
+    __syncthreads();
+    if (last && task.used > 1 && task.rows > 0) merge(t);
+    if (task.used > 1 ? task.last && task.rows > 0 : works()) finish(t);
+    __syncthreads();
+    if (task.last && last_block(pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.z,
+                                p.problem.kv_heads * p.row_tiles)) {
+      advance();
     }
-    advance();
   }
 };
 

@@ -76,10 +76,10 @@ struct Segment {
     const int kv_head = task.kv_head, chunk = id / kSlices / p.problem.kv_heads;
     const int first = chunk * p.chunk_len, end = min(first + p.chunk_len, p.problem.segment_len);
     if (!piece.full || piece.len == 0 || first >= end) return;
-    const int slice = id % kSlices, column = slice % (Dv / kColumns) * kColumns;
-    const int key = slice / (Dv / kColumns) * kKeys;
     __shared__ UpdateTask<T> update;
     if (threadIdx.x == 0) {
+      const int slice = id % kSlices, column = slice % (Dv / kColumns) * kColumns;
+      const int key = slice / (Dv / kColumns) * kKeys;
       const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
       update = {{keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
                  values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)},

@@ -174,6 +174,19 @@ impl Cx<'_, '_> {
         }
     }
 
+    /// d = f(a), where f looks at the low part of `a` alone.
+    #[inline]
+    pub fn map1_low(&mut self, d: Dst, a: &Src, f: impl Fn(u64) -> u64) {
+        let before = self.defined;
+        self.check(a);
+        if let Src::Reg(slot) = a {
+            self.defined = before & self.warp.low_written(*slot);
+        }
+        let a = self.value(a);
+        let value = std::array::from_fn(|l| f(a[l]));
+        self.write(d, &value);
+    }
+
     /// d = f(a).
     #[inline]
     pub fn map1(&mut self, d: Dst, a: &Src, f: impl Fn(u64) -> u64) {

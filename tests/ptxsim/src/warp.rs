@@ -25,8 +25,10 @@ impl Group {
 /// State of a register beside its value.
 #[derive(Clone, Copy, Default)]
 struct Meta {
-    /// Lanes that have been written.
+    /// Lanes that have been written, and those of which at least the low part was: a pair packed
+    /// into one register, whose upper half is never used, may have been given no value.
     written: u32,
+    low_written: u32,
     /// `Warp::fence_stamp` at the last write by an ordinary instruction.
     stamp: u32,
     /// wgmma groups in flight that write it or read it.
@@ -135,11 +137,24 @@ impl Warp {
         self.meta[slot as usize].written
     }
 
+    /// Lanes of a register whose low part holds a value.
+    #[inline]
+    pub fn low_written(&self, slot: u32) -> u32 {
+        self.meta[slot as usize].low_written
+    }
+
+    /// After a write: in `lanes` the low part holds a value, whatever the others do.
+    #[inline]
+    pub fn set_low_written(&mut self, slot: u32, lanes: u32) {
+        self.meta[slot as usize].low_written |= lanes;
+    }
+
     /// Writes a register in `lanes`; only those of `defined` hold a value then.
     #[inline]
     pub fn set(&mut self, slot: u32, lanes: u32, defined: u32, value: &Lanes) {
         let meta = &mut self.meta[slot as usize];
         meta.written = meta.written & !lanes | lanes & defined;
+        meta.low_written = meta.low_written & !lanes | lanes & defined;
         meta.stamp = self.fence_stamp;
         let register = &mut self.registers[slot as usize];
         if lanes == u32::MAX {
@@ -205,6 +220,7 @@ impl Warp {
     pub fn set_accumulator(&mut self, slot: u32, value: &Lanes) {
         self.registers[slot as usize] = *value;
         self.meta[slot as usize].written = u32::MAX;
+        self.meta[slot as usize].low_written = u32::MAX;
         self.meta[slot as usize].stamp = 0;
     }
 

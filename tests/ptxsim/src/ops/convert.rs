@@ -197,12 +197,14 @@ fn single(
     if let (Ok(x), Ok(y)) = (int(from), int(to)) {
         // A narrow signed result is extended into a wider register.
         let extended = numeric::int::Int { bits: 8 * width.max(to.size()), signed: y.signed };
-        return Ok(Decoded::next(class, move |cx| {
-            cx.map1(d, &a, |a| {
-                let v = int_to_int(a, x, y, mode.saturate);
-                int_to_int(v, y, extended, false)
-            });
-        }));
+        let convert = move |a| {
+            let v = int_to_int(a, x, y, mode.saturate);
+            int_to_int(v, y, extended, false)
+        };
+        return Ok(match from.size() <= 4 {
+            true => Decoded::next(class, move |cx| cx.map1_low(d, &a, convert)),
+            false => Decoded::next(class, move |cx| cx.map1(d, &a, convert)),
+        });
     }
     let (read, write) = (reader(from, mode)?, writer(from, to, mode)?);
     Ok(Decoded::next(class, move |cx| cx.map1(d, &a, |a| write(read(a)))))

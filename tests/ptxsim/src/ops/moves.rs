@@ -84,11 +84,18 @@ fn pack(env: &Env<'_>, ty: Type, d: &Operand, a: &[Operand]) -> Result<Decoded> 
     let (bits, m) = (8 * part.size(), mask(part.size()));
     Ok(Decoded::next(Class::Move, move |cx| {
         let mut out = [0; 32];
+        let mut low = cx.mask;
         for (i, a) in a.iter().enumerate() {
             let v = cx.take(a);
             (0..32).for_each(|l| out[l] |= (v[l] & m) << (bits * i as u32));
+            if i == 0 {
+                low &= cx.defined;
+            }
         }
         cx.write(d, &out);
+        if let (4, Dst(Some(slot))) = (part.size(), d) {
+            cx.warp.set_low_written(slot, low);
+        }
     }))
 }
 
