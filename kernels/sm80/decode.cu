@@ -45,7 +45,8 @@ struct DecodeTask {
   int begin, end;   // keys of this block
   int used;         // splits with keys
   int taken;        // tokens of the call that earlier steps have appended
-  bool last;        // this block is the last of its row tile
+  bool last;        // this block is the last of its row tile, or alone
+  bool alone;       // the block retrieves alone, for a_mem
 };
 
 template <class T, int Dk, int Dv>
@@ -58,8 +59,10 @@ struct Decode {
   DecodeTask<T>& task;
 
   __device__ __forceinline__ int kv_head() const { return blockIdx.y; }
-  __device__ __forceinline__ int split() const { return blockIdx.x % p.splits; }
-  __device__ __forceinline__ int row_tile() const { return blockIdx.x / p.splits; }
+  // Blocks per row tile: the splits, and one more for a_mem.
+  __device__ __forceinline__ int blocks() const { return p.splits + (p.call.a_mem.data ? 1 : 0); }
+  __device__ __forceinline__ int split() const { return blockIdx.x % blocks(); }
+  __device__ __forceinline__ int row_tile() const { return blockIdx.x / blocks(); }
   __device__ __forceinline__ int64_t head_index() const {
     return int64_t{blockIdx.z} * p.problem.kv_heads + kv_head();
   }
@@ -78,6 +81,7 @@ struct Decode {
     task.piece = piece_of(p.problem, p.state, p.call.rope, p.sequences, s, task.taken);
     const InfiniPiece& piece = task.piece;
     task.rope = p.call.rope;
+    task.alone = split() == p.splits;
     task.first = row_tile() * kRows;
     task.rows = min(kRows, piece.len * p.problem.group - task.first);
     const int end = piece.cached + piece.len;
@@ -189,45 +193,39 @@ struct Decode {
     }
   }
 
-  // Retrieval, gate and outputs of a row tile whose local branch is complete; once more with that
-  // branch closed where a_mem is asked.
+  // Retrieval, gate and outputs of a row tile whose local branch is complete, or absent.
   __device__ __forceinline__ void finish(Tile& t) const {
     const auto out = [&](const InfiniTensor& to, int r) -> T* {
       if (r >= task.rows) return nullptr;
       return row_of<T>(to, task.piece.batch, task.piece.first + token_of(r), head_of(r));
     };
-    if (p.call.lse.data) {
+    if (p.call.lse.data && !task.alone) {
       Tile::each_row([&](int i, int h, int r) {
         if (threadIdx.x % 4 != 0 || r >= task.rows) return;
         *row_of<float>(p.call.lse, task.piece.batch, task.piece.first + token_of(r), head_of(r)) =
             t.log_sum_exp(i, h);
       });
     }
-    if (p.call.a_dot.data) {
+    if (p.call.a_dot.data && !task.alone) {
       t.store([&](int i, int h,
                   int) { return t.total[i][h] == 0.0f ? 0.0f : __fdividef(1.0f, t.total[i][h]); },
               [&](int r) { return out(p.call.a_dot, r); });
     }
-#pragma unroll 1
-    for (int alone = 0; alone < (p.call.a_mem.data ? 2 : 1); ++alone) {
-      if (alone) clear(t);
-      t.finish(
-          p.problem, task.memory, task.rows, !task.piece.empty,
-          [&](int r) {
-            if (alone) return Gate{1.0f, 0.0f};
-            const float logit = pointer<const float>(p.call.gate)[head_of(r)];
-            return gate_of(p.problem, logit, task.piece.empty);
-          },
-          [&](int r) { return out(alone ? p.call.a_mem : p.call.o, r); },
-          [&] {
-            // The queries were rotated, or mapped, or never here.
-            __syncthreads();
-            load_queries(t);
-            ptx::cp_async_commit_group();
-            ptx::cp_async_wait_group<0>();
-          });
-      __syncthreads();
-    }
+    t.finish(
+        p.problem, task.memory, task.rows, !task.piece.empty,
+        [&](int r) {
+          if (task.alone) return Gate{1.0f, 0.0f};
+          const float logit = pointer<const float>(p.call.gate)[head_of(r)];
+          return gate_of(p.problem, logit, task.piece.empty);
+        },
+        [&](int r) { return out(task.alone ? p.call.a_mem : p.call.o, r); },
+        [&] {
+          // The queries were rotated, or never here.
+          __syncthreads();
+          load_queries(t);
+          ptx::cp_async_commit_group();
+          ptx::cp_async_wait_group<0>();
+        });
   }
 
   static __device__ __forceinline__ void clear(Tile& t) {
@@ -267,16 +265,17 @@ struct Decode {
       attend(t);
       if (task.used > 1) leave(t);
     }
-    const bool last = last_block(
-        pointer<uint32_t>(p.exchange.head_tickets) + head_index() * p.row_tiles + row_tile(),
-        p.splits);
+    bool last = true;
+    if (!task.alone) {
+      uint32_t* tickets = pointer<uint32_t>(p.exchange.head_tickets);
+      last = last_block(tickets + head_index() * p.row_tiles + row_tile(), p.splits);
+      if (last && task.used > 1 && task.rows > 0) merge(t);
+    }
     if (threadIdx.x == 0) task.last = last;
-    __syncthreads();
-    if (last && task.used > 1 && task.rows > 0) merge(t);
-    if (task.used > 1 ? task.last && task.rows > 0 : works()) finish(t);
+    if (task.alone || task.used > 1 ? last && task.rows > 0 : works()) finish(t);
     __syncthreads();
     if (task.last && last_block(pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.z,
-                                p.problem.kv_heads * p.row_tiles)) {
+                                p.problem.kv_heads * p.row_tiles * (p.call.a_mem.data ? 2 : 1))) {
       advance();
     }
   }

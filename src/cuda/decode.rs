@@ -142,7 +142,8 @@ fn launches(
         };
         let why =
             format!("step {step}; splits: {splits}, of {split_len} keys; rows per head: {rows}");
-        plan.launch(kernel, [splits * row_tiles, p.kv_heads(), count], params, why)?;
+        let blocks = (splits + usize::from(call.a_mem())) * row_tiles;
+        plan.launch(kernel, [blocks, p.kv_heads(), count], params, why)?;
         if *fills {
             commit(p, state, sequences, chunks, sums, false, plan)?;
         }

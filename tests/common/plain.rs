@@ -190,8 +190,10 @@ impl Plain {
 fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> (Vec<f64>, f64) {
     let (dk, dv) = (p.key_dim(), p.value_dim());
     let dot = |k: &[f64]| q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
-    let logits: Vec<f64> =
-        segment.iter().map(|t| p.scale() * dot(&t.k_local[h * dk..][..dk])).collect();
+    // Accumulators are f32: a large score loses its last bits before the exponential sees them.
+    let logits: Vec<f64> = (segment.iter())
+        .map(|t| p.scale() * f64::from(dot(&t.k_local[h * dk..][..dk]) as f32))
+        .collect();
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = logits.iter().map(|s| (s - max).exp()).collect();
     let sum: f64 = weights.iter().sum();
