@@ -295,10 +295,13 @@ struct Attention {
   // ---- outputs
 
   // Writes o * factor(i, h, slice of 32 columns) to `out(tile row)`, where that is not null, in
-  // 16-byte pieces by way of this warp's 16 rows of the value tile. No warp may use that tile.
+  // 16-byte pieces by way of shared memory: 16 rows per warp where keys and values lay. No warp may
+  // use those.
   template <class Factor, class Out>
   __device__ __forceinline__ void store(Factor factor, Out out) const {
     const int lane = threadIdx.x % 32, stage = threadIdx.x / 32 * 16;
+    const Tile<T, Shape::warps * 16, Dv> stages{keys.base};
+    static_assert(decltype(stages)::bytes <= KeyTile::bytes + ValueTile::bytes);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -308,7 +311,7 @@ struct Attention {
           const float f = factor(i, h, slice);
 #pragma unroll
           for (int j = slice * 4; j < slice * 4 + 4; ++j) {
-            const uint32_t to = values.at(stage + lane / 4 + h * 8, j) + lane % 4 * 4;
+            const uint32_t to = stages.at(stage + lane / 4 + h * 8, j) + lane % 4 * 4;
             const uint32_t pair =
                 pack<T>(weighed(o[i][j][2 * h], f), weighed(o[i][j][2 * h + 1], f));
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
@@ -321,7 +324,7 @@ struct Attention {
         T* to = out(first_row() + i * 16 + c / (Dv / 8));
         if (to) {
           *reinterpret_cast<Chunk*>(to + c % (Dv / 8) * 8) =
-              load_chunk(values.at(stage + c / (Dv / 8), c % (Dv / 8)));
+              load_chunk(stages.at(stage + c / (Dv / 8), c % (Dv / 8)));
         }
       }
       __syncwarp();
