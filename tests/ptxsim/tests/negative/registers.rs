@@ -37,6 +37,23 @@ fn what_was_computed_from_a_register_without_a_value_is_stored() {
 }
 
 #[test]
+fn half_of_a_pair_without_a_value() {
+    // A conversion that reads the lower half alone finds a value there, the whole pair does not.
+    Case::new(
+        "mad.wide.u32 d0, tid, 4, out;
+        mov.u32 r0, 1;
+        +mov.u32 r1, 0;
+        mov.b64 d1, {r0, r1};
+        cvt.u64.u32 d2, d1;
+        cvt.u32.u64 r2, d2;
+        st.global.u32 [d0], r2;
+        cvt.u32.u64 r3, d1;
+        st.global.u32 [d0], r3;     // <-- here",
+    )
+    .reports(UninitialisedRegister);
+}
+
+#[test]
 fn only_some_lanes_have_a_value() {
     Case::new(
         "mad.wide.u32 d0, tid, 4, out;
