@@ -186,12 +186,7 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.title)?;
-        write!(f, "kernels: sm80, for every device of compute capability 8.0 and later")?;
-        if let Some(state) = &self.state {
-            let p = state.problem();
-            write!(f, "; {}, (Dk, Dv) = ({}, {})", p.dtype(), p.key_dim(), p.value_dim())?;
-        }
-        writeln!(f)?;
+        writeln!(f, "kernels: sm80, for every device of compute capability 8.0 and later")?;
         let mut rows = vec![["step", "grid", "threads", "shared", "why"].map(String::from)];
         for step in &self.steps {
             rows.push(match step {
