@@ -15,6 +15,8 @@ enum { INFINI_MAX_DECODE_TOKENS = 16 };
 enum { INFINI_INLINE_SEQUENCES = 64 };
 // Columns of M that share one snapshot scale.
 enum { INFINI_SCALE_COLUMNS = 32 };
+// Rows of the result that a block of merge_partials makes.
+enum { INFINI_MERGE_ROWS = 32 };
 // Bytes that one launch of `table` writes.
 enum { INFINI_TABLE_BYTES = 3840 };
 

@@ -13,12 +13,12 @@ use common::{bits, narrow, widen};
 use half::{bf16, f16};
 use infini_attn::cuda::params::{InfiniCounters, InfiniState};
 use infini_attn::cuda::{
-    Addresses, DeviceTensor, KeySumsMirror, Launch, Launcher, MapAddresses, Mirror, Operand, Plan,
-    PrefillOptions, SegmentMapMirror, StateLayout, plan_add_key_sums, plan_apply, plan_compose,
-    plan_key_sums, plan_segment_map,
+    Addresses, DeviceTensor, KeySumsMirror, MapAddresses, Mirror, Operand, Plan, PrefillOptions,
+    SegmentMapMirror, StateLayout, plan_add_key_sums, plan_apply, plan_compose, plan_key_sums,
+    plan_segment_map,
 };
 use infini_attn::{
-    DType, Element, Error, KeySums, Problem, Result, TensorView, Update, reference, segment_map,
+    DType, Element, Error, KeySums, Problem, TensorView, Update, reference, segment_map,
 };
 
 const N: usize = 96;
@@ -49,31 +49,11 @@ impl Gpu {
         let mut addresses = Addresses::new().with(Operand::Workspace, workspace);
         operands.iter().for_each(|&(operand, address)| addresses.set(operand, address));
         // SAFETY: the simulator checks every access, and what runs is over when this returns.
-        unsafe { plan.run(&addresses, self) }.unwrap_or_else(|e| panic!("{plan}\n{e}"));
+        unsafe { plan.run(&addresses, &mut self.0) }.unwrap_or_else(|e| panic!("{plan}\n{e}"));
     }
 
     fn f32s(&self, address: u64, count: usize) -> Vec<f64> {
         widen(&self.0.read::<f32>(address, count))
-    }
-}
-
-impl Launcher for Gpu {
-    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
-        let k = launch.kernel;
-        self.0
-            .try_launch(k.symbol, launch.grid, k.threads, k.shared_bytes, launch.params)
-            .map(drop)
-            .map_err(|finding| launch.error(finding))
-    }
-
-    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
-        self.0.device.fill(to, bytes, value).expect("a buffer");
-        Ok(())
-    }
-
-    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
-        self.0.device.write(to, from).expect("a buffer");
-        Ok(())
     }
 }
 

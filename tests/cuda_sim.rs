@@ -10,7 +10,7 @@ use common::tensor_cases::{Shape, full, pairwise};
 use infini_attn::cuda::KERNELS;
 
 /// Multiply-adds of a case: a fraction of a second of the simulator.
-const BUDGET: u64 = 16_000_000;
+const BUDGET: u64 = 12_000_000;
 
 /// Shapes that kernels are compiled for.
 fn shapes() -> Vec<Shape> {
@@ -44,13 +44,13 @@ fn segment() {
 
 #[test]
 fn decode() {
-    run(Simulated::Decode, short(pairwise(&shapes(), BUDGET / 4)));
+    run(Simulated::Decode, short(pairwise(&shapes(), BUDGET / 3)));
 }
 
 #[test]
 fn entries_take_turns() {
     let many = |c: &Case| c.calls.len() > 1;
-    run(Simulated::Mixed, pairwise(&shapes(), BUDGET).into_iter().filter(many).collect());
+    run(Simulated::Mixed, pairwise(&shapes(), BUDGET / 2).into_iter().filter(many).collect());
 }
 
 #[test]

@@ -42,15 +42,27 @@ __device__ __forceinline__ void rotate_pair(float& x, float& y, float cos, float
   y = b * cos + a * sin;
 }
 
-// Independent parts that a row's rotation has: 16-byte chunks (pairs of them) where the pairing
-// allows it, single pairs otherwise.
+// Independent parts that a row's rotation has: 16-byte chunks (pairs of them) where the pairing and
+// the tables' alignment allow it, single pairs otherwise.
 __device__ __forceinline__ bool by_chunks(const InfiniRope& rope) {
-  return rope.half % (rope.interleaved ? 4 : 8) == 0;
+  const int64_t tables = rope.cos | rope.sin | 4 * (rope.cos_stride | rope.sin_stride);
+  return tables % 16 == 0 && rope.half % (rope.interleaved ? 4 : 8) == 0;
 }
 
 __device__ __forceinline__ int rotation_parts(const InfiniRope& rope) {
   if (!by_chunks(rope)) return rope.half;
   return rope.half / (rope.interleaved ? 4 : 8);
+}
+
+// Rotates pairs (x[i * Step], y[i * Step]) by the angles of channels `first` to `first + 4`.
+template <int Step>
+__device__ __forceinline__ void rotate_four(float* x, float* y, const Angles& angles, int first) {
+  const float4 cos = *reinterpret_cast<const float4*>(angles.cos + first);
+  const float4 sin = *reinterpret_cast<const float4*>(angles.sin + first);
+  rotate_pair(x[0], y[0], cos.x, sin.x);
+  rotate_pair(x[Step], y[Step], cos.y, sin.y);
+  rotate_pair(x[2 * Step], y[2 * Step], cos.z, sin.z);
+  rotate_pair(x[3 * Step], y[3 * Step], cos.w, sin.w);
 }
 
 // Rotates one part of a row. Row: chunk(i), set_chunk(i, Chunk), element(i), set_element(i, T).
@@ -67,19 +79,14 @@ __device__ __forceinline__ void rotate_part(const InfiniRope& rope, const Angles
   } else if (rope.interleaved) {
     float x[8];
     widen<T>(row.chunk(part), x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rotate_pair(x[2 * i], x[2 * i + 1], angles.cos[4 * part + i], angles.sin[4 * part + i]);
-    }
+    rotate_four<2>(x, x + 1, angles, 4 * part);
     row.set_chunk(part, narrow<T>(x));
   } else {
     float x[8], y[8];
     widen<T>(row.chunk(part), x);
     widen<T>(row.chunk(part + rope.half / 8), y);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      rotate_pair(x[i], y[i], angles.cos[8 * part + i], angles.sin[8 * part + i]);
-    }
+    rotate_four<1>(x, y, angles, 8 * part);
+    rotate_four<1>(x + 4, y + 4, angles, 8 * part + 4);
     row.set_chunk(part, narrow<T>(x));
     row.set_chunk(part + rope.half / 8, narrow<T>(y));
   }

@@ -78,8 +78,7 @@ struct Segment {
     if (!piece.full || piece.len == 0 || first >= end) return;
     __shared__ UpdateTask<T> update;
     if (threadIdx.x == 0) {
-      const int slice = id % kSlices, column = slice % (Dv / kColumns) * kColumns;
-      const int key = slice / (Dv / kColumns) * kKeys;
+      const int slice = id % kSlices;
       const int64_t head = int64_t{blockIdx.y} * p.problem.kv_heads + kv_head;
       update = {{keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
                  values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)},
@@ -87,8 +86,8 @@ struct Segment {
                 partial_of<Dk, Dv>(p.exchange, head, p.chunks, chunk),
                 first,
                 end,
-                column,
-                key,
+                slice % (Dv / kColumns) * kColumns,
+                slice / (Dv / kColumns) * kKeys,
                 piece.empty != 0};
     }
     __syncthreads();

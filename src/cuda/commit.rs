@@ -4,8 +4,8 @@
 use super::Operand;
 use super::call::{problem_params, shapes};
 use super::params::*;
+use super::phases::TILE;
 use super::plan::{Allocation, Plan};
-use super::prefill::TILE;
 use super::sequences::listed;
 use super::state::Effect;
 use super::{Mirror, find};

@@ -4,8 +4,8 @@
 use super::call::{Resolved, problem_params};
 use super::commit::{Chunks, commit};
 use super::params::*;
+use super::phases::TILE;
 use super::plan::{Allocation, Plan};
-use super::prefill::TILE;
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
 use super::{Call, Mirror, Operand, Requirement, find};

@@ -4,13 +4,16 @@
 //! Sums and maps are f32 arrays at addresses of the caller. What they were made from stays on the
 //! host, in [`KeySumsMirror`] and [`SegmentMapMirror`], and is checked whenever they meet.
 
+use std::ops::Range;
+use std::slice::from_ref;
+
 use bytemuck::Zeroable;
 
 use super::call::shapes;
 use super::kernels::find_for;
 use super::merge::add_up;
 use super::params::*;
-use super::phases::{Arrays, Segments};
+use super::phases::{Arrays, Phases, Run, Splits};
 use super::plan::{Allocation, PART_ALIGN, Plan};
 use super::state::Effect;
 use super::tensor::ROW_ALIGN;
@@ -137,19 +140,21 @@ pub fn plan_key_sums(problem: &Problem, k: &DeviceTensor) -> Result<(Plan, KeySu
     let title = format!("key sums of {batch} × {tokens} tokens; {}", shapes(problem));
     let mut plan = Plan::stateless(title);
     let mut workspace = Allocation::new(Operand::Workspace);
-    let segments = Segments {
+    let splits = Splits { count: SPLITS, len: SPLIT };
+    let run = run(problem, &vec![true; batch], 0..tokens, SPLITS * SPLIT);
+    let phases = Phases {
         p: *problem,
         k: k.rows(Operand::K),
-        v: InfiniTensor::zeroed(),
-        splits: SPLITS,
-        split_len: SPLIT,
+        v: Zeroable::zeroed(),
+        state: Zeroable::zeroed(),
+        splits,
+        arrays: Arrays::for_sums(problem, SPLITS, run.pieces.len(), &mut workspace)?,
     };
-    let table = segments.table(&vec![true; batch], 0..tokens, SPLITS * SPLIT);
-    let arrays = Arrays::for_sums(problem, SPLITS, table.pieces.len(), &mut workspace)?;
-    let run = table.copy(&mut plan, &mut workspace)?;
-    segments.state(&table, run, &arrays, &mut plan)?;
     let end = Operand::KeySums.at(0);
-    segments.normaliser(&table, run, &arrays, end, end, &mut plan)?;
+    for table in Run::copy_tables(from_ref(&run), &mut plan, &mut workspace)? {
+        phases.state(&run, table, &mut plan)?;
+        phases.normaliser(&run, table, [end, end], &mut plan)?;
+    }
     let requirements =
         [k.requirement(Operand::K, ROW_ALIGN), Some(sums.requirement(Operand::KeySums))];
     Ok((plan.finish(requirements.into_iter().flatten().collect(), &workspace), sums))
@@ -206,27 +211,91 @@ pub fn plan_segment_map(
     let title = format!("map of {batch} × {tokens} tokens; {}", shapes(problem));
     let mut plan = Plan::stateless(title);
     let mut workspace = Allocation::new(Operand::Workspace);
-    let segments = Segments::new(problem, k, v, options)?;
-    let n = problem.segment_len();
-    let per_run = Arrays::segments_per_run(&segments, batch, tokens.div_ceil(n), options)?;
+    let (n, splits) = (problem.segment_len(), Splits::of(problem, options)?);
+    let mut one = Allocation::new(Operand::Workspace);
+    Arrays::new(problem, splits.count, 1, &mut one)?;
+    let per_run = Run::units(tokens.div_ceil(n), batch, one.bytes(), options);
     let at = map.symbols(Operand::Map);
     plan.fill(at.dz, 4 * map.rows() as u64, 0);
-    let arrays = Arrays::new(&segments, batch * per_run, &mut workspace)?;
+    let phases = Phases {
+        p: *problem,
+        k: k.rows(Operand::K),
+        v: v.rows(Operand::V),
+        state: Zeroable::zeroed(),
+        splits,
+        arrays: Arrays::new(problem, splits.count, batch * per_run, &mut workspace)?,
+    };
     let z = workspace.part(&[map.rows()], 4)?;
-    for (i, first) in (0..tokens.max(1)).step_by(per_run * n).enumerate() {
-        let empty: Vec<bool> = before.tokens.iter().map(|&t| i == 0 && t == 0).collect();
-        let table = segments.table(&empty, first..tokens.min(first + per_run * n), n);
-        let run = table.copy(&mut plan, &mut workspace)?;
-        segments.state(&table, run, &arrays, &mut plan)?;
-        segments.normaliser(&table, run, &arrays, at.dz, at.dz, &mut plan)?;
+    let runs = (0..tokens.max(1)).step_by(per_run * n).map(|first| {
+        let empty: Vec<bool> = before.tokens.iter().map(|&t| first == 0 && t == 0).collect();
+        run(problem, &empty, first..tokens.min(first + per_run * n), n)
+    });
+    let runs: Vec<Run> = runs.collect();
+    let tables = Run::copy_tables(&runs, &mut plan, &mut workspace)?;
+    for (i, (run, table)) in runs.iter().zip(tables).enumerate() {
+        phases.state(run, table, &mut plan)?;
+        phases.normaliser(run, table, [at.dz, at.dz], &mut plan)?;
         let start = if i == 0 { Operand::Before.at(0) } else { z };
-        segments.normaliser(&table, run, &arrays, start, z, &mut plan)?;
-        segments.transition(&table, run, &arrays, &mut plan)?;
-        segments.scan_maps(&table, run, &arrays, i == 0, at, &mut plan)?;
+        phases.normaliser(run, table, [start, z], &mut plan)?;
+        phases.transition(run, table, &mut plan)?;
+        scan(&phases, run, table, i == 0, at, &mut plan)?;
     }
     let tensors = [k.requirement(Operand::K, ROW_ALIGN), v.requirement(Operand::V, ROW_ALIGN)];
     let own = [before.requirement(Operand::Before), map.requirement(Operand::Map)];
     Ok((plan.finish(tensors.into_iter().flatten().chain(own).collect(), &workspace), map))
+}
+
+/// The tokens `range` of every sequence in segments of `len`; `empty`: which sequences find no
+/// memory.
+fn run(p: &Problem, empty: &[bool], range: Range<usize>, len: usize) -> Run {
+    let (mut pieces, mut chains) = (Vec::new(), Vec::new());
+    for (b, &empty) in empty.iter().enumerate() {
+        let first_piece = pieces.len();
+        pieces.extend(range.clone().step_by(len).map(|first| InfiniPiece {
+            first: first as i64,
+            position: 0,
+            slot: b as i32,
+            batch: b as i32,
+            len: len.min(range.end - first) as i32,
+            cached: 0,
+            full: 1,
+            empty: (empty && first == range.start).into(),
+        }));
+        chains.push(InfiniChain {
+            slot: b as i32,
+            first_piece: first_piece as i32,
+            pieces: (pieces.len() - first_piece) as i32,
+            empty: empty.into(),
+            ..Zeroable::zeroed()
+        });
+    }
+    Run::new(p, pieces, chains)
+}
+
+/// A and B of the run, from the identity and 0 in the first, behind those of the run before.
+fn scan(
+    phases: &Phases,
+    run: &Run,
+    table: InfiniRun,
+    first: bool,
+    map: MapAddresses,
+    plan: &mut Plan,
+) -> Result<()> {
+    for (why, kind, b, at, columns) in [
+        ("A", INFINI_START_IDENTITY, 0, map.a, phases.p.key_dim()),
+        ("B", INFINI_START_ZERO, phases.arrays.b, map.b, phases.p.value_dim()),
+    ] {
+        let scan = InfiniMemoryScan {
+            start_kind: (if first { kind } else { INFINI_START_MEMORY }) as i32,
+            b,
+            start: at,
+            end: at,
+            columns: columns as i64,
+            ..Zeroable::zeroed()
+        };
+        phases.scan(run, table, scan, why, plan)?;
+    }
+    Ok(())
 }
 
 /// Plans [`compose`](crate::compose) on the device: the maps at [`Operand::First`] and

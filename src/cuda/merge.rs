@@ -59,7 +59,7 @@ pub fn plan_merge_partials(
         reserved: 0,
     };
     if width > 0 {
-        let grid = [(batches * tokens).div_ceil(8), heads, 1];
+        let grid = [(batches * tokens).div_ceil(INFINI_MERGE_ROWS as usize), heads, 1];
         plan.launch(kernel, grid, params, "a warp per row")?;
     }
 

@@ -1,62 +1,112 @@
-//! Phases of a run of segments that needs no state: those that key sums and maps are made of.
-
-use std::ops::Range;
+//! The phases that turn runs of segments into memories: launched by prefill on the tokens of states,
+//! by key sums and maps on runs that need no state.
 
 use bytemuck::Zeroable;
 
 use super::address::Bytes;
 use super::call::problem_params;
-use super::maps::MapAddresses;
 use super::params::*;
 use super::plan::{Allocation, Plan};
-use super::prefill::splits;
-use super::{DeviceTensor, Operand, PrefillOptions, find};
+use super::{PrefillOptions, find};
 use crate::{Problem, Result, Update};
 
-/// Keys and values [B, T, Hkv, D] that are cut into segments, all of them complete.
-pub(super) struct Segments {
-    pub p: Problem,
-    pub k: InfiniTensor,
-    /// Absent: sums only.
-    pub v: InfiniTensor,
-    /// Parts of a segment that are summed apart, and the tokens of each.
-    pub splits: usize,
-    pub split_len: usize,
-}
+/// Tokens of a tile of keys and values: parts of a segment are multiples of it.
+pub(super) const TILE: usize = 64;
 
-/// Pieces and chains of one run: of every sequence the same range of tokens.
-pub(super) struct Table {
+/// Most pieces of a run: a grid's z.
+const MAX_PIECES: usize = 65_535;
+
+/// Pieces that run together (a piece is one segment's share of the call), and the chains they form.
+pub(super) struct Run {
     pub pieces: Vec<InfiniPiece>,
-    chains: Vec<InfiniChain>,
-    /// Pieces that find a memory.
+    pub chains: Vec<InfiniChain>,
+    /// Pieces that complete a segment, and those of them whose G is needed.
+    full: usize,
     transits: usize,
 }
 
+impl Run {
+    pub fn new(p: &Problem, pieces: Vec<InfiniPiece>, chains: Vec<InfiniChain>) -> Self {
+        let full = || pieces.iter().filter(|piece| piece.full != 0);
+        let transits = match p.update() {
+            Update::Delta => full().filter(|piece| piece.empty == 0).count(),
+            Update::Linear => 0,
+        };
+        Self { full: full().count(), transits, pieces, chains }
+    }
+
+    /// Copies the tables of all runs at once; each run's place in them.
+    pub fn copy_tables(
+        runs: &[Self],
+        plan: &mut Plan,
+        workspace: &mut Allocation,
+    ) -> Result<Vec<InfiniRun>> {
+        let pieces: Vec<_> = runs.iter().flat_map(|run| run.pieces.clone()).collect();
+        let chains: Vec<_> = runs.iter().flat_map(|run| run.chains.clone()).collect();
+        let mut at = InfiniRun::zeroed();
+        at.pieces = workspace.part(&[pieces.len()], size_of::<InfiniPiece>())?;
+        at.chains = workspace.part(&[chains.len()], size_of::<InfiniChain>())?;
+        plan.copy(at.pieces, Bytes::plain(&pieces));
+        plan.copy(at.chains, Bytes::plain(&chains));
+        let place = |run: &Self| {
+            (at.piece_count, at.chain_count) = (run.pieces.len() as i32, run.chains.len() as i32);
+            let place = at;
+            at.pieces += size_of_val(&run.pieces[..]) as u64;
+            at.chains += size_of_val(&run.chains[..]) as u64;
+            place
+        };
+        Ok(runs.iter().map(place).collect())
+    }
+
+    /// Of `all` units of `width` pieces, how many run together: no more than the budget holds, in
+    /// runs of about the same length.
+    pub fn units(all: usize, width: usize, bytes_of_piece: u64, options: &PrefillOptions) -> usize {
+        let fit = usize::try_from(options.workspace_bytes / bytes_of_piece).unwrap_or(usize::MAX);
+        let fit = (fit.min(MAX_PIECES) / width.max(1)).max(1);
+        all.div_ceil(all.div_ceil(fit).max(1)).max(1)
+    }
+}
+
+/// How a segment is cut into parts that are summed apart.
+#[derive(Clone, Copy)]
+pub(super) struct Splits {
+    pub count: usize,
+    /// Tokens of a part.
+    pub len: usize,
+}
+
+impl Splits {
+    /// By N, Dk, Dv and the device alone, so that a sequence's bits do not depend on the batch around
+    /// it.
+    ///
+    /// As many as give two blocks per multiprocessor to 16 segments of 8 KV heads; but no part so
+    /// short that writing its B (f32) costs as much as half of reading its keys and values.
+    pub fn of(p: &Problem, options: &PrefillOptions) -> Result<Self> {
+        const HEADS: usize = 16 * 8;
+        let (n, dk, dv) = (p.segment_len(), p.key_dim(), p.value_dim());
+        let blocks = HEADS * (dv / find("segment_state", p)?.columns);
+        let wanted = (2 * options.multiprocessors + blocks / 2) / blocks;
+        let shortest = 4 * dk * dv / (dk + dv);
+        let parts = wanted.min(n / shortest).max(1);
+        let len = n.div_ceil(parts).next_multiple_of(TILE);
+        Ok(Self { count: n.div_ceil(len), len })
+    }
+}
+
 /// Arrays of a run in the workspace, one record per piece; 0 where there is none.
+#[derive(Clone, Copy)]
 pub(super) struct Arrays {
-    b: u64,
+    /// B and column sums of σ(K), per part.
+    pub b: u64,
     sums: u64,
-    z: u64,
+    /// Key sums before the piece.
+    pub z: u64,
     g: u64,
     g_scale: u64,
 }
 
-impl Table {
-    pub fn copy(&self, plan: &mut Plan, workspace: &mut Allocation) -> Result<InfiniRun> {
-        let run = InfiniRun {
-            pieces: workspace.part(&[self.pieces.len()], size_of::<InfiniPiece>())?,
-            chains: workspace.part(&[self.chains.len()], size_of::<InfiniChain>())?,
-            piece_count: self.pieces.len() as i32,
-            chain_count: self.chains.len() as i32,
-        };
-        plan.copy(run.pieces, Bytes::plain(&self.pieces));
-        plan.copy(run.chains, Bytes::plain(&self.chains));
-        Ok(run)
-    }
-}
-
 impl Arrays {
-    /// For [`Segments::state`] without values and [`Segments::normaliser`].
+    /// For [`Phases::state`] without values and [`Phases::normaliser`].
     pub fn for_sums(
         p: &Problem,
         splits: usize,
@@ -74,8 +124,12 @@ impl Arrays {
     }
 
     /// For all phases.
-    pub fn new(segments: &Segments, pieces: usize, workspace: &mut Allocation) -> Result<Self> {
-        let (p, splits) = (&segments.p, segments.splits);
+    pub fn new(
+        p: &Problem,
+        splits: usize,
+        pieces: usize,
+        workspace: &mut Allocation,
+    ) -> Result<Self> {
         let (h, dk, dv) = (p.kv_heads(), p.key_dim(), p.value_dim());
         let delta = if p.update() == Update::Delta { pieces } else { 0 };
         Ok(Self {
@@ -85,171 +139,109 @@ impl Arrays {
             ..Self::for_sums(p, splits, pieces, workspace)?
         })
     }
-
-    /// Segments of every sequence that run together, of `all`: no more than the budget holds, in runs
-    /// of about the same length.
-    pub fn segments_per_run(
-        segments: &Segments,
-        batch: usize,
-        all: usize,
-        options: &PrefillOptions,
-    ) -> Result<usize> {
-        /// A grid's z.
-        const MOST: u64 = 65_535;
-        let mut one = Allocation::new(Operand::Workspace);
-        Self::new(segments, 1, &mut one)?;
-        let fit = (options.workspace_bytes / one.bytes()).min(MOST) / batch.max(1) as u64;
-        let fit = usize::try_from(fit).unwrap_or(usize::MAX).max(1);
-        Ok(all.div_ceil(all.div_ceil(fit).max(1)).max(1))
-    }
 }
 
-impl Segments {
-    pub fn new(
-        p: &Problem,
-        k: &DeviceTensor,
-        v: &DeviceTensor,
-        options: &PrefillOptions,
-    ) -> Result<Self> {
-        let columns = find("segment_state", p)?.columns;
-        let (splits, split_len) = splits(p, columns, options.multiprocessors);
-        Ok(Self { p: *p, k: k.rows(Operand::K), v: v.rows(Operand::V), splits, split_len })
-    }
+/// Launches the phases of runs over the same tokens.
+pub(super) struct Phases {
+    pub p: Problem,
+    pub k: InfiniTensor,
+    /// Absent: sums only.
+    pub v: InfiniTensor,
+    /// Where open segments lie; zeroed when no piece starts in one.
+    pub state: InfiniState,
+    pub splits: Splits,
+    pub arrays: Arrays,
+}
 
-    /// The tokens `range` of every sequence in segments of `len`; `empty`: which sequences find no
-    /// memory.
-    pub fn table(&self, empty: &[bool], range: Range<usize>, len: usize) -> Table {
-        let delta = self.p.update() == Update::Delta;
-        let mut table = Table { pieces: Vec::new(), chains: Vec::new(), transits: 0 };
-        for (b, &empty) in empty.iter().enumerate() {
-            let first_piece = table.pieces.len();
-            for first in range.clone().step_by(len) {
-                let empty = empty && first == range.start;
-                table.transits += usize::from(delta && !empty);
-                table.pieces.push(InfiniPiece {
-                    first: first as i64,
-                    position: 0,
-                    slot: b as i32,
-                    batch: b as i32,
-                    len: len.min(range.end - first) as i32,
-                    cached: 0,
-                    full: 1,
-                    empty: empty.into(),
-                });
-            }
-            table.chains.push(InfiniChain {
-                slot: b as i32,
-                first_piece: first_piece as i32,
-                pieces: (table.pieces.len() - first_piece) as i32,
-                empty: empty.into(),
-                ..Zeroable::zeroed()
-            });
+impl Phases {
+    /// B and column sums of σ(K) of every completed segment.
+    pub fn state(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
+        if run.full == 0 {
+            return Ok(());
         }
-        table
-    }
-
-    /// B and column sums of σ(K) of every piece.
-    pub fn state(&self, table: &Table, run: InfiniRun, at: &Arrays, plan: &mut Plan) -> Result<()> {
-        let kernel = find("segment_state", &self.p)?;
+        let (kernel, all) = (find("segment_state", &self.p)?, run.pieces.len());
+        let Splits { count, len } = self.splits;
         let params = InfiniSegmentState {
             problem: problem_params(&self.p),
             k: self.k,
             v: self.v,
-            state: Zeroable::zeroed(), // nothing lies in an open segment
-            run,
-            splits: self.splits as i32,
-            split_len: self.split_len as i32,
-            b: at.b,
-            sums: at.sums,
+            state: self.state,
+            run: table,
+            splits: count as i32,
+            split_len: len as i32,
+            b: self.arrays.b,
+            sums: self.arrays.sums,
         };
         let slices = if self.v.data == 0 { 1 } else { self.p.value_dim() / kernel.columns };
-        let why = format!("{} parts of {} tokens", self.splits, self.split_len);
-        let grid = [self.splits, self.p.kv_heads() * slices, table.pieces.len()];
-        plan.launch(kernel, grid, params, why)
+        let why =
+            format!("segments completed: {} of {all}; parts: {count}, of {len} tokens", run.full);
+        plan.launch(kernel, [count, self.p.kv_heads() * slices, all], params, why)
     }
 
-    /// z before every piece from `start`, [B, Hkv, Dk], and after the run in `end`.
+    /// z before every piece from `start`, [slots, Hkv, Dk], and after the run in `end`.
     pub fn normaliser(
         &self,
-        table: &Table,
-        run: InfiniRun,
-        at: &Arrays,
-        start: u64,
-        end: u64,
+        run: &Run,
+        table: InfiniRun,
+        [start, end]: [u64; 2],
         plan: &mut Plan,
     ) -> Result<()> {
         let params = InfiniNormaliserScan {
             problem: problem_params(&self.p),
-            run,
-            splits: self.splits as i32,
+            run: table,
+            splits: self.splits.count as i32,
             reserved: 0,
-            sums: at.sums,
-            z: at.z,
+            sums: self.arrays.sums,
+            z: self.arrays.z,
             start,
             end,
         };
-        let grid = [self.p.kv_heads(), table.chains.len(), 1];
-        plan.launch(find("normaliser_scan", &self.p)?, grid, params, "sums before every segment")
+        let grid = [self.p.kv_heads(), run.chains.len(), 1];
+        plan.launch(find("normaliser_scan", &self.p)?, grid, params, "z before every segment")
     }
 
-    /// G of every piece that finds a memory.
-    pub fn transition(
-        &self,
-        table: &Table,
-        run: InfiniRun,
-        at: &Arrays,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        if table.transits == 0 {
+    /// G of every completed segment that finds a memory.
+    pub fn transition(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
+        if run.transits == 0 {
             return Ok(());
         }
         let kernel = find("segment_transition", &self.p)?;
         let params = InfiniSegmentTransition {
             problem: problem_params(&self.p),
             k: self.k,
-            state: Zeroable::zeroed(),
-            run,
-            z: at.z,
-            g: at.g,
-            g_scale: at.g_scale,
+            state: self.state,
+            run: table,
+            z: self.arrays.z,
+            g: self.arrays.g,
+            g_scale: self.arrays.g_scale,
         };
-        let slices = self.p.key_dim() / kernel.columns;
-        let grid = [slices, self.p.kv_heads(), table.pieces.len()];
-        plan.launch(kernel, grid, params, format!("{} segments find a memory", table.transits))
+        let grid = [self.p.key_dim() / kernel.columns, self.p.kv_heads(), run.pieces.len()];
+        let why = format!("delta rule; segments that find a memory: {}", run.transits);
+        plan.launch(kernel, grid, params, why)
     }
 
-    /// A and B of the run from the identity and 0, or behind those of the run before.
-    pub fn scan_maps(
+    /// M before every piece and after the run. `scan` says where from, where to, and how many columns;
+    /// its B is left out where it is 0.
+    pub fn scan(
         &self,
-        table: &Table,
-        run: InfiniRun,
-        at: &Arrays,
-        first: bool,
-        map: MapAddresses,
+        run: &Run,
+        table: InfiniRun,
+        scan: InfiniMemoryScan,
+        why: &str,
         plan: &mut Plan,
     ) -> Result<()> {
         let kernel = find("memory_scan", &self.p)?;
-        let (g, g_scale) = if table.transits > 0 { (at.g, at.g_scale) } else { (0, 0) };
-        for (why, kind, b, end, columns) in [
-            ("A", INFINI_START_IDENTITY, 0, map.a, self.p.key_dim()),
-            ("B", INFINI_START_ZERO, at.b, map.b, self.p.value_dim()),
-        ] {
-            let params = InfiniMemoryScan {
-                problem: problem_params(&self.p),
-                run,
-                splits: self.splits as i32,
-                start_kind: (if first { kind } else { INFINI_START_MEMORY }) as i32,
-                b,
-                g,
-                g_scale,
-                start: end,
-                end,
-                columns: columns as i64,
-                ..Zeroable::zeroed()
-            };
-            let grid = [columns / kernel.columns, self.p.kv_heads(), table.chains.len()];
-            plan.launch(kernel, grid, params, why)?;
-        }
-        Ok(())
+        let transits = |address| if run.transits > 0 { address } else { 0 };
+        let params = InfiniMemoryScan {
+            problem: problem_params(&self.p),
+            run: table,
+            splits: self.splits.count as i32,
+            b: if run.full > 0 { scan.b } else { 0 },
+            g: transits(self.arrays.g),
+            g_scale: transits(self.arrays.g_scale),
+            ..scan
+        };
+        let slices = scan.columns as usize / kernel.columns;
+        plan.launch(kernel, [slices, self.p.kv_heads(), run.chains.len()], params, why)
     }
 }

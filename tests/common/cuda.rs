@@ -10,12 +10,11 @@ use std::fmt::Display;
 use bytemuck::{Pod, cast_slice};
 use infini_attn::cuda::params::{InfiniCounters, InfiniState};
 use infini_attn::cuda::{
-    Addresses, Call as DeviceCall, DecodeOptions, DeviceRope, DeviceTensor, Launch, Launcher,
-    Mirror, Operand, Plan, PrefillOptions, Runs, StateLayout, plan_decode, plan_flush,
-    plan_prefill, plan_segment,
+    Addresses, Call as DeviceCall, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan,
+    PrefillOptions, Runs, StateLayout, plan_decode, plan_flush, plan_prefill, plan_segment,
 };
-use infini_attn::{DType, Element, Error, MAX_DECODE_TOKENS, Problem, Result};
-use ptxsim::{AddressError, Timing};
+use infini_attn::{DType, Element, MAX_DECODE_TOKENS, Problem, Result};
+use ptxsim::Timing;
 
 use super::backend::Backend;
 use super::buffers::{OutputBuffers, Strided};
@@ -338,27 +337,6 @@ impl DeviceState {
         let finding = with_type(p.dtype(), Snapshots { state: self, p });
         self.findings.extend(finding);
     }
-}
-
-impl Launcher for Simulator {
-    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
-        let k = launch.kernel;
-        self.try_launch(k.symbol, launch.grid, k.threads, k.shared_bytes, launch.params)
-            .map(|_| ())
-            .map_err(|finding| launch.error(finding))
-    }
-
-    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
-        self.device.fill(to, bytes, value).map_err(|e| refused("fill", &e))
-    }
-
-    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
-        self.device.write(to, from).map_err(|e| refused("copy", &e))
-    }
-}
-
-fn refused(what: &str, error: &AddressError) -> Error {
-    Error::Driver { what: what.into(), reason: error.to_string() }
 }
 
 /// Compares every snapshot with the memory it is made from.

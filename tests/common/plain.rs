@@ -1,6 +1,8 @@
 //! The operator in the precision of the tensor-core kernels, written plainly: float64 arithmetic,
-//! in which only the operands of matrix products are rounded to the 16-bit type. Its error against
-//! the float64 reference is what the kernels' error is measured by.
+//! in which the operands of matrix products are rounded to the 16-bit type, and scores to f32. Its
+//! error against the float64 reference is what the kernels' error is measured by.
+
+use std::f64::consts::{LN_2, LOG2_E};
 
 use infini_attn::{DType, Denominator, Element, EmptyMemory, Problem, Update};
 
@@ -190,18 +192,18 @@ impl Plain {
 fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> (Vec<f64>, f64) {
     let (dk, dv) = (p.key_dim(), p.value_dim());
     let dot = |k: &[f64]| q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
-    // Accumulators are f32: a large score loses its last bits before the exponential sees them.
-    let logits: Vec<f64> = (segment.iter())
-        .map(|t| p.scale() * f64::from(dot(&t.k_local[h * dk..][..dk]) as f32))
-        .collect();
-    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = logits.iter().map(|s| (s - max).exp()).collect();
+    // The products in f32, and the shift rounded before one fused multiply-add: where scores are
+    // large, this is the error of any f32 softmax.
+    let dots: Vec<f32> = segment.iter().map(|t| dot(&t.k_local[h * dk..][..dk]) as f32).collect();
+    let scale = (p.scale() * LOG2_E) as f32;
+    let max = dots.iter().map(|s| s * scale).fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = dots.iter().map(|s| f64::from(s.mul_add(scale, -max)).exp2()).collect();
     let sum: f64 = weights.iter().sum();
     let mut out = vec![0.0; dv];
     for (w, t) in round(p.dtype(), &weights).iter().zip(segment) {
         out.iter_mut().zip(&t.v[h * dv..][..dv]).for_each(|(o, v)| *o += w * v / sum);
     }
-    (out, max + sum.ln())
+    (out, f64::from(max) * LN_2 + sum.ln())
 }
 
 fn token<T: Element>(

@@ -11,8 +11,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytemuck::Pod;
-use infini_attn::cuda;
-use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Timing};
+use infini_attn::Error;
+use infini_attn::cuda::{self, Launcher};
+use ptxsim::{AddressError, Arch, Arg, Buffer, Device, Launch, Module, Report, Timing};
 
 /// A simulated GPU of compute capability 8.0, all checks on.
 pub struct Simulator {
@@ -115,6 +116,27 @@ impl Simulator {
             false => Err(format!("{symbol}, grid {grid:?}:\n{report}")),
         }
     }
+}
+
+impl Launcher for Simulator {
+    fn launch(&mut self, launch: &cuda::Launch<'_>) -> infini_attn::Result<()> {
+        let k = launch.kernel;
+        self.try_launch(k.symbol, launch.grid, k.threads, k.shared_bytes, launch.params)
+            .map(|_| ())
+            .map_err(|finding| launch.error(finding))
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> infini_attn::Result<()> {
+        self.device.fill(to, bytes, value).map_err(|e| refused("fill", &e))
+    }
+
+    fn copy(&mut self, to: u64, from: &[u8]) -> infini_attn::Result<()> {
+        self.device.write(to, from).map_err(|e| refused("copy", &e))
+    }
+}
+
+fn refused(what: &str, error: &AddressError) -> Error {
+    Error::Driver { what: what.into(), reason: error.to_string() }
 }
 
 /// The file of a kernel, as `sm80/sum`.

@@ -76,7 +76,7 @@ fn check_merge<T: Element>(dv: usize, count: usize, how: Arrangement, wants_lse:
         parts: count as i32,
         reserved: 0,
     };
-    let grid = [(batches * tokens).div_ceil(8), heads, 1];
+    let grid = [(batches * tokens).div_ceil(INFINI_MERGE_ROWS as usize), heads, 1];
     let report = launch(&mut sim, &symbol::<T>("merge_partials"), grid, &params);
     // Rows of more than 32 chunks read the logs again.
     assert_moved_once(&report, &["a_dot", "out", "out_lse"]);

@@ -17,7 +17,7 @@ use crate::gang::State;
 use crate::launch::Grid;
 use crate::ops::load_store::{hints, window};
 use crate::ops::mbarrier::{cell, find, settle_phase};
-use crate::program::{Address, Decoded, Pred, Src};
+use crate::program::{Address, Decoded, Lanes, Pred, Src};
 use crate::shadow::Proxy;
 
 /// Copies not waited for, by warp of the grid and lane.
@@ -146,6 +146,18 @@ fn copy(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     Ok(Decoded::next(Class::Async, move |cx| issue(cx, &d, &s, size, &extra)))
 }
 
+/// Counts the bytes that come from the source: those of a lane that is to fill with zeros do not.
+fn count_reads(cx: &mut Cx<'_, '_>, from: &Lanes, valid: &Lanes) {
+    let all = cx.mask;
+    let mut rest = lanes(all).filter(|l| valid[*l] > 0).fold(0u32, |m, l| m | 1 << l);
+    while let Some(first) = lanes(rest).next() {
+        cx.mask = lanes(rest).filter(|l| valid[*l] == valid[first]).fold(0, |m, l| m | 1 << l);
+        rest &= !cx.mask;
+        cx.count_access(Window::Global, valid[first] as u32, from, Mode::Read);
+    }
+    cx.mask = all;
+}
+
 fn issue(cx: &mut Cx<'_, '_>, d: &Address, s: &Address, size: u32, extra: &Extra) {
     let (to, from) = (cx.addresses(d), cx.addresses(s));
     let valid = match extra {
@@ -156,7 +168,7 @@ fn issue(cx: &mut Cx<'_, '_>, d: &Address, s: &Address, size: u32, extra: &Extra
             std::array::from_fn(|l| if ignore >> l & 1 != 0 { 0 } else { u64::from(size) })
         }
     };
-    cx.count_access(Window::Global, size, &from, Mode::Read);
+    count_reads(cx, &from, &valid);
     cx.count_access(Window::Shared, size, &to, Mode::Write);
     for l in lanes(cx.mask) {
         let valid = valid[l] as u32;

@@ -1,0 +1,348 @@
+//! What every kernel executes and moves, counted by the simulator at one shape: tensor-core flops
+//! against the formula, shared-memory wavefronts added by bank conflicts, bytes moved against
+//! distinct bytes, and the resource that limits it. INFINI_ATTN_BLESS=1 writes the table of
+//! docs/counts.md; a difference is only reported, since compilers differ.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::OnceLock;
+
+use common::narrow;
+use common::simulator::Simulator;
+use common::stream::normals;
+use half::bf16;
+use infini_attn::cuda::{
+    Addresses, Call, DecodeOptions, DeviceRope, DeviceTensor, KERNELS, Kernel, KeySumsMirror,
+    Launch, Launcher, Mirror, Operand, Plan, PrefillOptions, Requirement, StateLayout, plan_apply,
+    plan_compose, plan_decode, plan_flush, plan_key_sums, plan_merge_memories, plan_merge_partials,
+    plan_prefill, plan_segment, plan_segment_map,
+};
+use infini_attn::{DType, Problem, Result, Update};
+use ptxsim::Report;
+
+/// What is counted for docs/counts.md.
+const SHAPE: Shape = Shape { dk: D, dv: D, heads: HEADS, n: N };
+const HEADS: usize = 4;
+const D: usize = 128;
+const N: usize = 2048;
+
+/// One KV head, one sequence.
+#[derive(Clone, Copy)]
+struct Shape {
+    dk: usize,
+    dv: usize,
+    heads: usize,
+    n: usize,
+}
+
+impl Shape {
+    fn problem(self, update: Update) -> Problem {
+        let b = Problem::builder().heads(self.heads).kv_heads(1).key_dim(self.dk);
+        let b = b.value_dim(self.dv).segment_len(self.n).update(update).dtype(DType::BF16);
+        b.build().expect("valid")
+    }
+
+    fn keys(self, tokens: usize) -> DeviceTensor {
+        rows(tokens, 1, self.dk)
+    }
+
+    fn values(self, tokens: usize) -> DeviceTensor {
+        rows(tokens, 1, self.dv)
+    }
+}
+
+fn rows(tokens: usize, heads: usize, width: usize) -> DeviceTensor {
+    DeviceTensor::contiguous(DType::BF16, &[1, tokens, heads, width]).expect("valid")
+}
+
+fn floats(shape: &[usize]) -> DeviceTensor {
+    DeviceTensor::contiguous(DType::F32, shape).expect("valid")
+}
+
+/// One launch.
+struct Counted {
+    kernel: &'static Kernel,
+    /// The plan it belongs to.
+    of: &'static str,
+    grid: [u32; 3],
+    report: Report,
+}
+
+/// Runs plans, keeps every report.
+struct Counter {
+    sim: Simulator,
+    of: &'static str,
+    launches: Vec<Counted>,
+}
+
+impl Launcher for Counter {
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        let (kernel, grid) = (launch.kernel, launch.grid);
+        let report = self.sim.launch(
+            kernel.symbol,
+            grid,
+            kernel.threads,
+            kernel.shared_bytes,
+            launch.params,
+        );
+        self.launches.push(Counted { kernel, of: self.of, grid, report });
+        Ok(())
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
+        self.sim.fill(to, bytes, value)
+    }
+
+    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
+        self.sim.copy(to, from)
+    }
+}
+
+impl Counter {
+    /// Runs a plan on N(0, 1) inputs; `known` are the operands that lie somewhere already.
+    fn run(&mut self, of: &'static str, plan: &Plan, known: &[(Operand, u64)]) {
+        let mut addresses = Addresses::new();
+        for need in plan.requirements() {
+            let found = known.iter().find(|(operand, _)| *operand == need.operand);
+            let address = found.map_or_else(|| self.buffer(need), |(_, address)| *address);
+            addresses.set(need.operand, address);
+        }
+        self.of = of;
+        // SAFETY: the simulator checks every access, and what runs is over when this returns.
+        unsafe { plan.run(&addresses, self) }.unwrap_or_else(|e| panic!("{plan}\n{e}"));
+    }
+
+    fn buffer(&mut self, need: &Requirement) -> u64 {
+        let (name, bytes) = (need.operand.to_string(), (need.before + need.after) as usize);
+        let start = match need.operand {
+            Operand::Q | Operand::K | Operand::V | Operand::Part(_) => {
+                self.sim.upload(&name, &narrow::<bf16>(&normals(1, bytes / 2)))
+            }
+            Operand::Workspace | Operand::O => self.sim.uninitialised::<u8>(&name, bytes),
+            // Empty states, sums and maps of nothing.
+            Operand::Source(_) | Operand::Before => self.sim.upload(&name, &vec![0u8; bytes]),
+            _ => self.sim.upload(&name, &normals(2, bytes / 4)),
+        };
+        start + need.before
+    }
+}
+
+/// A state with its mirror.
+struct Pool {
+    mirror: Mirror,
+    address: u64,
+}
+
+impl Pool {
+    fn new(counter: &mut Counter, problem: &Problem) -> Self {
+        let layout = StateLayout::new(problem, 1, true).expect("kernels exist");
+        let address = counter.sim.uninitialised::<u8>("state", layout.bytes() as usize);
+        let mut pool = Self { mirror: Mirror::new(&layout), address };
+        pool.run(counter, "init", &layout.plan_init().expect("valid"));
+        pool
+    }
+
+    fn run(&mut self, counter: &mut Counter, of: &'static str, plan: &Plan) {
+        self.mirror.advance(plan).expect("planned for this state");
+        counter.run(of, plan, &[(Operand::State, self.address)]);
+    }
+}
+
+/// Every plan once; the reports of all launches.
+fn launches() -> &'static [Counted] {
+    static ALL: OnceLock<Vec<Counted>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let mut counter = Counter { sim: Simulator::new(), of: "", launches: vec![] };
+        streaming(&mut counter, SHAPE).expect("plans");
+        maps(&mut counter, SHAPE).expect("plans");
+        counter.launches
+    })
+}
+
+/// Two and a half segments by prefill, then decode, flush, a segment, a padded batch; with rotation,
+/// under the delta rule.
+fn streaming(counter: &mut Counter, shape: Shape) -> Result<()> {
+    let (p, n) = (shape.problem(Update::Delta), shape.n);
+    let mut pool = Pool::new(counter, &p);
+    let table = || floats(&[16 * n, shape.dk / 2]);
+    let call = |tokens| {
+        let (q, o) = (rows(tokens, shape.heads, shape.dk), rows(tokens, shape.heads, shape.dv));
+        let call =
+            Call::new(q, shape.keys(tokens), shape.values(tokens), floats(&[shape.heads]), o);
+        call.rope(DeviceRope::new(table(), table()))
+    };
+    let plan = plan_prefill(&p, &call(5 * n / 2), &pool.mirror, &PrefillOptions::default())?;
+    pool.run(counter, "prefill", &plan);
+    let plan = plan_decode(&p, &call(1), &pool.mirror, &DecodeOptions::default())?;
+    pool.run(counter, "decode", &plan);
+    let plan = plan_flush(&p, &pool.mirror, &[0])?;
+    pool.run(counter, "flush", &plan);
+    let plan = plan_segment(&p, &call(n), &pool.mirror)?;
+    pool.run(counter, "segment", &plan);
+    let plan = plan_segment(&p, &call(n).seq_lens(&[33]), &pool.mirror)?;
+    pool.run(counter, "padded segment", &plan);
+    Ok(())
+}
+
+/// Merges of partial results, memories and maps.
+fn maps(counter: &mut Counter, shape: Shape) -> Result<()> {
+    let (o, lse) = (rows(shape.n, shape.heads, shape.dv), floats(&[1, shape.heads, shape.n]));
+    counter.run("merge_partials", &plan_merge_partials(&[o, o], &[lse, lse], &o, None)?, &[]);
+
+    let mut pool = Pool::new(counter, &shape.problem(Update::Linear));
+    let other = Mirror::new(pool.mirror.layout());
+    let plan = plan_merge_memories(&[&other], &pool.mirror)?;
+    pool.run(counter, "merge_memories", &plan);
+
+    let p = shape.problem(Update::Delta);
+    let (k, v) = (shape.keys(2 * shape.n), shape.values(2 * shape.n));
+    let options = PrefillOptions::default();
+    let zero = KeySumsMirror::zero(&p, 1);
+    let (plan, sums) = plan_key_sums(&p, &k)?;
+    counter.run("key_sums", &plan, &[]);
+    let (plan, first) = plan_segment_map(&p, &k, &v, &zero, &options)?;
+    counter.run("segment_map", &plan, &[]);
+    let (_, second) = plan_segment_map(&p, &k, &v, &sums, &options)?;
+    counter.run("compose", &plan_compose(&first, &second)?.0, &[]);
+    let mut pool = Pool::new(counter, &p);
+    let plan = plan_apply(&first, &pool.mirror)?;
+    pool.run(counter, "apply", &plan);
+    Ok(())
+}
+
+/// Bytes of all sectors of a launch, and distinct bytes.
+fn bytes(report: &Report) -> [u64; 2] {
+    let moved = report.buffers.iter().map(|b| 32 * b.traffic.sectors()).sum();
+    let distinct = report.buffers.iter().map(|b| b.distinct_read + b.distinct_written).sum();
+    [moved, distinct]
+}
+
+/// The launches of an operation inside a plan; at least one.
+fn of(operation: &str, plan: &str) -> Vec<&'static Counted> {
+    let wanted = |c: &&Counted| c.kernel.operation == operation && c.of == plan;
+    let found: Vec<_> = launches().iter().filter(wanted).collect();
+    assert!(!found.is_empty(), "{plan} launches no {operation}");
+    found
+}
+
+#[test]
+fn tensor_flops_are_those_of_the_formulas() {
+    let (n, d, h) = (N as u64, D as u64, HEADS as u64);
+    let check = |operation, plan, want: u64| {
+        let got: u64 = of(operation, plan).iter().map(|c| c.report.tensor_flops()).sum();
+        assert_eq!(got, want, "{operation} of {plan}");
+    };
+    // Two segments are complete; the second finds a memory.
+    check("segment_state", "prefill", 2 * 2 * n * d * d);
+    check("segment_transition", "prefill", 2 * n * d * d);
+    check("memory_scan", "prefill", 2 * d * d * d);
+    // Tiles of 128 rows see all keys up to their end; what is masked is computed as well.
+    let local =
+        |tokens: u64| (1..=tokens / 128).map(|tile| 4 * 128 * (128 * tile) * d).sum::<u64>();
+    let retrieval = |tokens: u64| 2 * tokens * d * d;
+    let attention = h * (2 * local(n) + local(n / 2) + retrieval(n) + retrieval(n / 2));
+    check("segment_attention", "prefill", attention);
+    // Three products: with V, with M, and of what M gives.
+    let update = |tokens: u64| 6 * tokens * d * d;
+    check("commit", "flush", update((n / 2 + 1).next_multiple_of(64)));
+    check("segment", "segment", h * (local(n) + retrieval(n)) + update(n));
+    // One tile of 64 rows.
+    let tile = 64 * ((n / 2 + 1).next_multiple_of(64) * 4 * d + 2 * d * d);
+    check("decode", "decode", tile);
+}
+
+#[test]
+fn shared_memory_is_free_of_conflicts_at_every_shape() {
+    let mut counter = Counter { sim: Simulator::new(), of: "", launches: vec![] };
+    let attention = KERNELS.iter().filter(|k| k.operation == "segment_attention");
+    for kernel in attention.filter(|k| k.dtype == Some(DType::BF16)) {
+        let shape = Shape { dk: kernel.key_dim, dv: kernel.value_dim, heads: 2, n: 192 };
+        streaming(&mut counter, shape).expect("plans");
+    }
+    for c in counter.launches.iter().chain(launches()) {
+        let excess = c.report.lines.iter().filter(|l| l.shared.excess > 0);
+        let lines: Vec<_> = excess.map(|l| (&l.source, &l.mnemonic, l.shared)).collect();
+        assert!(lines.is_empty(), "{} of {}: {lines:?}", c.kernel.symbol, c.of);
+    }
+}
+
+#[test]
+fn bytes_move_once() {
+    let d = D as u64;
+    for (operation, plan, again) in [
+        ("segment_state", "prefill", 0),
+        ("segment_transition", "prefill", 0),
+        // G by every slice of 32 columns, in 16 bits.
+        ("memory_scan", "prefill", (d / 32 - 1) * 2 * d * d),
+        ("decode", "decode", 0),
+        // The snapshot, in 16 bits, by three chunks; of those the last block reads it once more.
+        ("commit", "flush", 2 * 2 * d * d),
+        ("merge_partials", "merge_partials", 0),
+        ("sum", "merge_memories", 0),
+        ("snapshot", "merge_memories", 0),
+    ] {
+        let [moved, distinct] = of(operation, plan)
+            .iter()
+            .map(|c| bytes(&c.report))
+            .fold([0, 0], |[a, b], [moved, distinct]| [a + moved, b + distinct]);
+        let ratio = (moved - again) as f64 / distinct as f64;
+        assert!(
+            ratio <= 1.05,
+            "{operation} of {plan}: {moved} bytes, {distinct} distinct, {ratio}"
+        );
+    }
+}
+
+/// Every launch that is not the same as one before: the table of docs/counts.md.
+fn table() -> String {
+    let mut rows = vec![];
+    let mut seen = BTreeSet::new();
+    for c in launches() {
+        let (r, [moved, distinct]) = (&c.report, bytes(&c.report));
+        if !seen.insert((c.kernel.operation, c.of)) || c.of == "init" {
+            continue;
+        }
+        let b = &r.bound;
+        let us = [b.tensor, b.issue, b.shared, b.special, b.memory, b.l2].map(|s| s * 1e6);
+        let mut row = format!(
+            "| {} | {} | {} | {} | {} | {} | {:.3} | {:.2} |",
+            c.kernel.operation,
+            c.of,
+            c.grid.iter().map(u32::to_string).collect::<Vec<_>>().join("×"),
+            r.instructions(),
+            r.tensor_flops() / 1_000_000,
+            r.shared_phases().phases,
+            distinct as f64 / 1e6,
+            moved as f64 / distinct as f64,
+        );
+        us.iter().for_each(|us| row += &format!(" {us:.2} |"));
+        rows.push(format!("{row} {} |", b.limiter));
+    }
+    rows.join("\n")
+}
+
+/// Between the markers of docs/counts.md.
+#[test]
+fn the_document_has_these_counts() {
+    const MARK: &str = " --- |\n";
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/counts.md");
+    let text = std::fs::read_to_string(path).expect("docs/counts.md");
+    let (before, rest) = text.split_once(MARK).expect("a table");
+    let (rows, after) = rest.split_once("\n\n").unwrap_or((rest, ""));
+    let table = table();
+    if std::env::var_os("INFINI_ATTN_BLESS").is_some() {
+        std::fs::write(path, format!("{before}{MARK}{table}\n\n{after}")).expect("written");
+        return;
+    }
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    for row in lines(&table).difference(&lines(rows)) {
+        println!("docs/counts.md has other counts (or none), now: {row}");
+    }
+    let kernels = |text: &str| {
+        let first = |row: &str| row.split(" | ").take(2).map(str::to_owned).collect::<Vec<_>>();
+        text.lines().map(first).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(kernels(rows), kernels(&table), "kernels of docs/counts.md and those that ran");
+}
