@@ -21,6 +21,7 @@ use infini_attn::cuda::{
 };
 use infini_attn::{DType, Problem, Result, Update};
 use ptxsim::Report;
+use ptxsim::count::Traffic;
 
 /// What is counted for docs/counts.md.
 const SHAPE: Shape = Shape { dk: D, dv: D, heads: HEADS, n: N };
@@ -212,9 +213,11 @@ fn maps(counter: &mut Counter, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of all sectors of a launch, and distinct bytes.
+/// Bytes that a launch moves, and distinct bytes. What all lanes read counts once, what is read of a
+/// sector in part counts as that part.
 fn bytes(report: &Report) -> [u64; 2] {
-    let moved = report.buffers.iter().map(|b| 32 * b.traffic.sectors()).sum();
+    let moved = |t: &Traffic| (t.read + t.written).min(32 * t.sectors());
+    let moved = report.buffers.iter().map(|b| moved(&b.traffic)).sum();
     let distinct = report.buffers.iter().map(|b| b.distinct_read + b.distinct_written).sum();
     [moved, distinct]
 }
@@ -248,8 +251,8 @@ fn tensor_flops_are_those_of_the_formulas() {
     let update = |tokens: u64| 6 * tokens * d * d;
     check("commit", "flush", update((n / 2 + 1).next_multiple_of(64)));
     check("segment", "segment", h * (local(n) + retrieval(n)) + update(n));
-    // One tile of 64 rows.
-    let tile = 64 * ((n / 2 + 1).next_multiple_of(64) * 4 * d + 2 * d * d);
+    // The one warp of a tile whose 16 rows hold the four.
+    let tile = 16 * ((n / 2 + 1).next_multiple_of(64) * 4 * d + 2 * d * d);
     check("decode", "decode", tile);
 }
 
@@ -281,7 +284,8 @@ fn bytes_move_once() {
         ("commit", "flush", 2 * 2 * d * d),
         ("merge_partials", "merge_partials", 0),
         ("sum", "merge_memories", 0),
-        ("snapshot", "merge_memories", 0),
+        // M, f32: its largest elements come first.
+        ("snapshot", "merge_memories", 4 * d * d),
     ] {
         let [moved, distinct] = of(operation, plan)
             .iter()

@@ -11,7 +11,8 @@ use half::bf16;
 use infini_attn::cuda::{
     Addresses, Call, CudaLauncher, DecodeOptions, Device, DeviceTensor, KeySumsMirror, Launch,
     Launcher, Operand, Plan, Runs, State, plan_apply, plan_compose, plan_decode, plan_flush,
-    plan_key_sums, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
+    plan_key_sums, plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment,
+    plan_segment_map,
 };
 use infini_attn::{DType, Problem};
 use rand::SeedableRng;
@@ -48,6 +49,8 @@ pub enum Operation {
     Flush,
     /// Two partial results.
     MergePartials,
+    /// Two states.
+    MergeMemories,
     KeySums,
     SegmentMap,
     Compose,
@@ -92,7 +95,8 @@ pub fn cases() -> Vec<Case> {
     let over_tokens = [Operation::MergePartials, Operation::KeySums, Operation::SegmentMap];
     all.extend(over_tokens.map(|o| case(o, BASE)));
     let maps = Shape { sequences: 64, tokens: 64, ..BASE };
-    all.extend([Operation::Compose, Operation::Apply].map(|o| case(o, maps)));
+    let over_states = [Operation::MergeMemories, Operation::Compose, Operation::Apply];
+    all.extend(over_states.map(|o| case(o, maps)));
     all
 }
 
@@ -107,6 +111,7 @@ impl Case {
             Operation::Decode => "decode",
             Operation::Flush => "flush",
             Operation::MergePartials => "merge of two parts",
+            Operation::MergeMemories => "merge of two states",
             Operation::KeySums => "key sums",
             Operation::SegmentMap => "map",
             Operation::Compose => "compose",
@@ -140,6 +145,8 @@ impl Case {
             Operation::Decode => [local + retrieval, 2.0 * q + 4.0 * kv + cache + memory * 2.0],
             Operation::Flush => [update, 2.0 * kv + memory * 10.0],
             Operation::MergePartials => [t * hq * 4.0 * d, 3.0 * q + 8.0 * t * hq],
+            // M of both, the sum, its snapshot.
+            Operation::MergeMemories => [memory, memory * 14.0],
             Operation::KeySums => [t * hkv * d, kv],
             // Two products per segment, of I - G with A and with B.
             Operation::SegmentMap => {
@@ -404,6 +411,7 @@ impl Case {
                 let lse = DeviceTensor::contiguous(DType::F32, &lse)?;
                 plan_merge_partials(&[q, q], &[lse, lse], &q, None)?
             }
+            Operation::MergeMemories => plan_merge_memories(&[mirror], mirror)?,
             Operation::KeySums => plan_key_sums(&problem, &kv)?.0,
             Operation::SegmentMap | Operation::Compose | Operation::Apply => {
                 let before = KeySumsMirror::zero(&problem, s.sequences);

@@ -135,12 +135,22 @@ struct GlobalRow {
   __device__ __forceinline__ void set_element(int i, T x) const { to[i] = x; }
 };
 
-// A permutation of the rows of every group of eight. Lanes take the parts of a row, then those of
-// the next: eight lanes on two or four rows so meet chunks in different banks.
+struct Turn {
+  int row, part;
+};
+
+// The i-th part of `rows` rows (a multiple of eight) of `parts` parts each, in an order in which
+// eight lanes meet chunks in different banks: lanes take the parts of a row, then those of the next
+// but one, two or four; in rows of 64 or 192 bytes pairs of parts of rows r, r + 1, r + 4, r + 5.
 template <int C>
-__device__ __forceinline__ int row_in_turn(int i) {
-  if constexpr (C % 64 != 0) return i;  // neighbours lie half the banks apart already
-  return (i & ~7) + static_cast<int>(__brev(i & 7) >> 29);
+__device__ __forceinline__ Turn turn_of(int i, int rows, int parts) {
+  if constexpr (C % 64 == 0) {
+    const int row = i / parts;
+    return {(row & ~7) + static_cast<int>(__brev(row & 7) >> 29), i % parts};
+  } else {
+    const int pair = parts % 2 == 0 ? 2 : 1, row = i / pair % rows;
+    return {(row & ~6) | (row & 2) << 1 | (row & 4) >> 1, i / pair / rows * pair + i % pair};
+  }
 }
 
 // Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row
@@ -153,10 +163,11 @@ __device__ __forceinline__ void rotate_tile(const Tile<T, R, C>& tile, int first
   const int parts = rotation_parts(rope), start = first & ~7, end = (last + 7) & ~7;
 #pragma unroll 1
   for (int i = threadIdx.x; i < (end - start) * parts; i += Threads) {
-    const int row = row_in_turn<C>(start + i / parts);
+    const Turn turn = turn_of<C>(i, end - start, parts);
+    const int row = start + turn.row;
     Angles angles;
     if (row >= first && row < last && angles_of(rope, position(row), status, angles)) {
-      rotate_part<T>(rope, angles, i % parts, TileRow<T, R, C>{tile, row});
+      rotate_part<T>(rope, angles, turn.part, TileRow<T, R, C>{tile, row});
     }
   }
 }

@@ -112,6 +112,35 @@ fn counts_are_exact() {
     assert_eq!(json["bound"]["limiter"], report.bound.limiter);
 }
 
+/// Lane i copies its 16 bytes, of which (i mod 3) · 8 come from the source.
+const FILLING: &str = "
+    .version 8.0 .target sm_80 .address_size 64
+    .visible .entry fill(.param .u64 from) {
+        .reg .b32 %r<6>; .reg .b64 %x<3>;
+        .shared .align 16 .b8 tile[512];
+        ld.param.u64 %x0, [from];
+        mov.u32 %r0, %tid.x; mul.wide.u32 %x1, %r0, 16; add.u64 %x0, %x0, %x1;
+        mov.u32 %r1, tile; mul.lo.u32 %r2, %r0, 16; add.u32 %r1, %r1, %r2;
+        rem.u32 %r3, %r0, 3; mul.lo.u32 %r3, %r3, 8;
+        cp.async.cg.shared.global [%r1], [%x0], 16, %r3;
+        cp.async.wait_all;
+        ret;
+    }";
+
+#[test]
+fn bytes_that_are_filled_with_zeros_are_not_read() {
+    let module = Module::parse(FILLING).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let from = device.buffer("from", &[1u32; 128]);
+    let launch = Launch::linear(1, 32);
+    let report = device.launch(&module, "fill", &launch, &[from.into()]).expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    let b = report.buffer("from").expect("it was touched");
+    // 11 lanes read 8 bytes, 10 read 16: each reads a sector of its own among those of its size.
+    assert_eq!((b.traffic.read, b.distinct_read), (11 * 8 + 10 * 16, 11 * 8 + 10 * 16));
+    assert_eq!(b.traffic.read_sectors, 21);
+}
+
 #[test]
 fn several_schedules_count_once() {
     let module = Module::parse(INCREMENT).expect("it parses");
