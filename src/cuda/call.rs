@@ -179,7 +179,8 @@ impl<'a> Call<'a> {
     }
 }
 
-/// [`Rope`](crate::Rope) for device memory: f32 tables [positions, R/2] and positions.
+/// [`Rope`](crate::Rope) for device memory: f32 tables [positions, R/2] and positions. Rotation is
+/// fastest when R is a multiple of 16 and the tables' rows start at multiples of 16 bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceRope<'a> {
     cos: DeviceTensor,

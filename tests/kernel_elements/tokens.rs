@@ -45,7 +45,8 @@ struct Tables {
 impl Tables {
     const ROWS: usize = 40;
 
-    fn new(half: usize, interleaved: bool) -> Self {
+    /// Rows `gaps` elements further apart than they are long.
+    fn new(half: usize, interleaved: bool, gaps: [usize; 2]) -> Self {
         let table = |gap, seed| {
             let mut x = Strided::with_margin(&[Self::ROWS, half], Arrangement::Gaps, f32::NAN, gap);
             for (i, row) in random(seed, Self::ROWS * half).chunks(half.max(1)).enumerate() {
@@ -53,7 +54,7 @@ impl Tables {
             }
             x
         };
-        Self { cos: table(1, 5), sin: table(3, 6), half, interleaved }
+        Self { cos: table(gaps[0], 5), sin: table(gaps[1], 6), half, interleaved }
     }
 
     fn upload(&self, sim: &mut Simulator) -> InfiniRope {
@@ -180,18 +181,21 @@ fn keys_rotate() {
     for (half, interleaved, how) in
         [(32, false, Gaps), (8, false, Contiguous), (32, true, Reversed), (12, true, HeadsFirst)]
     {
-        check_rotation::<bf16>(64, &Tables::new(half, interleaved), how, None, false);
+        for gaps in [[4, 8], [1, 4], [8, 3]] {
+            let tables = Tables::new(half, interleaved, gaps);
+            check_rotation::<bf16>(64, &tables, how, None, false);
+        }
     }
     for (half, interleaved, how) in
         [(48, false, Reversed), (5, false, Gaps), (47, true, Contiguous), (0, false, Gaps)]
     {
-        check_rotation::<f16>(96, &Tables::new(half, interleaved), how, None, false);
+        check_rotation::<f16>(96, &Tables::new(half, interleaved, [8, 4]), how, None, false);
     }
 }
 
 #[test]
 fn positions_are_looked_up_and_checked() {
-    let tables = Tables::new(20, false);
+    let tables = Tables::new(20, false, [1, 3]);
     let mut given: Vec<i64> = (0..48).map(|i| (i * 7) % Tables::ROWS as i64).collect();
     check_rotation::<f16>(64, &tables, Arrangement::Gaps, Some(given.clone()), false);
     // Token 14 of batch 1 and token 1 of batch 0; the last row of the tables is inside.
@@ -255,7 +259,7 @@ fn check_append<T: Element>(dims: [usize; 2], rotation: bool, how: Arrangement) 
     (params.state.counters, params.state.slots) = (counters, SLOTS as i64);
     params.run = run_of(&mut sim, &pieces, &chains);
     if rotation {
-        params.call.rope = Tables::new(dk / 2, false).upload(&mut sim);
+        params.call.rope = Tables::new(dk / 2, false, [4, 8]).upload(&mut sim);
         (params.state.open_k_rotated, params.rotated) = (start(&open[1]), start(&rotated));
     }
     let grid = [N.div_ceil(8), KV_HEADS, chains.len()];
