@@ -1,5 +1,6 @@
-//! The operator on a real CUDA device: the shared table of cases, long streams, graphs, streams.
-//! Without a device every test says how much it skipped, and why.
+//! The operator on a CUDA device: the shared table of cases, long streams, graphs, streams. Without
+//! a device every test says how much it skipped, and why. Where the driver is the simulator's
+//! (tests/ptxsim/driver), tests take less.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -17,8 +18,33 @@ use half::bf16;
 use infini_attn::cuda::{self, Device, Gate, Inputs, KERNELS, Outputs, TensorView, TensorViewMut};
 use infini_attn::{DType, Error, Problem, State, TensorViewMut as HostMut, prefill};
 
-/// Multiply-adds of a case: some tenths of a second of the float64 reference.
-const BUDGET: u64 = 200_000_000;
+/// How much is run.
+struct Extent {
+    /// Multiply-adds of a case.
+    budget: u64,
+    /// Of so many cases one is taken.
+    every: usize,
+    /// Heads, KV heads, dimension, N.
+    long_streams: &'static [[usize; 4]],
+}
+
+/// Some tenths of a second of the float64 reference per case.
+const DEVICE: Extent = Extent {
+    budget: 200_000_000,
+    every: 1,
+    long_streams: &[[8, 2, 128, 2048], [4, 4, 64, 512], [4, 1, 256, 256]],
+};
+
+/// The simulator's driver; tests/cuda_sim.rs runs all cases by plans.
+const SIMULATOR: Extent =
+    Extent { budget: 2_000_000, every: 12, long_streams: &[[2, 1, 128, 128], [1, 1, 256, 64]] };
+
+fn extent(device: &Device) -> &'static Extent {
+    match device.name().expect("a name").as_str() {
+        "PTX simulator" => &SIMULATOR,
+        _ => &DEVICE,
+    }
+}
 
 /// The first device; none: says what was skipped.
 fn device(skipped: &str) -> Option<Device> {
@@ -38,9 +64,16 @@ fn shapes() -> Vec<Shape> {
     attention.filter_map(|k| k.dtype.map(|dtype| (dtype, k.key_dim, k.value_dim))).collect()
 }
 
-fn run(entry: Entry, cases: impl Iterator<Item = Case>) {
-    let cases: Vec<Case> = cases.collect();
-    let Some(device) = device(&format!("{} cases of {entry:?}", cases.len())) else { return };
+/// Every case that `choose` makes of the table's; it gets a case's number.
+fn run(entry: Entry, divisor: u64, choose: impl Fn(usize, Case) -> Option<Case>) {
+    let cases = |budget: u64, every: usize| -> Vec<Case> {
+        let table = pairwise(&shapes(), budget / divisor).into_iter().enumerate().step_by(every);
+        table.filter_map(|(i, case)| choose(i, case)).collect()
+    };
+    let all = cases(DEVICE.budget, 1).len();
+    let Some(device) = device(&format!("{all} cases of {entry:?}")) else { return };
+    let Extent { budget, every, .. } = *extent(&device);
+    let cases = cases(budget, every);
     let backend = OnDevice { device, entry };
     let summary = run_cases(&backend, &cases).finish(&format!("{backend:?}"));
     assert_eq!((summary.ran, summary.refused.len()), (cases.len(), 0));
@@ -48,24 +81,22 @@ fn run(entry: Entry, cases: impl Iterator<Item = Case>) {
 
 #[test]
 fn prefill_runs_the_table() {
-    run(Entry::Prefill, pairwise(&shapes(), BUDGET).into_iter());
+    run(Entry::Prefill, 1, |_, case| Some(case));
 }
 
 #[test]
 fn segment_runs_the_table() {
-    run(Entry::Segment, pairwise(&shapes(), BUDGET).into_iter().map(Case::within_segments));
+    run(Entry::Segment, 1, |_, case| Some(case.within_segments()));
 }
 
 #[test]
 fn decode_runs_the_table_in_short_calls() {
-    let most = |i: usize| [16, 5, 1, 11][i % 4];
-    let cases = pairwise(&shapes(), BUDGET / 4).into_iter().enumerate();
-    run(Entry::Decode, cases.map(|(i, case)| case.recut(most(i))));
+    run(Entry::Decode, 4, |i, case| Some(case.recut([16, 5, 1, 11][i % 4])));
 }
 
 #[test]
 fn entries_take_turns() {
-    run(Entry::Mixed, pairwise(&shapes(), BUDGET).into_iter().filter(|c| c.calls.len() > 1));
+    run(Entry::Mixed, 1, |_, case| Some(case).filter(|c| c.calls.len() > 1));
 }
 
 fn problem(heads: usize, kv_heads: usize, dim: usize, segment_len: usize) -> Problem {
@@ -133,9 +164,9 @@ fn close(what: &str, got: &[f64], want: &[f64], limit: f64) {
 
 #[test]
 fn long_streams_are_those_of_the_cpu() {
-    let shapes = [(8, 2, 128, 2048), (4, 4, 64, 512), (4, 1, 256, 256)];
-    let Some(device) = device(&format!("{} long streams", shapes.len())) else { return };
-    for (heads, kv_heads, dim, n) in shapes {
+    let all = DEVICE.long_streams.len();
+    let Some(device) = device(&format!("{all} long streams")) else { return };
+    for &[heads, kv_heads, dim, n] in extent(&device).long_streams {
         let p = problem(heads, kv_heads, dim, n);
         let (stream, logits) = (Stream::<bf16>::normal(&p, 4 * n + 77, 5), normals(6, heads));
         let mut cpu = State::new(&p, 1);

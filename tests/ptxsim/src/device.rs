@@ -1,6 +1,6 @@
 //! The device: buffers, launches, several schedules of one launch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rand::SeedableRng;
@@ -76,6 +76,14 @@ impl Module {
         let kernel = decode::kernel(&self.ast, function, &self.addresses)
             .map_err(|error| LaunchError::Decode { kernel: name.into(), error })?;
         Ok(kernels.entry(name.into()).or_insert(Arc::new(kernel)).clone())
+    }
+
+    /// Bytes of every parameter of a kernel.
+    ///
+    /// # Errors
+    /// As [`Module::kernel`].
+    pub fn parameters(&self, name: &str) -> Result<Vec<u32>, LaunchError> {
+        Ok(self.kernel(name)?.params.iter().map(|p| p.bytes).collect())
     }
 
     /// Fresh `.global` and `.const` variables.
@@ -208,12 +216,18 @@ pub struct Device {
     /// How launches are simulated.
     pub options: Options,
     buffers: Vec<GlobalBuffer>,
+    /// Numbers of freed buffers, the earliest first.
+    freed: VecDeque<usize>,
 }
+
+/// Numbers of buffers are not used again before so many are taken, so that an access through an old
+/// address is found.
+const FRESH_NUMBERS: usize = FIRST_MODULE_VARIABLE / 2;
 
 impl Device {
     /// A device without buffers.
     pub fn new(arch: Arch) -> Self {
-        Self { arch, options: Options::default(), buffers: Vec::new() }
+        Self { arch, options: Options::default(), buffers: Vec::new(), freed: VecDeque::new() }
     }
 
     /// A buffer that holds `data`.
@@ -235,7 +249,14 @@ impl Device {
 
     /// A buffer of `bytes` bytes that nobody has written.
     pub fn uninitialised_bytes(&mut self, name: &str, bytes: u64) -> Buffer {
-        self.buffers.push(GlobalBuffer::new(name, bytes));
+        let buffer = GlobalBuffer::new(name, bytes);
+        if self.buffers.len() >= FRESH_NUMBERS
+            && let Some(number) = self.freed.pop_front()
+        {
+            self.buffers[number] = buffer;
+            return Buffer(number);
+        }
+        self.buffers.push(buffer);
         Buffer(self.buffers.len() - 1)
     }
 
@@ -243,6 +264,7 @@ impl Device {
     pub fn free(&mut self, buffer: Buffer) {
         let freed = &mut self.buffers[buffer.0];
         *freed = GlobalBuffer::new(&format!("{} (freed)", freed.name), 0);
+        self.freed.push_back(buffer.0);
     }
 
     /// Address of a buffer's first byte in the simulated machine.
@@ -282,6 +304,37 @@ impl Device {
         let mut out = vec![0; bytes as usize];
         buffer.copy_out(offset, &mut out);
         Ok(out)
+    }
+
+    /// The bytes at an address; those that were never written are 0.
+    ///
+    /// # Errors
+    /// [`AddressError`] when the range does not lie in one buffer.
+    pub fn peek(&self, address: u64, bytes: u64) -> Result<Vec<u8>, AddressError> {
+        let (buffer, offset) = self.locate(address, bytes)?;
+        let mut out = vec![0; bytes as usize];
+        buffer.copy_out(offset, &mut out);
+        Ok(out)
+    }
+
+    /// Copies bytes from one address to another, as the device does outside of kernels; what was
+    /// never written is left out.
+    ///
+    /// # Errors
+    /// As [`Device::write`].
+    pub fn copy(&mut self, to: u64, from: u64, bytes: u64) -> Result<(), AddressError> {
+        let data = self.peek(from, bytes)?;
+        let (source, start) = self.locate(from, bytes)?;
+        let written = source.initialised(start..start + bytes);
+        let (target, first) = self.locate(to, bytes)?;
+        let mut done = 0;
+        for run in written.chunk_by(|a, b| a == b) {
+            if run[0] {
+                target.copy_in(first + done as u64, &data[done..][..run.len()]);
+            }
+            done += run.len();
+        }
+        Ok(())
     }
 
     /// The buffer that holds a range, and where the range begins in it.
@@ -330,7 +383,8 @@ impl Device {
 
     /// How many bytes of a buffer were never written.
     pub fn unwritten(&self, buffer: Buffer) -> u64 {
-        let written = self.buffers[buffer.0].initialised();
+        let b = &self.buffers[buffer.0];
+        let written = b.initialised(0..b.bytes);
         written.iter().filter(|w| !**w).count() as u64
     }
 
@@ -452,7 +506,7 @@ impl Device {
     /// Contents and initialised bytes of all buffers.
     fn save(&self) -> Vec<(Vec<u8>, Vec<bool>)> {
         let save = |i: usize| {
-            let written = self.buffers[i].initialised();
+            let written = self.buffers[i].initialised(0..self.buffers[i].bytes);
             (self.contents(Buffer(i)), written)
         };
         (0..self.buffers.len()).map(save).collect()

@@ -4,6 +4,7 @@
 //! that leaves one allocation never reaches another. The low 32 bits of the generic address of
 //! shared memory equal the shared address, as on the hardware.
 
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Knowledge;
@@ -161,10 +162,20 @@ impl GlobalBuffer {
         None
     }
 
-    /// Which bytes have been written.
-    pub fn initialised(&self) -> Vec<bool> {
-        let of = |o| self.page(o).shadow.is_initialised(o % PAGE, 1);
-        (0..self.bytes).map(of).collect()
+    /// Which bytes of a range have been written.
+    pub fn initialised(&self, range: Range<u64>) -> Vec<bool> {
+        let mut written = Vec::with_capacity((range.end - range.start) as usize);
+        let mut from = range.start;
+        while from < range.end {
+            let to = range.end.min((from / PAGE + 1) * PAGE);
+            let shadow = &self.page(from).shadow;
+            match shadow.is_initialised(from % PAGE, (to - from) as u32) {
+                true => written.resize(written.len() + (to - from) as usize, true),
+                false => written.extend((from..to).map(|o| shadow.is_initialised(o % PAGE, 1))),
+            }
+            from = to;
+        }
+        written
     }
 
     /// Puts contents back as they were.

@@ -1,5 +1,8 @@
 //! One warp: registers, groups of lanes that stand at the same instruction, local memory.
 
+use bytemuck::Zeroable;
+use bytemuck::allocation::zeroed_vec;
+
 use crate::clock::WarpClock;
 use crate::program::{Kernel, Lanes, Waiting};
 
@@ -23,7 +26,7 @@ impl Group {
 }
 
 /// State of a register beside its value.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Zeroable)]
 struct Meta {
     /// Lanes that have been written, and those of which at least the low part was: a pair packed
     /// into one register, whose upper half is never used, may have been given no value.
@@ -90,8 +93,9 @@ impl Warp {
             global,
             live: lanes,
             groups: vec![Group::at(0, lanes)],
-            registers: vec![[0; 32]; kernel.registers as usize],
-            meta: vec![Meta::default(); kernel.registers as usize],
+            // Thousands of virtual registers: pages of zeros that cost nothing until they are used.
+            registers: zeroed_vec(kernel.registers as usize),
+            meta: zeroed_vec(kernel.registers as usize),
             predicates: vec![0; kernel.predicates as usize],
             predicates_written: vec![0; kernel.predicates as usize],
             in_flight: 0,

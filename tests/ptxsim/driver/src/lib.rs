@@ -1,0 +1,203 @@
+//! A `libcuda.so` whose one device is the simulator: programs that open the driver at run time run
+//! on it unchanged, with `LD_LIBRARY_PATH` naming its folder.
+//!
+//! The part of the driver's interface that cudarc's safe layer uses: contexts, memory, modules (PTX,
+//! or fatbins that hold PTX), launches, streams, events, capture and graphs. Whatever the simulator
+//! finds in a launch goes to stderr and fails the launch and every call after it. Streams do their
+//! work at once, so that a missing wait between streams goes unnoticed; a capture across streams is
+//! refused.
+#![allow(non_snake_case)] // the names are the driver's
+#![allow(clippy::missing_safety_doc)] // the contracts are the driver's as well
+
+mod fatbin;
+mod machine;
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::slice::{from_raw_parts, from_raw_parts_mut};
+
+use machine::{
+    CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, CAPTURED_EVENT, Code,
+    INVALID_CONTEXT, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, Op,
+    Result, machine,
+};
+use ptxsim::Launch;
+
+/// The one context.
+const CONTEXT: usize = 0xc0;
+const NAME: &[u8] = b"PTX simulator\0";
+
+/// Attributes of the device, by number: those of an A100.
+const ATTRIBUTES: [(c_uint, c_int); 6] = [
+    (13, 1_410_000), // clock, kHz
+    (16, 108),       // multiprocessors
+    (38, 40 << 20),  // L2, bytes
+    (75, 8),         // compute capability
+    (76, 0),
+    (115, 1), // memory pools
+];
+
+const ERRORS: [(Code, &CStr); 11] = [
+    (0, c"no error"),
+    (INVALID_VALUE, c"invalid argument"),
+    (INVALID_IMAGE, c"device kernel image is invalid"),
+    (INVALID_CONTEXT, c"invalid device context"),
+    (INVALID_HANDLE, c"invalid resource handle"),
+    (NOT_FOUND, c"named symbol not found"),
+    (LAUNCH_FAILED, c"the simulator has found a mistake"),
+    (CAPTURE_UNSUPPORTED, c"operation not permitted when stream is capturing"),
+    (CAPTURE_INVALIDATED, c"capture was invalidated by an earlier error"),
+    (CAPTURE_ISOLATION, c"dependency on work outside of the capture"),
+    (CAPTURED_EVENT, c"the event was recorded in a capture"),
+];
+
+thread_local! {
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+fn code(result: Result) -> Code {
+    result.err().unwrap_or(0)
+}
+
+/// Writes a value where the caller wants it.
+unsafe fn give<T>(to: *mut T, value: Result<T>) -> Code {
+    match value {
+        // SAFETY: the caller's pointer, as in the driver.
+        Ok(value) => unsafe { to.write(value) },
+        Err(error) => return error,
+    }
+    0
+}
+
+/// Exports functions of the driver: `name(arguments) = an expression of type Code`.
+macro_rules! driver {
+    ($($name:ident($($arg:ident: $type:ty),*) = $body:expr;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> Code {
+            // SAFETY: pointers are the caller's, as in the driver.
+            #[allow(unused_unsafe)]
+            unsafe { $body }
+        }
+    )*};
+}
+
+driver! {
+    cuInit(_flags: c_uint) = 0;
+    cuDeviceGetCount(count: *mut c_int) = give(count, Ok(1));
+    cuDeviceGet(device: *mut c_int, ordinal: c_int) =
+        if ordinal == 0 { give(device, Ok(0)) } else { INVALID_VALUE };
+    cuDeviceGetName(name: *mut c_char, len: c_int, _device: c_int) = {
+        let count = NAME.len().min(len as usize);
+        from_raw_parts_mut(name as *mut u8, count).copy_from_slice(&NAME[..count]);
+        0
+    };
+    cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, _device: c_int) =
+        give(value, Ok(ATTRIBUTES.iter().find(|a| a.0 == attribute).map_or(0, |a| a.1)));
+    cuDevicePrimaryCtxRetain(context: *mut usize, _device: c_int) = give(context, Ok(CONTEXT));
+    cuDevicePrimaryCtxRelease_v2(_device: c_int) = 0;
+    cuCtxSetCurrent(context: usize) = {
+        CURRENT.set(context);
+        if [0, CONTEXT].contains(&context) { 0 } else { INVALID_CONTEXT }
+    };
+    cuCtxGetCurrent(context: *mut usize) = give(context, Ok(CURRENT.get()));
+    cuCtxSynchronize() = code(machine().status());
+    cuGetErrorName(error: Code, text: *mut *const c_char) = cuGetErrorString(error, text);
+    cuGetErrorString(error: Code, text: *mut *const c_char) = {
+        let known = ERRORS.iter().find(|e| e.0 == error).ok_or(INVALID_VALUE);
+        give(text, known.map(|e| e.1.as_ptr()))
+    };
+
+    cuMemAlloc_v2(address: *mut u64, bytes: usize) =
+        give(address, machine().allocate(bytes as u64));
+    cuMemFree_v2(address: u64) = code(machine().free(address));
+    cuMemAllocAsync(address: *mut u64, bytes: usize, stream: usize) = {
+        let mut machine = machine();
+        let allowed = machine.outside_capture(stream);
+        give(address, allowed.and_then(|()| machine.allocate(bytes as u64)))
+    };
+    cuMemFreeAsync(address: u64, stream: usize) = {
+        let mut machine = machine();
+        code(machine.outside_capture(stream).and_then(|()| machine.free(address)))
+    };
+    cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) =
+        code(machine().write(to, from_raw_parts(from, bytes)));
+    cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: usize) = {
+        let mut machine = machine();
+        let allowed = machine.outside_capture(stream);
+        code(allowed.and_then(|()| machine.write(to, from_raw_parts(from, bytes))))
+    };
+    cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) =
+        code(machine().read(from, from_raw_parts_mut(to, bytes)));
+    cuMemcpyDtoHAsync_v2(to: *mut u8, from: u64, bytes: usize, stream: usize) = {
+        let mut machine = machine();
+        let allowed = machine.outside_capture(stream);
+        code(allowed.and_then(|()| machine.read(from, from_raw_parts_mut(to, bytes))))
+    };
+    cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) =
+        code(machine().submit(stream, Op::Copy { to, from, bytes: bytes as u64 }));
+    cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: usize) =
+        code(machine().submit(stream, Op::Fill { to, bytes: bytes as u64, value }));
+
+    cuModuleLoadData(module: *mut usize, image: *const c_void) = {
+        let ptx = fatbin::ptx(image).ok_or(INVALID_IMAGE);
+        give(module, ptx.and_then(|ptx| machine().load(&ptx)))
+    };
+    cuModuleUnload(module: usize) = code(machine().unload(module));
+    cuModuleGetFunction(function: *mut usize, module: usize, name: *const c_char) =
+        give(function, machine().function(module, &CStr::from_ptr(name).to_string_lossy()));
+    // 8: dynamic shared memory.
+    cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) =
+        if attribute == 8 { code(machine().allow_shared(function, value as u32)) } else { 0 };
+    cuLaunchKernel(
+        function: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
+        shared_bytes: c_uint, stream: usize, params: *const *const u8, _extra: *mut *mut c_void
+    ) = {
+        let mut machine = machine();
+        let args = machine.parameters(function).map(|sizes| {
+            let values = sizes.iter().enumerate();
+            values.map(|(i, n)| from_raw_parts(*params.add(i), *n as usize).to_vec()).collect()
+        });
+        let launch = Launch {
+            grid: [gx, gy, gz], block: [bx, by, bz], ..Launch::linear(1, 1).shared(shared_bytes)
+        };
+        let op = args.map(|args| Op::Launch { function, launch, args });
+        code(op.and_then(|op| machine.submit(stream, op)))
+    };
+
+    cuStreamCreate(stream: *mut usize, _flags: c_uint) = give(stream, Ok(machine().new_stream()));
+    cuStreamDestroy_v2(stream: usize) = code(machine().end_stream(stream));
+    cuStreamSynchronize(stream: usize) = code(machine().outside_capture(stream));
+    cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint) =
+        code(machine().wait(stream, event));
+    cuStreamIsCapturing(stream: usize, status: *mut c_uint) =
+        give(status, machine().capture_status(stream));
+    cuStreamBeginCapture_v2(stream: usize, _mode: c_uint) = code(machine().begin_capture(stream));
+    cuStreamEndCapture(stream: usize, graph: *mut usize) =
+        give(graph, machine().end_capture(stream));
+
+    cuEventCreate(event: *mut usize, _flags: c_uint) = give(event, Ok(machine().new_event()));
+    cuEventDestroy_v2(event: usize) = code(machine().end_event(event));
+    cuEventRecord(event: usize, stream: usize) = code(machine().record(event, stream));
+    cuEventQuery(event: usize) = code(machine().reached(event).map(drop));
+    cuEventSynchronize(event: usize) = code(machine().reached(event).map(drop));
+    cuEventElapsedTime(ms: *mut f32, start: usize, end: usize) = elapsed(ms, start, end);
+    cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) = elapsed(ms, start, end);
+
+    cuGraphInstantiateWithFlags(exec: *mut usize, graph: usize, _flags: u64) =
+        give(exec, machine().instantiate(graph));
+    cuGraphUpload(_exec: usize, _stream: usize) = 0;
+    cuGraphLaunch(exec: usize, stream: usize) = code(machine().replay(exec, stream));
+    cuGraphDestroy(graph: usize) = code(machine().end_graph(graph));
+    cuGraphExecDestroy(exec: usize) = code(machine().end_graph(exec));
+}
+
+unsafe fn elapsed(ms: *mut f32, start: usize, end: usize) -> Code {
+    let machine = machine();
+    let both = machine.reached(start).and_then(|a| Ok((a, machine.reached(end)?)));
+    let time = both.and_then(|(start, end)| {
+        let (start, end) = (start.ok_or(INVALID_HANDLE)?, end.ok_or(INVALID_HANDLE)?);
+        Ok(end.saturating_duration_since(start).as_secs_f32() * 1e3)
+    });
+    // SAFETY: the caller's pointer.
+    unsafe { give(ms, time) }
+}
