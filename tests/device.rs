@@ -37,7 +37,7 @@ const DEVICE: Extent = Extent {
 
 /// The simulator's driver; tests/cuda_sim.rs runs all cases by plans.
 const SIMULATOR: Extent =
-    Extent { budget: 2_000_000, every: 12, long_streams: &[[2, 1, 128, 128], [1, 1, 256, 64]] };
+    Extent { budget: 2_000_000, every: 24, long_streams: &[[2, 1, 128, 128], [1, 1, 256, 64]] };
 
 fn extent(device: &Device) -> &'static Extent {
     match device.name().expect("a name").as_str() {
