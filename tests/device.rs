@@ -9,6 +9,7 @@ use common::cases::Case;
 use common::device::{Entry, OnDevice};
 use common::driver::run_cases;
 use common::metric::relative_rms;
+use common::say::say;
 use common::stream::{Stream, normals};
 use common::tensor_cases::{Shape, pairwise};
 use common::{bits, widen};
@@ -51,7 +52,7 @@ fn device(skipped: &str) -> Option<Device> {
     match Device::new(0) {
         Ok(device) => Some(device),
         Err(error @ Error::NoDevice { .. }) => {
-            println!("skipped {skipped}: {error}");
+            say(format_args!("skipped {skipped}: {error}"));
             None
         }
         Err(error) => panic!("{error}"),
@@ -74,6 +75,9 @@ fn run(entry: Entry, divisor: u64, choose: impl Fn(usize, Case) -> Option<Case>)
     let Some(device) = device(&format!("{all} cases of {entry:?}")) else { return };
     let Extent { budget, every, .. } = *extent(&device);
     let cases = cases(budget, every);
+    if cases.len() < all {
+        say(format_args!("on the simulator: {} of {all} cases of {entry:?}", cases.len()));
+    }
     let backend = OnDevice { device, entry };
     let summary = run_cases(&backend, &cases).finish(&format!("{backend:?}"));
     assert_eq!((summary.ran, summary.refused.len()), (cases.len(), 0));

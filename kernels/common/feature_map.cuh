@@ -100,9 +100,8 @@ __device__ __forceinline__ int z_channel(int index) {
 // shift = min(row maximum, 0): a retrieval is invariant to its row's scale. (Keys that are written
 // are not.) `each(row, den, first)` gets the denominator of the rounded row in all lanes of the
 // row, `first` true in one of them, and returns whether the row counts: one that does not becomes
-// 0, as do rows from `end` on. z [C] lies in shared memory in
-// the order of z_channel. Every thread of the block takes part;
-// the caller synchronises before and after.
+// 0, as do rows from `end` on. z [C] lies in shared memory in the order of z_channel. Every thread of
+// the block takes part; the caller synchronises before and after.
 template <Shift kShift, int Threads, class T, int R, int C, class Each>
 __device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R, C>& tile,
                                          const float* z, int end, Each each) {

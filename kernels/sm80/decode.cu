@@ -14,7 +14,7 @@
 // Shared memory: query, key, value tile; z; row weights. Barriers: __syncthreads; tickets in global
 // memory, 0 between launches.
 //
-// Per token of the open segment and KV head 2 * 64 (Dk + Dv) flops (most of them on empty rows) for
+// Per token of the open segment and KV head 2 * 16 (Dk + Dv) flops for every 16 rows in use, and
 // (Dk + Dv) elements read once; M (snapshot) and z are read once.
 #include "common/attention.cuh"
 #include "common/instantiate.h"

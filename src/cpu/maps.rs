@@ -40,7 +40,8 @@ impl KeySums {
     /// The sums over both runs.
     ///
     /// # Errors
-    /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when they belong to different problems or batches.
+    /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when
+    /// they belong to different problems or batches.
     pub fn add(&self, other: &KeySums) -> Result<KeySums> {
         self.problem.check_same(&other.problem)?;
         check_batch("other", other.tokens.len(), self.tokens.len())?;
@@ -112,7 +113,8 @@ impl SegmentMap {
 /// Σ σ(k) over a run of tokens: k [B, T, Hkv, Dk], unrotated.
 ///
 /// # Errors
-/// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or [`Error::Stride`](crate::Error::Stride) naming k.
+/// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or
+/// [`Error::Stride`](crate::Error::Stride) naming k.
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
@@ -142,8 +144,9 @@ pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<K
 /// Under [`Update::Linear`] A is the identity.
 ///
 /// # Errors
-/// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or [`Error::Stride`](crate::Error::Stride) naming k or v, [`Error::Problem`](crate::Error::Problem) or
-/// [`Error::Length`](crate::Error::Length) when `before` belongs to another problem or batch.
+/// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or
+/// [`Error::Stride`](crate::Error::Stride) naming k or v, [`Error::Problem`](crate::Error::Problem)
+/// or [`Error::Length`](crate::Error::Length) when `before` belongs to another problem or batch.
 pub fn segment_map<T: Element>(
     problem: &Problem,
     k: TensorView<'_, T>,
@@ -238,8 +241,9 @@ fn run_map<T: Element>(
 /// The map of `first` followed by `second`: A = A₂ A₁, B = A₂ B₁ + B₂.
 ///
 /// # Errors
-/// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when they belong to different problems or batches,
-/// [`Error::Value`](crate::Error::Value) when `second` was not made for the tokens that `first` leaves behind.
+/// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when they
+/// belong to different problems or batches, [`Error::Value`](crate::Error::Value) when `second` was
+/// not made for the tokens that `first` leaves behind.
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
     first.run().check_followed_by(&second.run())?;
     let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
@@ -265,9 +269,10 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// tokens had been prefilled and flushed.
 ///
 /// # Errors
-/// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) for a map of another problem or batch,
-/// [`Error::OpenSegment`](crate::Error::OpenSegment) for a slot with an open segment, [`Error::Value`](crate::Error::Value) when the map was made
-/// for another number of earlier tokens. The state is unchanged then.
+/// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) for a map
+/// of another problem or batch, [`Error::OpenSegment`](crate::Error::OpenSegment) for a slot with
+/// an open segment, [`Error::Value`](crate::Error::Value) when the map was made for another number
+/// of earlier tokens. The state is unchanged then.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
     let counters = map.run().apply(&state.problem, &state.counters)?;
     let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());

@@ -15,6 +15,7 @@ pub mod driver;
 pub mod metric;
 pub mod model;
 pub mod plain;
+pub mod say;
 #[cfg(feature = "cuda")]
 pub mod simulator;
 pub mod stream;

@@ -9,6 +9,8 @@ use std::{env, fs};
 use infini_attn::cuda::{KERNELS, Kernel, ptx};
 use rayon::prelude::*;
 
+use super::say::say;
+
 /// Shared memory of a block that every device of compute capability 8.0 and later grants.
 const MOST_SHARED_BYTES: u32 = 99 * 1024;
 
@@ -39,7 +41,7 @@ fn register_budgets() {
 #[test]
 fn kernels_spill_nothing_and_keep_to_their_budgets() {
     let Some(nvcc) = nvcc() else {
-        eprintln!("skipped: the crate was built from INFINI_ATTN_PREBUILT and NVCC is not set");
+        say("skipped: the crate was built from INFINI_ATTN_PREBUILT and NVCC is not set");
         return;
     };
     let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
@@ -176,7 +178,8 @@ fn report_drift(usages: &BTreeMap<String, Usage>) {
     for (symbol, now) in &now {
         let before = golden.get(symbol).copied().unwrap_or("nothing");
         if before != now {
-            println!("drift: {symbol}: {before} before, {now} now (registers, shared bytes)");
+            let line = format!("{symbol}: {before} before, {now} now (registers, shared bytes)");
+            say(format_args!("drift: {line}"));
         }
     }
 }

@@ -9,6 +9,8 @@ use std::{env, fs};
 
 use tempfile::TempDir;
 
+use super::say::say;
+
 const KERNEL: &str = r#"
 #include "params.h"
 #include "common/ptx.cuh"
@@ -127,7 +129,7 @@ fn docs_need_no_nvcc() {
 #[test]
 fn prebuilt_folders_stand_in_for_every_tool() {
     let Some(nvcc) = nvcc() else {
-        eprintln!("skipped: this build is itself from a prebuilt folder");
+        say("skipped: this build is itself from a prebuilt folder");
         return;
     };
     let here = Sandbox::new();
@@ -163,7 +165,7 @@ fn recording_nvcc(sandbox: &Sandbox, nvcc: &Path) -> (PathBuf, PathBuf) {
 #[test]
 fn only_what_changed_is_compiled_and_only_what_was_asked() {
     let Some(nvcc) = nvcc() else {
-        eprintln!("skipped: this build is from a prebuilt folder");
+        say("skipped: this build is from a prebuilt folder");
         return;
     };
     let sandbox = Sandbox::new();
@@ -205,7 +207,7 @@ fn only_what_changed_is_compiled_and_only_what_was_asked() {
 #[test]
 fn architectures_that_do_not_exist_are_refused() {
     let Some(nvcc) = nvcc() else {
-        eprintln!("skipped: this build is from a prebuilt folder");
+        say("skipped: this build is from a prebuilt folder");
         return;
     };
     let sandbox = Sandbox::new();
@@ -221,7 +223,7 @@ fn architectures_that_do_not_exist_are_refused() {
 #[test]
 fn errors_of_the_compiler_come_through() {
     let Some(nvcc) = nvcc() else {
-        eprintln!("skipped: this build is from a prebuilt folder");
+        say("skipped: this build is from a prebuilt folder");
         return;
     };
     let sandbox = Sandbox::new();

@@ -93,7 +93,7 @@ impl Warp {
             global,
             live: lanes,
             groups: vec![Group::at(0, lanes)],
-            // Thousands of virtual registers: pages of zeros that cost nothing until they are used.
+            // Thousands of virtual registers: zeroed as a block.
             registers: zeroed_vec(kernel.registers as usize),
             meta: zeroed_vec(kernel.registers as usize),
             predicates: vec![0; kernel.predicates as usize],

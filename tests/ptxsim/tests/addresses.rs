@@ -40,6 +40,42 @@ fn only_written_bytes_can_be_read() {
 }
 
 #[test]
+fn copies_leave_out_what_was_never_written() {
+    let (mut device, from) = device();
+    let copy = device.uninitialised_bytes("copy", SIZE);
+    let to = device.address(copy);
+    device.fill(from + 10, 5000, 3).expect("inside");
+    device.fill(from + 6000, 4, 4).expect("inside");
+    device.copy(to, from, SIZE - 1).expect("inside");
+    assert_eq!(device.read_bytes(to + 10, 5000).expect("copied"), [3; 5000]);
+    assert_eq!(device.read_bytes(to + 6000, 4).expect("copied"), [4; 4]);
+    assert_eq!(device.unwritten(copy), SIZE - 5004);
+    assert_eq!(device.peek(to + 9, 2).expect("inside"), [0, 3]);
+    let size = SIZE;
+    let outside = AddressError::Outside { buffer: "copy".into(), offset: 1, bytes: size, size };
+    assert_eq!(device.copy(to + 1, from, SIZE), Err(outside));
+}
+
+/// A device that allocates and frees for ever does not run out of numbers; an address comes again
+/// only after thousands of others.
+#[test]
+fn numbers_of_freed_buffers_come_again_late() {
+    let mut device = Device::new(Arch::Sm80);
+    let kept = device.upload("kept", &[5]);
+    let mut seen = std::collections::BTreeSet::from([device.address(kept)]);
+    let mut again = None;
+    for i in 0..40_000 {
+        let buffer = device.uninitialised_bytes("some", 4);
+        let new = seen.insert(device.address(buffer));
+        again = again.or((!new).then_some(i));
+        assert_eq!(device.unwritten(buffer), 4);
+        device.free(buffer);
+    }
+    assert!(again.is_some_and(|i| i > 10_000), "{again:?}");
+    assert_eq!(device.download(kept).expect("kept"), [5]);
+}
+
+#[test]
 fn ranges_must_lie_in_one_buffer() {
     let (mut device, at) = device();
     let outside =
