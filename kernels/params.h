@@ -239,7 +239,7 @@ struct InfiniSegmentAttention {
   InfiniAddress snapshot_scale;  // f32 [piece_count][Hkv][Dv / 32]
   InfiniAddress z;               // f32 [piece_count][Hkv][Dk]
   int32_t tiles;                 // query tiles of the longest piece
-  int32_t reserved;
+  int32_t piece_group;  // pieces whose tiles run together
 };
 
 // Of every chain that ends: tokens after the last full segment go into the open segment, counters

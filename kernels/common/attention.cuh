@@ -16,31 +16,12 @@
 #pragma once
 
 #include "common/feature_map.cuh"
+#include "common/gate.cuh"
 #include "common/rotate.cuh"
 #include "common/snapshot.cuh"
 #include "common/tiles.h"
 
 namespace infini {
-
-constexpr float kLn2 = 0.693147181f;
-
-// What the queries of a piece find: M's snapshot and z of one KV head.
-template <class T>
-struct Memory {
-  const T* snapshot;   // [Dk][Dv]
-  const float* scale;  // [Dv / 32]
-  const float* z;      // [Dk]
-};
-
-// Weights of the two branches.
-struct Gate {
-  float memory, local;
-};
-
-__device__ __forceinline__ Gate gate_of(const InfiniProblem& p, float logit, bool empty) {
-  if (empty && p.bypass) return {0.0f, 1.0f};
-  return {__fdividef(1.0f, 1.0f + expf(-logit)), __fdividef(1.0f, 1.0f + expf(logit))};
-}
 
 template <class T, int Dk, int Dv, class Shape>
 struct Attention {
@@ -314,7 +295,7 @@ struct Attention {
             const uint32_t to = stages.at(stage + lane / 4 + h * 8, j) + lane % 4 * 4;
             const uint32_t pair =
                 pack<T>(weighed(o[i][j][2 * h], f), weighed(o[i][j][2 * h + 1], f));
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+            ptx::st_shared(to, pair);
           }
         }
       }
@@ -329,11 +310,6 @@ struct Attention {
       }
       __syncwarp();
     }
-  }
-
-  // A branch of weight 0 is absent, whatever it holds.
-  static __device__ __forceinline__ float weighed(float x, float weight) {
-    return weight == 0.0f ? 0.0f : x * weight;
   }
 
   // ---- retrieval

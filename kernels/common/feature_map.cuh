@@ -72,13 +72,13 @@ __device__ __forceinline__ void store_chunk(uint32_t address, const Chunk& c) {
 }
 
 // Largest channel of a row held in 16-byte chunks by `Lanes` lanes.
-template <int Lanes, class T, int R, int C>
-__device__ __forceinline__ float row_max(const Tile<T, R, C>& tile, int row, int lane) {
+template <int Lanes, class Tile>
+__device__ __forceinline__ float row_max(const Tile& tile, int row, int lane) {
   float top = -INFINITY;
 #pragma unroll
-  for (int chunk = lane; chunk < C / 8; chunk += Lanes) {
+  for (int chunk = lane; chunk < Tile::columns / 8; chunk += Lanes) {
     float x[8];
-    widen<T>(load_chunk(tile.at(row, chunk)), x);
+    widen<typename Tile::Element>(load_chunk(tile.at(row, chunk)), x);
 #pragma unroll
     for (float value : x) top = fmaxf(top, value);
   }
@@ -102,9 +102,11 @@ __device__ __forceinline__ int z_channel(int index) {
 // row, `first` true in one of them, and returns whether the row counts: one that does not becomes
 // 0, as do rows from `end` on. z [C] lies in shared memory in the order of z_channel. Every thread of
 // the block takes part; the caller synchronises before and after.
-template <Shift kShift, int Threads, class T, int R, int C, class Each>
-__device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile<T, R, C>& tile,
-                                         const float* z, int end, Each each) {
+template <Shift kShift, int Threads, class Tile, class Each>
+__device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile& tile, const float* z,
+                                         int end, Each each) {
+  using T = typename Tile::Element;
+  constexpr int R = Tile::rows, C = Tile::columns;
   constexpr int lanes = kRowLanes<C>, each_lane = C / 8 / lanes;
   const int lane = threadIdx.x % lanes;
 #pragma unroll 1

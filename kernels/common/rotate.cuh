@@ -93,9 +93,10 @@ __device__ __forceinline__ void rotate_part(const InfiniRope& rope, const Angles
 }
 
 // A row of a tile in shared memory.
-template <class T, int R, int C>
+template <class Tile>
 struct TileRow {
-  Tile<T, R, C> tile;
+  using T = typename Tile::Element;
+  Tile tile;
   int row;
 
   __device__ __forceinline__ Chunk chunk(int i) const { return load_chunk(tile.at(row, i)); }
@@ -154,20 +155,20 @@ __device__ __forceinline__ Turn turn_of(int i, int rows, int parts) {
 }
 
 // Rotates rows `first` to `last` of a tile in place; `position(row)` gives table rows. A row
-// outside the tables stays as it is. Every thread of the block takes part; the caller synchronises
-// before and after.
-template <int Threads, class T, int R, int C, class Position>
-__device__ __forceinline__ void rotate_tile(const Tile<T, R, C>& tile, int first, int last,
+// outside the tables stays as it is. `Threads` threads take part, of which this is `thread`; the
+// caller synchronises before and after.
+template <int Threads, class Tile, class Position>
+__device__ __forceinline__ void rotate_tile(const Tile& tile, int first, int last,
                                             const InfiniRope& rope, uint64_t status,
-                                            Position position) {
+                                            Position position, int thread = threadIdx.x) {
   const int parts = rotation_parts(rope), start = first & ~7, end = (last + 7) & ~7;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < (end - start) * parts; i += Threads) {
-    const Turn turn = turn_of<C>(i, end - start, parts);
+  for (int i = thread; i < (end - start) * parts; i += Threads) {
+    const Turn turn = turn_of<Tile::columns>(i, end - start, parts);
     const int row = start + turn.row;
     Angles angles;
     if (row >= first && row < last && angles_of(rope, position(row), status, angles)) {
-      rotate_part<T>(rope, angles, turn.part, TileRow<T, R, C>{tile, row});
+      rotate_part<typename Tile::Element>(rope, angles, turn.part, TileRow<Tile>{tile, row});
     }
   }
 }

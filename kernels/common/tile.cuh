@@ -11,6 +11,7 @@ namespace infini {
 
 template <class T, int Rows, int Columns>
 struct Tile {
+  using Element = T;
   static constexpr int rows = Rows;
   static constexpr int columns = Columns;
   static constexpr int chunks = Columns / 8;

@@ -98,6 +98,29 @@ struct SegmentTile {
                                           : Update::shared_bytes;
 };
 
+// ---- Hopper
+
+// (Dk, Dv) that the Hopper kernels serve, and Dk alone.
+#define INFINI_SM90_HEAD_DIMS(X) X(64, 64) X(128, 128) X(256, 256)
+#define INFINI_SM90_KEY_DIMS(X) X(64) X(128) X(256)
+
+// Local attention of one query head: consumer warpgroups of 64 query rows each and a producer
+// warpgroup; blocks of `keys` keys, rings of two. One block per SM: shared memory bounds it.
+template <int Dk, int Dv>
+struct GroupAttentionTile {
+  static constexpr int groups = 2;
+  static constexpr int rows = 64 * groups;
+  static constexpr int keys = Dv > 128 ? 64 : 128;
+  static constexpr int stages = 2;
+  static constexpr int threads = 128 * (groups + 1);
+  static constexpr int blocks_per_sm = 1;
+  static constexpr int consumer_registers = 224;
+  static constexpr int producer_registers = 56;
+  // Query tiles, key ring, value ring; mbarriers and jobs.
+  static constexpr int tile_bytes = 2 * (rows * Dk + stages * keys * (Dk + Dv));
+  static constexpr int shared_bytes = tile_bytes + 640;
+};
+
 // Element-wise kernels.
 constexpr int kElementThreads = 256;
 

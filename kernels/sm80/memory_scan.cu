@@ -116,7 +116,7 @@ struct Scan {
     const Operand tile = operand();
     each_pair(m, [&](float& x, float& y, int r, int c) {
       const uint32_t at = tile.at(r, c / 8) + c % 8 * 2, pair = pack<T>(x * scale, y * scale);
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+      ptx::st_shared(at, pair);
     });
     __syncthreads();  // the operand is complete
     if (to) {

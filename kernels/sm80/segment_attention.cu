@@ -1,9 +1,8 @@
 // Phase 5 of prefill: local attention, retrieval and gate of every piece, segments in parallel.
 //
 // Tile: AttentionTile<Dk, Dv>: 128 query rows (64 at Dv = 256) of one query head, 64 keys per
-// block, 4 warps; two blocks per SM. One-dimensional grid, longest tiles first, query heads
-// innermost so that the heads of a group share K and V in L2; with a_mem asked, as many blocks
-// again write the memory branch alone.
+// block, 4 warps; two blocks per SM. One-dimensional grid in the order of common/schedule.cuh; with
+// a_mem asked, as many blocks again write the memory branch alone.
 //
 // Shared memory: query, key, value tile; z [Dk]; row weights. Barriers: __syncthreads only, three
 // per block of keys (common/attention.cuh).
@@ -11,6 +10,7 @@
 // Per tile of R rows at key n (on average N/2): 4 R n D flops of the local branch and 2 R Dk Dv of
 // the retrieval; reads R Dk + n (Dk + Dv) + Dk Dv elements, all but the queries mostly from L2.
 #include "common/instantiate.h"
+#include "common/schedule.cuh"
 #include "common/segment_tile.cuh"
 
 namespace infini {
@@ -21,14 +21,9 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
   constexpr int kRows = AttentionTile<Dk, Dv>::rows;
   __shared__ SegmentTask<T> task;
   {
-    const int blocks = p.tiles * p.run.piece_count * p.problem.heads;
-    const bool second = blockIdx.x >= blocks;
-    int id = second ? blockIdx.x - blocks : blockIdx.x;
-    const int head = id % p.problem.heads, kv_head = head / p.problem.group;
-    id /= p.problem.heads;
-    const int index = id % p.run.piece_count, tile = p.tiles - 1 - id / p.run.piece_count;
+    const TilePlace place = tile_place(p, kRows, blockIdx.x);
+    const int index = place.piece, kv_head = place.kv_head, first = place.first;
     const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[index];
-    const int first = tile * kRows;
     if (first >= piece.len) return;
 
     if (threadIdx.x == 0) {
@@ -49,8 +44,8 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
       task.token = piece.first + first;
       task.first = first;
       task.rows = min(kRows, piece.len - first);
-      task.head = head;
-      task.branch = second ? Branch::kMemory : Branch::kBoth;
+      task.head = place.head;
+      task.branch = place.memory ? Branch::kMemory : Branch::kBoth;
       task.rotate_keys = false;
     }
   }

@@ -60,7 +60,7 @@ struct Transition {
       for (int h = 0; h < 2; ++h) {
         const uint32_t at = stage.at(first + lane / 4 + h * 8, j) + lane % 4 * 4;
         const uint32_t pair = pack<T>(update.d[j][2 * h] * scale, update.d[j][2 * h + 1] * scale);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+        ptx::st_shared(at, pair);
       }
     }
     __syncwarp();

@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint32_t a, uint32_t b,
     // N-major: a step of 16 along k is 16 rows of 128 bytes; columns 64 to 127 are a second strip.
     const uint64_t db = RowsOfB ? ptx::descriptor_128(b + kk * 2048, kStrip, 1024)
                                 : ptx::descriptor_128(b + kk * 32, 16, 1024);
-    ptx::wgmma_m64n128k16_bf16<0, RowsOfB ? 1 : 0>(d, da, db, !(first && kk == 0));
+    ptx::Wgmma<__nv_bfloat16, 128>::ss<0, RowsOfB ? 1 : 0>(d, da, db, !(first && kk == 0));
   }
   ptx::wgmma_commit_group();
 }

@@ -68,7 +68,7 @@ __device__ __forceinline__ void from_registers(const __half* a, const __half* b,
   ptx::wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    ptx::wgmma_m64n64k16_f16_rs<TransB>(acc, fragments[kk], operand<TransB>(memory, kk), kk > 0);
+    ptx::Wgmma<__half, 64>::rs<TransB>(acc, fragments[kk], operand<TransB>(memory, kk), kk > 0);
   }
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(128)
   ptx::wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    ptx::wgmma_m64n64k16_f16<1, 1>(acc, operand<1>(memory, kk), operand<1>(memory + kTileBytes, kk),
+    ptx::Wgmma<__half, 64>::ss<1, 1>(acc, operand<1>(memory, kk), operand<1>(memory + kTileBytes, kk),
                                    kk > 0);
   }
   ptx::wgmma_commit_group();
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(128)
   ptx::wgmma_fence();  // the accumulators were written by ordinary instructions
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    ptx::wgmma_m64n64k16_f16<0, 0>(acc, operand<0>(memory, kk), operand<0>(memory + kTileBytes, kk),
+    ptx::Wgmma<__half, 64>::ss<0, 0>(acc, operand<0>(memory, kk), operand<0>(memory + kTileBytes, kk),
                                    1);
     if (kk == 1) ptx::wgmma_commit_group();
   }

@@ -1,0 +1,89 @@
+// Shared memory of the attention kernels, from the start of dynamic shared memory:
+//
+//   query tiles  [groups][64 x Dk]      by tensor copies; rotated, then staging of the outputs
+//   key ring     [stages][keys x Dk]
+//   value ring   [stages][keys x Dv]    after the last values: the snapshot of M, keys rows at a time
+//   mbarriers    rings of queries, keys, values, jobs (full, empty); tail
+//   jobs         [2]
+#pragma once
+
+#include "common/tiles.h"
+#include "sm90/attention_job.cuh"
+#include "sm90/pipeline.cuh"
+
+namespace infini {
+
+template <class T, int Dk, int Dv>
+struct AttentionShared {
+  using Shape = GroupAttentionTile<Dk, Dv>;
+  static constexpr int kGroups = Shape::groups, kKeys = Shape::keys, kStages = Shape::stages;
+  static constexpr int kMemoryRows = kKeys < Dk ? kKeys : Dk;
+
+  using QueryTile = SwizzledTile<T, 64, Dk>;
+  using KeyTile = SwizzledTile<T, kKeys, Dk>;
+  using ValueTile = SwizzledTile<T, kKeys, Dv>;
+  using MemoryTile = SwizzledTile<T, kMemoryRows, Dv>;
+  using OutputStage = Stage<T, 64, Dv>;
+  static_assert(Dv <= Dk, "outputs are staged where the queries lay");
+
+  static constexpr int kKeysAt = kGroups * QueryTile::bytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * KeyTile::bytes;
+  static constexpr int kBarriersAt = kValuesAt + kStages * ValueTile::bytes;
+  static_assert(kBarriersAt == Shape::tile_bytes);
+  static constexpr int kJobs = 2;
+  static constexpr int kJobsAt = kBarriersAt + 192;
+
+  uint32_t base = ptx::shared_address(dynamic_shared());
+
+  __device__ __forceinline__ QueryTile queries(int group) const {
+    return {base + group * QueryTile::bytes};
+  }
+  __device__ __forceinline__ KeyTile keys(int stage) const {
+    return {base + kKeysAt + stage * KeyTile::bytes};
+  }
+  __device__ __forceinline__ ValueTile values(int stage) const {
+    return {base + kValuesAt + stage * ValueTile::bytes};
+  }
+  __device__ __forceinline__ MemoryTile memory(int stage) const {
+    return {base + kValuesAt + stage * ValueTile::bytes};
+  }
+  // A group's query tile is a ring of one stage.
+  __device__ __forceinline__ Ring<1> query_ring(int group) const {
+    return {base + kBarriersAt + group * Ring<1>::bytes};
+  }
+  __device__ __forceinline__ Ring<kStages> key_ring() const {
+    return {base + kBarriersAt + kGroups * Ring<1>::bytes};
+  }
+  __device__ __forceinline__ Ring<kStages> value_ring() const {
+    return {key_ring().barriers + Ring<kStages>::bytes};
+  }
+  __device__ __forceinline__ Ring<kJobs> job_ring() const {
+    return {value_ring().barriers + Ring<kStages>::bytes};
+  }
+  // Where values come to whose last rows the producer must clear.
+  __device__ __forceinline__ uint32_t tail() const {
+    return job_ring().barriers + Ring<kJobs>::bytes;
+  }
+  static_assert(kGroups * Ring<1>::bytes + 2 * Ring<kStages>::bytes + Ring<kJobs>::bytes + 8 <= 192);
+
+  __device__ __forceinline__ AttentionJob& job(int stage) const {
+    return reinterpret_cast<AttentionJob*>(dynamic_shared() + kJobsAt)[stage];
+  }
+  static_assert(kJobsAt + kJobs * sizeof(AttentionJob) <= Shape::shared_bytes);
+
+  // By one thread; the block synchronises afterwards.
+  __device__ __forceinline__ void init() const {
+    for (int group = 0; group < kGroups; ++group) query_ring(group).init(4);
+    key_ring().init(4 * kGroups);
+    value_ring().init(4 * kGroups);
+    job_ring().init(4 * kGroups);
+    ptx::mbarrier_init(tail(), 1);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// Named barriers; 0 is that of __syncthreads.
+constexpr int kTurnBarrier = 1;   // + group: the group may issue its products
+constexpr int kGroupBarrier = 5;  // + group: the warps of a group meet
+
+}  // namespace infini

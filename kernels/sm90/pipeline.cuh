@@ -1,0 +1,57 @@
+// Rings of stages between one producer warp and the consumer warps.
+#pragma once
+
+#include "sm90/ptx.cuh"
+
+namespace infini {
+
+// Where one side stands in a ring: in one register, for there are several rings.
+template <int Stages>
+struct Cursor {
+  static_assert((Stages & (Stages - 1)) == 0);
+  uint32_t count = 0;  // of stages it has passed
+
+  __device__ __forceinline__ int stage() const { return count % Stages; }
+  __device__ __forceinline__ uint32_t parity() const { return count / Stages % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
+};
+
+// Per stage two mbarriers: `full`, one arrival, that of the producer, and the bytes it announces;
+// `empty`, one arrival per consumer warp.
+template <int Stages>
+struct Ring {
+  static constexpr int bytes = 16 * Stages;
+
+  uint32_t barriers;  // shared-memory address
+
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return barriers + 8 * (Stages + stage);
+  }
+
+  __device__ __forceinline__ void init(int consumer_warps) const {
+    for (int stage = 0; stage < Stages; ++stage) {
+      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(empty(stage), consumer_warps);
+    }
+  }
+
+  // Producer: waits until the stage is free. A fresh barrier passes: it counts as completed for
+  // parity 1.
+  __device__ __forceinline__ void acquire(const Cursor<Stages>& at) const {
+    ptx::mbarrier_wait_parity(empty(at.stage()), at.parity() ^ 1);
+  }
+
+  // Consumer: waits until the stage is filled.
+  __device__ __forceinline__ void wait(const Cursor<Stages>& at) const {
+    ptx::mbarrier_wait_parity(full(at.stage()), at.parity());
+  }
+
+  // Consumer warp: done with the stage.
+  __device__ __forceinline__ void release(const Cursor<Stages>& at) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty(at.stage()));
+  }
+};
+
+}  // namespace infini

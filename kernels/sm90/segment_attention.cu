@@ -1,0 +1,70 @@
+// Phase 5 of prefill on Hopper: local attention, retrieval and gate of every piece.
+#include "common/schedule.cuh"
+#include "sm90/attention_consumer.cuh"
+#include "sm90/attention_producer.cuh"
+#include "sm90/instantiate.h"
+
+namespace infini {
+
+// The tile of number `id`, if the piece is that long.
+template <int Dk, int Dv>
+__device__ __forceinline__ void find_job(const InfiniSegmentAttention& p, int id,
+                                         AttentionJob& job) {
+  constexpr int kRows = GroupAttentionTile<Dk, Dv>::rows;
+  const TilePlace place = tile_place(p, kRows, id);
+  const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[place.piece];
+  if (place.first >= piece.len) return;
+  job.piece = piece;
+  job.head = place.head;
+  job.kv_head = place.kv_head;
+  job.first = place.first;
+  job.rows = min(kRows, piece.len - place.first);
+  job.memory = place.memory;
+  job.blocks.template set<GroupAttentionTile<Dk, Dv>::keys>(piece, job.first, job.rows);
+  job.weigh_branches(p.problem, p.call);
+  const int token = static_cast<int>(piece.first);
+  job.v = {0, place.kv_head, token, job.batch_of(p.call.v)};
+  job.k = job.rotates ? Box{0, place.kv_head, 0, place.piece}
+                      : Box{0, place.kv_head, token, job.batch_of(p.call.k)};
+  job.snapshot = {0, place.kv_head, 0, place.piece};
+  const int64_t record = int64_t{place.piece} * p.problem.kv_heads + place.kv_head;
+  job.z = pointer<const float>(p.z) + record * Dk;
+  job.scale = pointer<const float>(p.snapshot_scale) + record * (Dv / 32);
+}
+
+template <class T, int Dk, int Dv>
+__device__ __forceinline__ void segment_attention(const ptx::TensorMap* maps,
+                                                  const InfiniSegmentAttention& p) {
+  using Shape = GroupAttentionTile<Dk, Dv>;
+  const AttentionShared<T, Dk, Dv> shared;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // uniform, for the compiler
+  if (group == Shape::groups) {
+    ptx::setmaxnreg_dec<Shape::producer_registers>();
+    if (threadIdx.x % 128 >= 32) return;
+    AttentionProducer<T, Dk, Dv> producer{maps, shared};
+    const int tiles = tile_count(p);
+    int id = blockIdx.x;
+    const auto next = [&](AttentionJob& job) {
+      job.rows = 0;
+      for (; id < tiles && job.rows == 0; id += gridDim.x) find_job<Dk, Dv>(p, id, job);
+    };
+    while (producer.feed(p.call, next)) {
+    }
+  } else {
+    ptx::setmaxnreg_inc<Shape::consumer_registers>();
+    AttentionConsumer<T, Dk, Dv> consumer{maps, shared};
+    consumer.start_turns();
+    while (consumer.run(p.problem, p.call, p.state.status)) {
+    }
+    consumer.end_turns();
+  }
+}
+
+}  // namespace infini
+
+#define INFINI_INSTANCE(dk, dv)                                                       \
+  INFINI_SM90_HEAD(segment_attention, InfiniSegmentAttention, infini::kAttentionMaps, \
+                   GroupAttentionTile, dk, dv)
+INFINI_SM90_HEAD_DIMS(INFINI_INSTANCE)
