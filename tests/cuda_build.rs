@@ -5,6 +5,8 @@
 
 #[path = "cuda_build/ptxas.rs"]
 mod ptxas;
+#[path = "cuda_build/sass.rs"]
+mod sass;
 #[path = "common/say.rs"]
 mod say;
 #[path = "cuda_build/script.rs"]
