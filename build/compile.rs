@@ -17,15 +17,28 @@ use crate::cuda::{Result, copy, read, write};
 use crate::tools;
 
 /// A folder of kernels: the architecture of its PTX, and those that get a cubin (devices between
-/// them run the cubin of the last smaller minor version, all others the PTX).
+/// them run the cubin of the last smaller minor version, all others the PTX). PTX of an architecture
+/// with an `a` serves that one alone.
 struct Folder {
     name: &'static str,
     ptx: &'static str,
     cubins: &'static [&'static str],
 }
 
-const FOLDERS: [Folder; 1] =
-    [Folder { name: "sm80", ptx: "80", cubins: &["80", "90a", "100", "120"] }];
+const FOLDERS: [Folder; 2] = [
+    Folder { name: "sm80", ptx: "80", cubins: &["80", "90a", "100", "120"] },
+    Folder { name: "sm90", ptx: "90a", cubins: &["90a"] },
+];
+
+impl Folder {
+    /// The cubin for an architecture that was asked for.
+    fn cubin<'a>(&self, arch: &'a str) -> Option<&'a str> {
+        match self.ptx.strip_suffix('a') {
+            None => Some(arch),
+            Some(own) => (base(arch) == own).then_some(self.ptx),
+        }
+    }
+}
 
 struct Compiler<'a> {
     nvcc: &'a Path,
@@ -143,10 +156,11 @@ impl<'a> Compiler<'a> {
     /// `-gencode` for every cubin and the PTX.
     fn codes(&self, folder: &Folder) -> Vec<String> {
         let ptx = folder.ptx;
-        let cubins = match &self.asked {
-            Some(asked) => asked.iter().map(String::as_str).collect(),
+        let mut cubins: Vec<&str> = match &self.asked {
+            Some(asked) => asked.iter().filter_map(|arch| folder.cubin(arch)).collect(),
             None => folder.cubins.to_vec(),
         };
+        cubins.dedup();
         cubins
             .iter()
             .filter(|arch| self.known.contains(base(arch)))

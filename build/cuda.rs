@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `params.rs` | launch parameters of kernels/params.h | bindgen |
 //! | `kernels.rs` | the table of kernels, from the lines that kernels/describe.cpp prints | `table` |
-//! | `sm80/<file>.ptx`, `.fatbin` | every kernels/sm80/*.cu | nvcc |
+//! | `<arch>/<file>.ptx`, `.fatbin` | every kernels/sm80/*.cu, kernels/sm90/*.cu | nvcc |
 //! | `manifest` | which sources all that was made from | `prebuilt` |
 //!
 //! Or the same files out of `INFINI_ATTN_PREBUILT`. docs.rs has no nvcc and gets no kernels, only

@@ -10,19 +10,20 @@ use crate::tools;
 
 /// One line of describe.cpp.
 struct Line {
+    arch: String,
     operation: String,
     dtype: Option<String>,
-    /// Dk, Dv, threads, shared_bytes, blocks_per_sm, rows, columns.
-    numbers: [u32; 7],
+    /// Dk, Dv, threads, shared_bytes, blocks_per_sm, rows, columns, keys.
+    numbers: [u32; 8],
 }
 
 impl Line {
     fn parse(text: &str) -> Option<Line> {
         let mut words = text.split_whitespace();
-        let operation = words.next()?.to_owned();
+        let (arch, operation) = (words.next()?.to_owned(), words.next()?.to_owned());
         let dtype = Some(words.next()?.to_owned()).filter(|dtype| dtype != "any");
         let numbers: Vec<u32> = words.map(|word| word.parse().ok()).collect::<Option<_>>()?;
-        Some(Line { operation, dtype, numbers: numbers.try_into().ok()? })
+        Some(Line { arch, operation, dtype, numbers: numbers.try_into().ok()? })
     }
 
     fn symbol(&self) -> String {
@@ -32,14 +33,19 @@ impl Line {
             [dk, dv, ..] if dv == 0 || dk == dv => format!("_d{dk}"),
             [dk, dv, ..] => format!("_d{dk}x{dv}"),
         };
-        format!("infini_{}_sm80{dtype}{dims}", self.operation)
+        format!("infini_{}_{}{dtype}{dims}", self.operation, self.arch)
     }
 
     fn file(&self) -> String {
-        format!("sm80/{}", self.operation)
+        format!("{}/{}", self.arch, self.operation)
     }
 
     fn rust(&self) -> Result<String> {
+        let arch = match &*self.arch {
+            "sm80" => "Sm80",
+            "sm90" => "Sm90",
+            other => return Err(format!("describe.cpp: {other}, sm80 or sm90 expected")),
+        };
         let dtype = match self.dtype.as_deref() {
             None => "None",
             Some("bf16") => "Some(DType::BF16)",
@@ -48,13 +54,13 @@ impl Line {
                 return Err(format!("describe.cpp: dtype {other}, bf16 or f16 expected"));
             }
         };
-        let [key_dim, value_dim, threads, shared_bytes, blocks_per_sm, rows, columns] =
+        let [key_dim, value_dim, threads, shared_bytes, blocks_per_sm, rows, columns, keys] =
             self.numbers;
         Ok(format!(
-            "Kernel {{ operation: {:?}, symbol: {:?}, file: {:?}, dtype: {dtype}, \
+            "Kernel {{ arch: Arch::{arch}, operation: {:?}, symbol: {:?}, file: {:?}, dtype: {dtype}, \
              key_dim: {key_dim}, value_dim: {value_dim}, threads: {threads}, \
              shared_bytes: {shared_bytes}, blocks_per_sm: {blocks_per_sm}, rows: {rows}, \
-             columns: {columns} }},\n",
+             columns: {columns}, keys: {keys} }},\n",
             self.operation,
             self.symbol(),
             self.file()
@@ -63,7 +69,7 @@ impl Line {
 
     /// The row of the documentation, without dtypes.
     fn documentation(&self) -> String {
-        let mut row = format!("| `{}` ", self.operation);
+        let mut row = format!("| {} | `{}` ", self.arch, self.operation);
         for number in self.numbers {
             match number {
                 0 => row += "| – ",
@@ -126,15 +132,19 @@ fn describe(host_compiler: &Path, kernels: &Path, out: &Path) -> Result<Vec<Line
 fn documentation(lines: &[Line]) -> String {
     let mut rows = BTreeMap::<_, Vec<&str>>::new();
     for (index, line) in lines.iter().enumerate() {
-        let same =
-            |other: &Line| other.operation == line.operation && other.numbers == line.numbers;
+        let same = |other: &Line| {
+            (&other.arch, &other.operation, other.numbers)
+                == (&line.arch, &line.operation, line.numbers)
+        };
         let first = lines.iter().position(same).unwrap_or(index);
         rows.entry(first).or_default().push(line.dtype.as_deref().unwrap_or("any"));
     }
     let mut text = String::from(
-        "/// Every kernel, in the order in which they are looked for.\n///\n\
-         /// | operation | Dk | Dv | threads | shared bytes | blocks per SM | rows | columns | dtypes |\n\
-         /// |---|---|---|---|---|---|---|---|---|\n",
+        "/// Every kernel; of those that serve a problem, the newest that the target runs is used.\n\
+         ///\n\
+         /// | arch | operation | Dk | Dv | threads | shared bytes | blocks per SM | rows | columns \
+         | keys | dtypes |\n\
+         /// |---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (first, dtypes) in rows {
         _ = writeln!(text, "/// {}| {} |", lines[first].documentation(), dtypes.join(", "));

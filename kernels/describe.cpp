@@ -1,10 +1,10 @@
 // Prints one line per kernel: what the host must know to launch it. build.rs turns the lines into
 // the table that kernels are looked up in. Compiles with any C++17 compiler.
 //
-//   operation dtype Dk Dv threads shared_bytes blocks_per_sm rows columns
+//   arch operation dtype Dk Dv threads shared_bytes blocks_per_sm rows columns keys
 //
 // 0 where a kernel does not depend on a column; rows: query rows per tile; columns: columns per
-// block.
+// block; keys: rows of a box of keys or values that tensor copies bring.
 #include <cstdio>
 #include <string>
 
@@ -15,12 +15,16 @@ using namespace infini;
 namespace {
 
 struct Launch {
-  int threads, shared_bytes, blocks_per_sm, rows, columns;
+  int threads, shared_bytes, blocks_per_sm, rows, columns, keys;
 };
 
+void print(const char* arch, const char* operation, const char* dtype, int dk, int dv, Launch l) {
+  std::printf("%s %s %s %d %d %d %d %d %d %d %d\n", arch, operation, dtype, dk, dv, l.threads,
+              l.shared_bytes, l.blocks_per_sm, l.rows, l.columns, l.keys);
+}
+
 void line(const char* operation, const char* dtype, int dk, int dv, Launch l) {
-  std::printf("%s %s %d %d %d %d %d %d %d\n", operation, dtype, dk, dv, l.threads, l.shared_bytes,
-              l.blocks_per_sm, l.rows, l.columns);
+  print("sm80", operation, dtype, dk, dv, l);
 }
 
 template <int Dk, int Dv>
@@ -31,12 +35,12 @@ void head(const char* dtype) {
   constexpr int columns = kUpdateColumns<Dv>;
   using U = UpdateTile<Dk, columns>;
   line("segment_attention", dtype, Dk, Dv,
-       {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0});
+       {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0, 0});
   line("segment", dtype, Dk, Dv,
-       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, Dv / S::slices});
-  line("decode", dtype, Dk, Dv, {D::threads, D::shared_bytes, D::blocks_per_sm, D::rows, 0});
-  line("segment_state", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
-  line("commit", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns});
+       {S::threads, S::shared_bytes, S::blocks_per_sm, A::rows, Dv / S::slices, 0});
+  line("decode", dtype, Dk, Dv, {D::threads, D::shared_bytes, D::blocks_per_sm, D::rows, 0, 0});
+  line("segment_state", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns, 0});
+  line("commit", dtype, Dk, Dv, {U::threads, U::shared_bytes, 1, 0, columns, 0});
 }
 
 template <int Dk>
@@ -44,8 +48,19 @@ void key(const char* dtype) {
   constexpr int columns = kUpdateColumns<Dk>;
   using U = UpdateTile<Dk, columns>;
   using S = ScanTile<Dk>;
-  line("segment_transition", dtype, Dk, 0, {U::threads, U::shared_bytes, 1, 0, columns});
-  line("memory_scan", dtype, Dk, 0, {S::threads, S::shared_bytes, 1, 0, S::columns});
+  line("segment_transition", dtype, Dk, 0, {U::threads, U::shared_bytes, 1, 0, columns, 0});
+  line("memory_scan", dtype, Dk, 0, {S::threads, S::shared_bytes, 1, 0, S::columns, 0});
+}
+
+// Kernels of compute capability 9.0.
+template <int D>
+void hopper(const char* dtype) {
+  constexpr int keys = D > 128 ? 64 : 128, columns = kUpdateColumns<D>;
+  constexpr int ring = 2 * 4 * 64 * (D + columns);
+  print("sm90", "segment_attention", dtype, D, D,
+        {384, 2 * (128 * D + 4 * keys * D) + 1024, 1, 128, 0, keys});
+  print("sm90", "segment_state", dtype, D, D, {384, ring + 1024, 1, 0, columns, 64});
+  print("sm90", "segment_transition", dtype, D, 0, {384, ring + 1024, 1, 0, columns, 64});
 }
 
 }  // namespace
@@ -58,12 +73,15 @@ int main() {
 #define INFINI_LINE(dk) key<dk>(dtype);
     INFINI_KEY_DIMS(INFINI_LINE)
 #undef INFINI_LINE
+    hopper<64>(dtype);
+    hopper<128>(dtype);
+    hopper<256>(dtype);
     for (const char* operation :
          {"rotate_keys", "append", "clear_padding", "merge_partials", "snapshot"}) {
-      line(operation, dtype, 0, 0, {kElementThreads, 0, 1, 0, 0});
+      line(operation, dtype, 0, 0, {kElementThreads, 0, 1, 0, 0, 0});
     }
   }
   for (const char* operation : {"normaliser_scan", "sum", "compose", "table"}) {
-    line(operation, "any", 0, 0, {kElementThreads, 0, 1, 0, 0});
+    line(operation, "any", 0, 0, {kElementThreads, 0, 1, 0, 0, 0});
   }
 }

@@ -5,6 +5,8 @@
 
 #[path = "cuda_build/ptxas.rs"]
 mod ptxas;
+#[path = "cuda_build/sass.rs"]
+mod sass;
 #[path = "common/say.rs"]
 mod say;
 #[path = "cuda_build/script.rs"]
@@ -14,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-use infini_attn::cuda::{KERNELS, Kernel, fatbin, find, params, ptx};
+use infini_attn::cuda::{Arch, KERNELS, Kernel, MAP_BYTES, fatbin, find, params, ptx};
 use infini_attn::{DType, Error, Problem};
 
 /// Files of the table that were compiled.
@@ -50,11 +52,14 @@ fn every_file_has_the_symbols_of_the_table_and_no_others() {
         let found: BTreeSet<&str> = entries(ptx(file).unwrap()).into_keys().collect();
         assert_eq!(found, table, "{file}");
     }
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/sm80");
-    let paths = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    for path in paths.filter(|path| path.extension().is_some_and(|e| e == "cu")) {
-        let file = format!("sm80/{}", path.file_stem().unwrap().display());
-        assert!(compiled().contains(&*file), "{file}.cu is in no row of the table");
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    for arch in ["sm80", "sm90"] {
+        let entries = std::fs::read_dir(kernels.join(arch)).into_iter().flatten().flatten();
+        let paths = entries.map(|entry| entry.path());
+        for path in paths.filter(|path| path.extension().is_some_and(|e| e == "cu")) {
+            let file = format!("{arch}/{}", path.file_stem().unwrap().display());
+            assert!(compiled().contains(&*file), "{file}.cu is in no row of the table");
+        }
     }
 }
 
@@ -85,6 +90,17 @@ fn parameter_bytes() -> BTreeMap<&'static str, usize> {
     }
 }
 
+/// Tensor maps in front of a kernel's structure.
+fn tensor_maps(kernel: &Kernel) -> usize {
+    match (kernel.arch, kernel.operation) {
+        (Arch::Sm80, _) => 0,
+        (_, "segment_attention") => 9,
+        (_, "segment_state") => 4,
+        (_, "segment_transition") => 2,
+        (arch, operation) => panic!("{operation} of {arch}"),
+    }
+}
+
 #[test]
 fn kernels_take_the_structures_that_the_host_passes() {
     let bytes = parameter_bytes();
@@ -92,7 +108,12 @@ fn kernels_take_the_structures_that_the_host_passes() {
     assert_eq!(operations, bytes.keys().copied().collect());
     for kernel in KERNELS.iter().filter(|kernel| compiled().contains(kernel.file)) {
         let declared = entries(ptx(kernel.file).unwrap())[kernel.symbol];
-        assert_eq!(declared, bytes[kernel.operation], "{}", kernel.symbol);
+        let structure = bytes[kernel.operation];
+        let expected = match tensor_maps(kernel) {
+            0 => structure,
+            maps => (MAP_BYTES * maps + structure).next_multiple_of(64),
+        };
+        assert_eq!(declared, expected, "{}", kernel.symbol);
         assert!(declared <= 4096, "{}: {declared} bytes of parameters", kernel.symbol);
     }
 }
@@ -118,17 +139,18 @@ fn every_kernel_is_found() {
         let or_any = |dim| if dim == 0 { 80 } else { dim };
         let dims = (or_any(kernel.key_dim), or_any(kernel.value_dim));
         let problem = problem(kernel.dtype.unwrap_or(DType::F32), dims.0, dims.1);
-        let found: &Kernel = find(kernel.operation, &problem).unwrap();
+        let found: &Kernel = find(kernel.operation, &problem, kernel.arch).unwrap();
         assert_eq!(found, kernel);
     }
 }
 
 #[test]
 fn what_is_not_compiled_is_refused_with_what_is() {
-    let refused = |operation, dtype, dk, dv| match find(operation, &problem(dtype, dk, dv)) {
-        Err(Error::Unsupported { argument, got, accepted }) => (argument, got, accepted),
-        other => panic!("{operation} {dtype} {dk} {dv}: {other:?}"),
-    };
+    let refused =
+        |operation, dtype, dk, dv| match find(operation, &problem(dtype, dk, dv), Arch::Sm90) {
+            Err(Error::Unsupported { argument, got, accepted }) => (argument, got, accepted),
+            other => panic!("{operation} {dtype} {dk} {dv}: {other:?}"),
+        };
     let dims = "(64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)";
     for operation in ["segment_attention", "segment", "decode", "segment_state", "commit"] {
         let (argument, got, accepted) = refused(operation, DType::BF16, 80, 96);

@@ -9,7 +9,7 @@ mod plans;
 use half::bf16;
 use infini_attn::cuda::{
     Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan, PrefillOptions, Runs,
-    StateLayout, plan_decode, plan_flush, plan_prefill, plan_segment,
+    StateLayout, Target, plan_decode, plan_flush, plan_prefill, plan_segment,
 };
 use infini_attn::{
     DType, Error, Inputs, Outputs, Problem, Result, Rope, State, TensorView, TensorViewMut, decode,
@@ -172,7 +172,7 @@ impl Arguments {
 type Entry = fn(&Problem, &Call<'_>, &Mirror) -> Result<Plan>;
 
 const PREFILL: Entry = |p, call, state| plan_prefill(p, call, state, &PrefillOptions::default());
-const SEGMENT: Entry = plan_segment;
+const SEGMENT: Entry = |p, call, state| plan_segment(p, call, state, &Target::default());
 const DECODE: Entry = |p, call, state| plan_decode(p, call, state, &DecodeOptions::default());
 const REPLAY: Entry = |p, call, state| {
     let options = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };

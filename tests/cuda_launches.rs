@@ -7,8 +7,8 @@ mod plans;
 
 use infini_attn::cuda::params::*;
 use infini_attn::cuda::{
-    Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan, PrefillOptions, Runs,
-    StateLayout, find, plan_decode, plan_flush, plan_prefill, plan_segment,
+    Arch, Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan, PrefillOptions,
+    Runs, StateLayout, Target, find, plan_decode, plan_flush, plan_prefill, plan_segment,
 };
 use infini_attn::{DType, Denominator, EmptyMemory, Problem, Update};
 use plans::{Step, base, call, f32s, launches, mirror, params, problem, run, table, tensor};
@@ -32,7 +32,8 @@ fn segments_in_one_launch() {
     let p = problem(|b| b.segment_len(1024));
     let state = after(&p, &[0, 24, 1000]);
     let lens = [1000, 1000, 0];
-    let plan = plan_segment(&p, &call(&p, &[3, 1000]).seq_lens(&lens), &state).expect("valid");
+    let plan = plan_segment(&p, &call(&p, &[3, 1000]).seq_lens(&lens), &state, &Target::default())
+        .expect("valid");
     let segment: InfiniSegment = params(&plan, "segment", 0);
     // Tiles of 128 rows; parts of at least 170 tokens, so 6 of 192; 64 of 128 columns per block.
     assert_eq!((segment.tiles, segment.chunks, segment.chunk_len), (8, 6, 192));
@@ -46,16 +47,19 @@ fn segments_in_one_launch() {
     assert_eq!(shown[..4], [(0, 0, 0, 1000), (0, 1, 1, 1000), (0, 2, 2, 0), (0, 0, 0, 0)]);
 
     let a_mem = tensor(&p, &[3, 24], 4, 128);
-    let plan = plan_segment(&p, &call(&p, &[3, 24]).a_mem(a_mem), &state).expect("valid");
+    let plan = plan_segment(&p, &call(&p, &[3, 24]).a_mem(a_mem), &state, &Target::default())
+        .expect("valid");
     let segment: InfiniSegment = params(&plan, "segment", 0);
     assert_eq!((segment.tiles, segment.chunks, segment.sequences.in_line), (1, 6, 0));
     assert_eq!(launches(&plan), [("segment", [2 * 4 + 24, 3, 1])], "twice the attention");
-    let plan = plan_segment(&p, &call(&p, &[3, 23]), &state).expect("valid");
+    let plan = plan_segment(&p, &call(&p, &[3, 23]), &state, &Target::default()).expect("valid");
     assert_eq!(launches(&plan), [("segment", [4, 3, 1])], "no segment is completed");
     assert_eq!(plan.workspace_bytes(), 0);
     assert!(plan.requirements().iter().all(|r| r.operand != Operand::Workspace));
 
-    let error = plan_segment(&p, &call(&p, &[3, 25]), &state).expect_err("25 > 24").to_string();
+    let error = plan_segment(&p, &call(&p, &[3, 25]), &state, &Target::default())
+        .expect_err("25 > 24")
+        .to_string();
     assert_eq!(
         error,
         "q (sequence 2): 25 given, 0 to 24 new tokens (the rest of the segment) expected"
@@ -69,7 +73,7 @@ fn many_sequences_travel_as_a_table() {
         let state = mirror(&p, count);
         let cu: Vec<i32> = (0..=count as i32).map(|i| 3 * i).collect();
         let call = call(&p, &[3 * count]).cu_seqlens(&cu);
-        let plan = plan_segment(&p, &call, &state).expect("valid");
+        let plan = plan_segment(&p, &call, &state, &Target::default()).expect("valid");
         let s = params::<InfiniSegment>(&plan, "segment", 0).sequences;
         assert_eq!((s.count, s.tokens, s.max_len), (count as i32, 3 * count as i32, 3));
         let all = if count > 64 {
@@ -201,7 +205,7 @@ fn states_begin_empty_with_scales_of_one() {
 fn problems_as_launch_parameters() {
     let of = |p: &Problem| {
         let state = mirror(p, 1);
-        let plan = plan_segment(p, &call(p, &[1, 1]), &state).expect("valid");
+        let plan = plan_segment(p, &call(p, &[1, 1]), &state, &Target::default()).expect("valid");
         params::<InfiniSegment>(&plan, "segment", 0).problem
     };
     let p = of(&problem(|b| b));
@@ -232,7 +236,7 @@ fn tensors_and_rotations_as_launch_parameters() {
     let cos = DeviceTensor::strided(DType::F32, &[50, 8], &[17, 1]).expect("valid");
     let rope = DeviceRope::new(cos, f32s(&[50, 8])).interleaved(true);
     let get = |call: Call<'_>| {
-        let plan = plan_segment(&p, &call, &state).expect("valid");
+        let plan = plan_segment(&p, &call, &state, &Target::default()).expect("valid");
         params::<InfiniSegment>(&plan, "segment", 0).call
     };
     let whole = Call::new(q, k, v, f32s(&[4]), o).lse(f32s(&[2, 4, 3])).a_dot(o);
@@ -249,7 +253,9 @@ fn tensors_and_rotations_as_launch_parameters() {
     assert_eq!((r.positions, r.positions_batch), (base(Operand::Positions), 0));
     assert_eq!(get(plain.rope(rope.device_positions(6))).rope.positions_batch, 3);
     let positions = [0, 1, 2, 7, 8, 49];
-    let plan = plan_segment(&p, &plain.rope(rope.positions(&positions)), &state).expect("valid");
+    let plan =
+        plan_segment(&p, &plain.rope(rope.positions(&positions)), &state, &Target::default())
+            .expect("valid");
     let r = params::<InfiniSegment>(&plan, "segment", 0).call.rope;
     assert_eq!(table::<i64>(&plan, r.positions, 6), positions);
 }
@@ -258,7 +264,9 @@ fn tensors_and_rotations_as_launch_parameters() {
 fn a_grid_beyond_the_device_is_refused() {
     let p = problem(|b| b.segment_len(1));
     let state = mirror(&p, 70_000);
-    let error = plan_segment(&p, &call(&p, &[70_000, 1]), &state).expect_err("y").to_string();
+    let error = plan_segment(&p, &call(&p, &[70_000, 1]), &state, &Target::default())
+        .expect_err("y")
+        .to_string();
     assert_eq!(
         error,
         "blocks of segment: [8, 70000, 1] given, at most [2147483647, 65535, 65535] expected"
@@ -287,7 +295,7 @@ fn a_plan_prints_as_a_table() {
     let text = plan.to_string();
     // Threads and shared bytes as the kernels' table has them.
     let launch = |operation, grid: &str, why: &str| {
-        let k = find(operation, &p).expect("compiled");
+        let k = find(operation, &p, Arch::Sm80).expect("compiled");
         format!("{} {grid} {} {} {why}", k.symbol, k.threads, k.shared_bytes)
     };
     let expected = [

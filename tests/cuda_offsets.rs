@@ -10,7 +10,7 @@ use common::stream::normals;
 use half::bf16;
 use infini_attn::cuda::{
     Addresses, Call, DecodeOptions, DeviceTensor, Mirror, Operand, Plan, PrefillOptions,
-    StateLayout, plan_decode, plan_prefill, plan_segment,
+    StateLayout, Target, plan_decode, plan_prefill, plan_segment,
 };
 use infini_attn::{DType, Problem, Result, Update};
 
@@ -75,8 +75,8 @@ fn rows_may_lie_terabytes_apart() {
     let prefill: Planner =
         |p, call, state| plan_prefill(p, call, state, &PrefillOptions::default());
     let decode: Planner = |p, call, state| plan_decode(p, call, state, &DecodeOptions::default());
-    for (name, plan, n) in
-        [("prefill", prefill, 2), ("segment", plan_segment, 5), ("decode", decode, 2)]
+    let segment: Planner = |p, call, state| plan_segment(p, call, state, &Target::default());
+    for (name, plan, n) in [("prefill", prefill, 2), ("segment", segment, 5), ("decode", decode, 2)]
     {
         let b = Problem::builder().heads(HEADS).kv_heads(1).head_dim(D).segment_len(n);
         let p = b.update(Update::Delta).dtype(DType::BF16).build().expect("valid");

@@ -11,9 +11,14 @@ use infini_attn::Update;
 use infini_attn::cuda::params::*;
 use infini_attn::cuda::{
     Call, DecodeOptions, DeviceRope, Mirror, Operand, Plan, PrefillOptions, Runs, StateLayout,
-    plan_decode, plan_prefill, plan_segment,
+    Target, plan_decode, plan_prefill, plan_segment,
 };
 use plans::{Step, base, call, f32s, launches, mirror, params, problem, run, table};
+
+/// Any device of so many multiprocessors.
+fn of(multiprocessors: usize) -> Target {
+    Target { multiprocessors, ..Target::default() }
+}
 
 #[test]
 fn phases_of_a_prefill() {
@@ -158,7 +163,7 @@ fn runs_are_cut_by_the_budget() {
 #[test]
 fn splits_depend_on_the_sequence_alone() {
     let splits = |p: &Problem, lead: &[usize; 2], multiprocessors| {
-        let options = PrefillOptions { multiprocessors, workspace_bytes: 1 << 40 };
+        let options = PrefillOptions { target: of(multiprocessors), workspace_bytes: 1 << 40 };
         let state = mirror(p, lead[0]);
         let plan = plan_prefill(p, &call(p, lead), &state, &options).expect("valid");
         let s: InfiniSegmentState = params(&plan, "segment_state", 0);
@@ -315,7 +320,7 @@ fn workspaces_and_states_hold_their_arrays_and_no_two_overlap() {
             let p = problem(|b| b.key_dim(dk).value_dim(dv).update(update).segment_len(n));
             let state = mirror(&p, 3);
             for workspace_bytes in [1, 3 << 20, 1 << 30] {
-                let options = PrefillOptions { workspace_bytes, multiprocessors: 1000 };
+                let options = PrefillOptions { workspace_bytes, target: of(1000) };
                 let base = call(&p, &[3, 700]);
                 for call in [base, base.rope(rope()), base.rope(rope().positions(&positions))] {
                     let plan = plan_prefill(&p, &call, &state, &options).expect("valid");
@@ -329,7 +334,8 @@ fn workspaces_and_states_hold_their_arrays_and_no_two_overlap() {
                 let plan = plan_decode(&p, &call, &state, &options).expect("valid");
                 assert_laid_out(&p, 3, &plan);
             }
-            let plan = plan_segment(&p, &call(&p, &[3, n]), &state).expect("valid");
+            let plan =
+                plan_segment(&p, &call(&p, &[3, n]), &state, &Target::default()).expect("valid");
             assert_laid_out(&p, 3, &plan);
         }
     }
@@ -356,7 +362,7 @@ fn sizes_beyond_32_bits() {
     assert_eq!(error, "slots: 2147483648 given, at most 2147483647 expected");
 
     // A million tokens at once: B alone takes more than 4 GiB.
-    let options = PrefillOptions { workspace_bytes: 1 << 40, multiprocessors: 132 };
+    let options = PrefillOptions { workspace_bytes: 1 << 40, ..PrefillOptions::default() };
     let plan = plan_prefill(&p, &call(&p, &[1, 1 << 20]), &mirror(&p, 1), &options).expect("fits");
     let scan: InfiniMemoryScan = params(&plan, "memory_scan", 0);
     let pieces = 512;

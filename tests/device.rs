@@ -16,7 +16,9 @@ use common::{bits, widen};
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::bf16;
-use infini_attn::cuda::{self, Device, Gate, Inputs, KERNELS, Outputs, TensorView, TensorViewMut};
+use infini_attn::cuda::{
+    self, Arch, Device, Gate, Inputs, KERNELS, Outputs, TensorView, TensorViewMut,
+};
 use infini_attn::{DType, Error, Problem, State, TensorViewMut as HostMut, prefill};
 
 /// How much is run.
@@ -62,6 +64,7 @@ fn device(skipped: &str) -> Option<Device> {
 /// Shapes that kernels are compiled for.
 fn shapes() -> Vec<Shape> {
     let attention = KERNELS.iter().filter(|k| k.operation == "segment_attention");
+    let attention = attention.filter(|k| k.arch == Arch::Sm80);
     attention.filter_map(|k| k.dtype.map(|dtype| (dtype, k.key_dim, k.value_dim))).collect()
 }
 

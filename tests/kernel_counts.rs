@@ -15,10 +15,10 @@ use common::simulator::Simulator;
 use common::stream::normals;
 use half::bf16;
 use infini_attn::cuda::{
-    Addresses, Call, DecodeOptions, DeviceRope, DeviceTensor, KERNELS, Kernel, KeySumsMirror,
-    Launch, Launcher, Mirror, Operand, Plan, PrefillOptions, Requirement, StateLayout, plan_apply,
-    plan_compose, plan_decode, plan_flush, plan_key_sums, plan_merge_memories, plan_merge_partials,
-    plan_prefill, plan_segment, plan_segment_map,
+    Addresses, Arch, Call, DecodeOptions, DeviceRope, DeviceTensor, KERNELS, Kernel, KeySumsMirror,
+    Launch, Launcher, Mirror, Operand, Plan, PrefillOptions, Requirement, StateLayout, Target,
+    plan_apply, plan_compose, plan_decode, plan_flush, plan_key_sums, plan_merge_memories,
+    plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
 use infini_attn::{DType, Problem, Result, Update};
 use ptxsim::Report;
@@ -82,13 +82,7 @@ struct Counter {
 impl Launcher for Counter {
     fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
         let (kernel, grid) = (launch.kernel, launch.grid);
-        let report = self.sim.launch(
-            kernel.symbol,
-            grid,
-            kernel.threads,
-            kernel.shared_bytes,
-            launch.params,
-        );
+        let report = self.sim.run(launch)?;
         self.launches.push(Counted { kernel, of: self.of, grid, report });
         Ok(())
     }
@@ -181,9 +175,9 @@ fn streaming(counter: &mut Counter, shape: Shape) -> Result<()> {
     pool.run(counter, "decode", &plan);
     let plan = plan_flush(&p, &pool.mirror, &[0])?;
     pool.run(counter, "flush", &plan);
-    let plan = plan_segment(&p, &call(n), &pool.mirror)?;
+    let plan = plan_segment(&p, &call(n), &pool.mirror, &Target::default())?;
     pool.run(counter, "segment", &plan);
-    let plan = plan_segment(&p, &call(n).seq_lens(&[33]), &pool.mirror)?;
+    let plan = plan_segment(&p, &call(n).seq_lens(&[33]), &pool.mirror, &Target::default())?;
     pool.run(counter, "padded segment", &plan);
     Ok(())
 }
@@ -261,6 +255,7 @@ fn tensor_flops_are_those_of_the_formulas() {
 fn shared_memory_is_free_of_conflicts_at_every_shape() {
     let mut counter = Counter { sim: Simulator::new(), of: "", launches: vec![] };
     let attention = KERNELS.iter().filter(|k| k.operation == "segment_attention");
+    let attention = attention.filter(|k| k.arch == Arch::Sm80);
     for kernel in attention.filter(|k| k.dtype == Some(DType::BF16)) {
         let shape = Shape { dk: kernel.key_dim, dv: kernel.value_dim, heads: 2, n: 192 };
         streaming(&mut counter, shape).expect("plans");

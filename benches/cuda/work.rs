@@ -401,7 +401,7 @@ impl Case {
         let options = state.device().prefill_options()?;
         let replay = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
         Ok(match self.operation {
-            Operation::Segment => plan_segment(&problem, &call, mirror)?,
+            Operation::Segment => plan_segment(&problem, &call, mirror, &options.target)?,
             Operation::Decode => plan_decode(&problem, &call, mirror, &replay)?,
             Operation::Flush => {
                 plan_flush(&problem, mirror, &(0..s.sequences).collect::<Vec<_>>())?

@@ -5,7 +5,7 @@ use super::params::*;
 use super::plan::{Allocation, Plan};
 use super::state::{Effect, Kind, Tokens};
 use super::tensor::ROW_ALIGN;
-use super::{DeviceTensor, Mirror, Operand, Requirement, find};
+use super::{Arch, DeviceTensor, Mirror, Operand, Requirement, find};
 use crate::call::{
     Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence, check_longest, dtype_is,
 };
@@ -110,7 +110,7 @@ impl<'a> Call<'a> {
         max_tokens: Option<usize>,
     ) -> Result<Resolved<'_>> {
         problem.check_same(state.problem())?;
-        find("segment_attention", problem)?;
+        find("segment_attention", problem, Arch::Sm80)?;
         if self.gate.shape().len() != 1 {
             return Err(Error::shape("gate", self.gate.shape(), "[Hq]"));
         }
@@ -249,6 +249,12 @@ impl<'a> Resolved<'a> {
 
     pub fn packed(&self) -> bool {
         self.form.packed()
+    }
+
+    /// B and T; packed: 1 and all tokens.
+    pub fn lead(&self) -> [usize; 2] {
+        let batches = if self.packed() { 1 } else { self.form.q.shape()[0] };
+        [batches, self.tokens()]
     }
 
     /// Whether some sequences of a padded batch may be shorter than T.

@@ -210,7 +210,8 @@ pub fn segment<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    now(inputs, gate, state, outputs, |call, mirror| plan_segment(problem, call, mirror))
+    let target = state.device().target()?;
+    now(inputs, gate, state, outputs, |call, mirror| plan_segment(problem, call, mirror, &target))
 }
 
 /// [`crate::decode`] on the device: 1 to [`crate::MAX_DECODE_TOKENS`] new tokens per sequence (0 in

@@ -8,7 +8,7 @@ use super::phases::TILE;
 use super::plan::{Allocation, Plan};
 use super::sequences::listed;
 use super::state::Effect;
-use super::{Mirror, find};
+use super::{Arch, Mirror, find};
 use crate::call::check_slots;
 use crate::{Problem, Result};
 
@@ -96,7 +96,7 @@ pub(super) fn commit(
     flush: bool,
     plan: &mut Plan,
 ) -> Result<()> {
-    let kernel = find("commit", p)?;
+    let kernel = find("commit", p, Arch::Sm80)?;
     let count = sequences.count as usize;
     let params = InfiniCommit {
         problem: problem_params(p),

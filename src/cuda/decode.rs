@@ -8,7 +8,7 @@ use super::phases::TILE;
 use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
-use super::{Call, Mirror, Operand, Requirement, find};
+use super::{Arch, Call, Mirror, Operand, Requirement, find};
 use crate::call::pieces;
 use crate::{MAX_DECODE_TOKENS, Problem, Result};
 
@@ -111,7 +111,7 @@ fn launches(
     plan: &mut Plan,
     workspace: &mut Allocation,
 ) -> Result<()> {
-    let (p, kernel) = (&call.problem, find("decode", &call.problem)?);
+    let (p, kernel) = (&call.problem, find("decode", &call.problem, Arch::Sm80)?);
     let params = call.copy_positions(plan, workspace)?;
     let table = (options.runs == Runs::Table).then(|| longest(call, options));
     let sequences = sequences(call, table, plan, workspace)?;

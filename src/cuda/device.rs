@@ -1,30 +1,28 @@
-//! A device, its kernels, and the launcher that runs plans on a stream.
+//! A device and its kernels.
 //!
 //! Nothing here touches the driver before [`Device::new`] or [`Device::from_stream`]: the crate
 //! starts on machines without one.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError,
 };
 use cudarc::nvrtc::Ptx;
 
+use super::enqueue::CudaLauncher;
 use super::kernels::{self, KERNELS, Kernel};
-use super::launcher::{Launch, Launcher};
-use super::params::{INFINI_TABLE_BYTES, InfiniTable};
 use super::plan::Plan;
-use super::{Addresses, Operand, PrefillOptions};
+use super::{Addresses, Arch, Operand, PrefillOptions, Target};
 use crate::{Error, Result};
 
 /// Least compute capability the kernels run on.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 
-/// Largest table that [`CudaLauncher`] writes from the parameters of launches; more is copied.
-const TABLE_LIMIT: usize = 16 << 10;
+/// Compute capability of the devices that run the kernels of [`Arch::Sm90`].
+const SM90_CAPABILITY: (i32, i32) = (9, 0);
 
 /// Dynamic shared memory that a kernel gets without asking.
 const DEFAULT_SHARED: u32 = 48 << 10;
@@ -158,14 +156,23 @@ impl Device {
         Ok(usize::try_from(value).unwrap_or(0))
     }
 
-    /// How prefills are planned for this device.
+    /// What plans for this device are made for.
     ///
     /// # Errors
     /// [`Error::Driver`] when the driver does not tell the number of multiprocessors.
-    pub fn prefill_options(&self) -> Result<PrefillOptions> {
+    pub fn target(&self) -> Result<Target> {
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = self.attribute(count)?.max(1);
-        Ok(PrefillOptions { multiprocessors, ..PrefillOptions::default() })
+        let arch = if self.capability() == SM90_CAPABILITY { Arch::Sm90 } else { Arch::Sm80 };
+        Ok(Target { arch, multiprocessors })
+    }
+
+    /// How prefills are planned for this device.
+    ///
+    /// # Errors
+    /// Those of [`Self::target`].
+    pub fn prefill_options(&self) -> Result<PrefillOptions> {
+        Ok(PrefillOptions { target: self.target()?, ..PrefillOptions::default() })
     }
 
     /// Waits until everything enqueued so far is done.
@@ -261,7 +268,7 @@ impl Device {
         self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
     }
 
-    fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {
+    pub(super) fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {
         let mut tables = self.loaded.tables.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(function) = tables.functions.get(kernel.symbol) {
             return Ok(function.clone());
@@ -343,81 +350,8 @@ fn load_module(context: &Arc<CudaContext>, file: &'static str) -> Result<Arc<Cud
     context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| driver(what(), e))
 }
 
-fn table_kernel() -> Option<&'static Kernel> {
+pub(super) fn table_kernel() -> Option<&'static Kernel> {
     KERNELS.iter().find(|k| k.operation == "table")
-}
-
-/// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
-/// can be captured in a graph.
-#[derive(Debug)]
-pub struct CudaLauncher<'a> {
-    device: &'a Device,
-}
-
-impl CudaLauncher<'_> {
-    /// One launch of `table` per part: the bytes travel in the parameters, so a captured graph owns
-    /// them.
-    fn write_table(&mut self, to: u64, from: &[u8]) -> Result<()> {
-        let Some(kernel) = table_kernel() else {
-            let reason = "not compiled into this build".into();
-            return Err(Error::Driver { what: "the kernel table".into(), reason });
-        };
-        let most = INFINI_TABLE_BYTES as usize;
-        for (i, part) in from.chunks(most).enumerate() {
-            let mut table: InfiniTable = bytemuck::Zeroable::zeroed();
-            table.to = to + (i * most) as u64;
-            table.bytes = part.len() as i64;
-            bytemuck::cast_slice_mut(&mut table.data)[..part.len()].copy_from_slice(part);
-            let what = format!("table of {} B", from.len());
-            let params = bytemuck::bytes_of(&table);
-            self.launch(&Launch { kernel, grid: [1, 1, 1], params, what: &what })?;
-        }
-        Ok(())
-    }
-}
-
-impl Launcher for CudaLauncher<'_> {
-    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, params, .. } = *launch;
-        let function = self.device.function(kernel)?;
-        self.device.bind()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: the function is alive; it has one parameter, which the driver copies out of
-        // `params` before it returns. What the addresses in it must satisfy is the caller's contract
-        // with `run`.
-        let launched = unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                grid.into(),
-                (kernel.threads, 1, 1),
-                kernel.shared_bytes,
-                self.device.stream.cu_stream(),
-                &mut arguments,
-            )
-        };
-        launched.map_err(|e| launch.error(reason(e)))
-    }
-
-    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
-        self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: the range is the caller's, by its contract with `run`.
-        unsafe { result::memset_d8_async(to, value, bytes as usize, stream) }
-            .map_err(|e| driver(format!("filling {bytes} B"), e))
-    }
-
-    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
-        if from.len() <= TABLE_LIMIT && from.len().is_multiple_of(4) {
-            return self.write_table(to, from);
-        }
-        let what = format!("a table of {} B (more than {TABLE_LIMIT})", from.len());
-        self.device.refuse_capture(&what, "use fewer sequences or pieces per captured call")?;
-        self.device.bind()?;
-        // SAFETY: the range is the caller's, by its contract with `run`; the driver has copied
-        // pageable memory to its own before it returns.
-        unsafe { result::memcpy_htod_async(to, from, self.device.stream.cu_stream()) }
-            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
-    }
 }
 
 #[cfg(test)]

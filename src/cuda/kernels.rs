@@ -1,10 +1,13 @@
 //! The table of compiled kernels.
 
+use super::Arch;
 use crate::{DType, Error, Problem, Result};
 
 /// A compiled kernel and what a launch of it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kernel {
+    /// The devices it runs on.
+    pub arch: Arch,
     /// Name of the operation, such as `segment_attention`.
     pub operation: &'static str,
     /// Name of the entry function.
@@ -27,6 +30,21 @@ pub struct Kernel {
     pub rows: usize,
     /// Columns of M that a block takes; 0 where it takes none or all.
     pub columns: usize,
+    /// Rows of a box of keys or values that tensor copies bring; 0 where there are none.
+    pub keys: usize,
+}
+
+impl Kernel {
+    /// Most registers a thread may have for [`Self::blocks_per_sm`] blocks to fit an SM of 65536.
+    pub fn registers(&self) -> u32 {
+        let share = 65536 / (self.threads * self.blocks_per_sm);
+        (share / 8 * 8).min(255)
+    }
+
+    /// What it computes.
+    fn role(&self) -> (&'static str, Option<DType>, usize, usize) {
+        (self.operation, self.dtype, self.key_dim, self.value_dim)
+    }
 }
 
 /// Bytes of a compiled file, aligned for the driver's loader.
@@ -36,12 +54,19 @@ struct Image<B: ?Sized>(B);
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// The kernel of an operation for a problem's element type and dimensions.
+/// The newest kernel of an operation that devices of `arch` run, for a problem's element type and
+/// dimensions. Where there is any there is a portable one, of [`Arch::Sm80`].
 ///
 /// # Errors
 /// [`Error::Unsupported`] naming the argument for which nothing is compiled (`operation`, `dtype`,
 /// `key_dim` or `(key_dim, value_dim)`), its value and everything that is accepted.
-pub fn find(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
+pub fn find(operation: &str, problem: &Problem, arch: Arch) -> Result<&'static Kernel> {
+    let portable = portable(operation, problem)?;
+    let serves = |k: &&Kernel| k.arch <= arch && k.role() == portable.role();
+    Ok(KERNELS.iter().filter(serves).max_by_key(|k| k.arch).unwrap_or(portable))
+}
+
+fn portable(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
     let mut kernels = of_type(operation, problem.dtype())?;
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     match (kernels[0].key_dim, kernels[0].value_dim) {
@@ -54,7 +79,7 @@ pub fn find(operation: &str, problem: &Problem) -> Result<&'static Kernel> {
     Ok(kernels[0])
 }
 
-/// The kernel of an operation that is compiled for all dimensions alike.
+/// The portable kernel of an operation that is compiled for all dimensions alike.
 ///
 /// # Errors
 /// As [`find`].
@@ -62,9 +87,10 @@ pub(crate) fn find_for(operation: &str, dtype: DType) -> Result<&'static Kernel>
     of_type(operation, dtype).map(|kernels| kernels[0])
 }
 
-/// The kernels of an operation for an element type, at least one.
+/// The portable kernels of an operation for an element type, at least one.
 fn of_type(operation: &str, dtype: DType) -> Result<Vec<&'static Kernel>> {
-    let mut kernels: Vec<&'static Kernel> = KERNELS.iter().collect();
+    let portable = |k: &&Kernel| k.arch == Arch::Sm80;
+    let mut kernels: Vec<&'static Kernel> = KERNELS.iter().filter(portable).collect();
     retain(&mut kernels, "operation", operation, |k| k.operation.to_owned())?;
     if kernels[0].dtype.is_some() {
         retain(&mut kernels, "dtype", &dtype.to_string(), |k| {

@@ -17,7 +17,7 @@ use super::phases::{Arrays, Phases, Run, Splits};
 use super::plan::{Allocation, PART_ALIGN, Plan};
 use super::state::Effect;
 use super::tensor::ROW_ALIGN;
-use super::{DeviceTensor, Mirror, Operand, PrefillOptions, Requirement};
+use super::{DeviceTensor, Mirror, Operand, PrefillOptions, Requirement, Target};
 use crate::runs::{MapTokens, check_batch, check_keys, check_map};
 use crate::{DType, Problem, Result};
 
@@ -144,6 +144,8 @@ pub fn plan_key_sums(problem: &Problem, k: &DeviceTensor) -> Result<(Plan, KeySu
     let run = run(problem, &vec![true; batch], 0..tokens, SPLITS * SPLIT);
     let phases = Phases {
         p: *problem,
+        target: Target::default(),
+        lead: [batch, tokens],
         k: k.rows(Operand::K),
         v: Zeroable::zeroed(),
         state: Zeroable::zeroed(),
@@ -219,6 +221,8 @@ pub fn plan_segment_map(
     plan.fill(at.dz, 4 * map.rows() as u64, 0);
     let phases = Phases {
         p: *problem,
+        target: options.target,
+        lead: [batch, tokens],
         k: k.rows(Operand::K),
         v: v.rows(Operand::V),
         state: Zeroable::zeroed(),

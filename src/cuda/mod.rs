@@ -1,5 +1,8 @@
 //! The operator on CUDA devices of compute capability 8.0 and later (feature `cuda`).
 //!
+//! Every operation has portable kernels, and some have others for one architecture ([`Arch`]); a
+//! plan chooses by the [`Target`] it is made for.
+//!
 //! The kernels are compiled when the crate is built and lie in it as fatbins; [`KERNELS`] is the
 //! table they are looked up in. libcuda is never linked: it is opened when a [`Device`] is.
 //!
@@ -15,6 +18,7 @@ mod calls;
 mod commit;
 mod decode;
 mod device;
+mod enqueue;
 mod kernels;
 mod launcher;
 mod maps;
@@ -27,7 +31,9 @@ mod runs;
 mod segment;
 mod sequences;
 mod state;
+mod target;
 mod tensor;
+mod tensor_map;
 mod transfer;
 mod typed;
 
@@ -39,7 +45,8 @@ pub use calls::{
 };
 pub use commit::plan_flush;
 pub use decode::{DecodeOptions, Runs, plan_decode};
-pub use device::{CudaLauncher, Device};
+pub use device::Device;
+pub use enqueue::CudaLauncher;
 pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
 pub use launcher::{Launch, Launcher};
 pub use maps::{
@@ -54,5 +61,7 @@ pub use runs::{
 };
 pub use segment::plan_segment;
 pub use state::{Mirror, StateLayout};
+pub use target::{Arch, Target};
 pub use tensor::DeviceTensor;
+pub use tensor_map::{MAP_BYTES, MAP_CHANNELS, TensorMap};
 pub use typed::{Gate, State};

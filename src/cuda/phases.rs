@@ -7,7 +7,9 @@ use super::address::Bytes;
 use super::call::problem_params;
 use super::params::*;
 use super::plan::{Allocation, Plan};
-use super::{PrefillOptions, find};
+use super::target::Chosen;
+use super::tensor_map::Source;
+use super::{Arch, PrefillOptions, Target, find};
 use crate::{Problem, Result, Update};
 
 /// Tokens of a tile of keys and values: parts of a segment are multiples of it.
@@ -84,8 +86,9 @@ impl Splits {
     pub fn of(p: &Problem, options: &PrefillOptions) -> Result<Self> {
         const HEADS: usize = 16 * 8;
         let (n, dk, dv) = (p.segment_len(), p.key_dim(), p.value_dim());
-        let blocks = HEADS * (dv / find("segment_state", p)?.columns);
-        let wanted = (2 * options.multiprocessors + blocks / 2) / blocks;
+        let Target { arch, multiprocessors } = options.target;
+        let blocks = HEADS * (dv / find("segment_state", p, arch)?.columns);
+        let wanted = (2 * multiprocessors + blocks / 2) / blocks;
         let shortest = 4 * dk * dv / (dk + dv);
         let parts = wanted.min(n / shortest).max(1);
         let len = n.div_ceil(parts).next_multiple_of(TILE);
@@ -144,6 +147,9 @@ impl Arrays {
 /// Launches the phases of runs over the same tokens.
 pub(super) struct Phases {
     pub p: Problem,
+    pub target: Target,
+    /// B and T of k and v; packed: 1 and all tokens.
+    pub lead: [usize; 2],
     pub k: InfiniTensor,
     /// Absent: sums only.
     pub v: InfiniTensor,
@@ -159,7 +165,7 @@ impl Phases {
         if run.full == 0 {
             return Ok(());
         }
-        let (kernel, all) = (find("segment_state", &self.p)?, run.pieces.len());
+        let (chosen, all) = (self.state_kernel()?, run.pieces.len());
         let Splits { count, len } = self.splits;
         let params = InfiniSegmentState {
             problem: problem_params(&self.p),
@@ -172,10 +178,37 @@ impl Phases {
             b: self.arrays.b,
             sums: self.arrays.sums,
         };
-        let slices = if self.v.data == 0 { 1 } else { self.p.value_dim() / kernel.columns };
+        let slices = if self.v.data == 0 { 1 } else { self.p.value_dim() / chosen.kernel.columns };
         let why =
             format!("segments completed: {} of {all}; parts: {count}, of {len} tokens", run.full);
-        plan.launch(kernel, [count, self.p.kv_heads() * slices, all], params, why)
+        plan.launch(chosen, [count, self.p.kv_heads() * slices, all], params, why)
+    }
+
+    /// Sums alone have a portable kernel only.
+    fn state_kernel(&self) -> Result<Chosen> {
+        if self.v.data == 0 {
+            return Ok(find("segment_state", &self.p, Arch::Sm80)?.into());
+        }
+        let (dk, dv) = (self.p.key_dim(), self.p.value_dim());
+        let (k, v) = (self.rows("k", self.k, dk), self.rows("v", self.v, dv));
+        let open_k = self.open(self.state.open_k, dk).unwrap_or(k);
+        let open_v = self.open(self.state.open_v, dv).unwrap_or(v);
+        Chosen::new("segment_state", &self.p, self.target, |kernel| {
+            [k, v, open_k, open_v].map(|source| (source, kernel.keys)).to_vec()
+        })
+    }
+
+    /// k or v, of `channels` channels, for a tensor map.
+    pub fn rows(&self, name: &'static str, tensor: InfiniTensor, channels: usize) -> Source {
+        let [batches, tokens] = self.lead;
+        Source::of_call(name, tensor, [batches, tokens, self.p.kv_heads(), channels])
+    }
+
+    /// A part of the state's open segments for a tensor map; none where there is no state.
+    pub fn open(&self, part: u64, channels: usize) -> Option<Source> {
+        let (slots, n) = (self.state.slots as usize, self.p.segment_len());
+        let shape = [slots, self.p.kv_heads(), n, channels];
+        (part != 0).then(|| Source::array("the open segments", part, shape))
     }
 
     /// z before every piece from `start`, [slots, Hkv, Dk], and after the run in `end`.
@@ -197,7 +230,12 @@ impl Phases {
             end,
         };
         let grid = [self.p.kv_heads(), run.chains.len(), 1];
-        plan.launch(find("normaliser_scan", &self.p)?, grid, params, "z before every segment")
+        plan.launch(
+            find("normaliser_scan", &self.p, Arch::Sm80)?,
+            grid,
+            params,
+            "z before every segment",
+        )
     }
 
     /// G of every completed segment that finds a memory.
@@ -205,7 +243,12 @@ impl Phases {
         if run.transits == 0 {
             return Ok(());
         }
-        let kernel = find("segment_transition", &self.p)?;
+        let dk = self.p.key_dim();
+        let k = self.rows("k", self.k, dk);
+        let open_k = self.open(self.state.open_k, dk).unwrap_or(k);
+        let chosen = Chosen::new("segment_transition", &self.p, self.target, |kernel| {
+            [k, open_k].map(|source| (source, kernel.keys)).to_vec()
+        })?;
         let params = InfiniSegmentTransition {
             problem: problem_params(&self.p),
             k: self.k,
@@ -215,9 +258,9 @@ impl Phases {
             g: self.arrays.g,
             g_scale: self.arrays.g_scale,
         };
-        let grid = [self.p.key_dim() / kernel.columns, self.p.kv_heads(), run.pieces.len()];
+        let grid = [dk / chosen.kernel.columns, self.p.kv_heads(), run.pieces.len()];
         let why = format!("delta rule; segments that find a memory: {}", run.transits);
-        plan.launch(kernel, grid, params, why)
+        plan.launch(chosen, grid, params, why)
     }
 
     /// M before every piece and after the run. `scan` says where from, where to, and how many columns;
@@ -230,7 +273,7 @@ impl Phases {
         why: &str,
         plan: &mut Plan,
     ) -> Result<()> {
-        let kernel = find("memory_scan", &self.p)?;
+        let kernel = find("memory_scan", &self.p, Arch::Sm80)?;
         let transits = |address| if run.transits > 0 { address } else { 0 };
         let params = InfiniMemoryScan {
             problem: problem_params(&self.p),

@@ -5,7 +5,8 @@ use std::fmt;
 use super::address::{Bytes, Parameters};
 use super::launcher::{Launch, Launcher};
 use super::state::Effect;
-use super::{Addresses, Kernel, Operand, Requirement, StateLayout};
+use super::target::Chosen;
+use super::{Addresses, Arch, Kernel, Operand, Requirement, StateLayout, TensorMap};
 use crate::{Error, Result};
 
 /// Alignment of the parts of an allocation, and of the allocation itself: what cudaMalloc gives.
@@ -32,9 +33,23 @@ pub struct Plan {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Fill { to: u64, bytes: u64, value: u8 },
-    Copy { to: u64, from: Bytes },
-    Launch { kernel: &'static Kernel, grid: [u32; 3], params: Bytes, why: String },
+    Fill {
+        to: u64,
+        bytes: u64,
+        value: u8,
+    },
+    Copy {
+        to: u64,
+        from: Bytes,
+    },
+    Launch {
+        kernel: &'static Kernel,
+        grid: [u32; 3],
+        cluster: u32,
+        maps: Vec<TensorMap>,
+        params: Bytes,
+        why: String,
+    },
 }
 
 /// One launch of a plan.
@@ -44,6 +59,10 @@ pub struct PlannedLaunch<'a> {
     pub kernel: &'static Kernel,
     /// Blocks in x, y and z.
     pub grid: [u32; 3],
+    /// Blocks of a cluster along x; 1: no clusters.
+    pub cluster: u32,
+    /// Its tensor maps; their addresses come with a run.
+    pub maps: &'a [TensorMap],
     /// Why it is launched, and like this.
     pub why: &'a str,
 }
@@ -80,8 +99,8 @@ impl Plan {
     /// The launches, in order.
     pub fn launches(&self) -> impl Iterator<Item = PlannedLaunch<'_>> {
         self.steps.iter().filter_map(|step| match step {
-            Step::Launch { kernel, grid, why, .. } => {
-                Some(PlannedLaunch { kernel, grid: *grid, why })
+            Step::Launch { kernel, grid, cluster, maps, why, .. } => {
+                Some(PlannedLaunch { kernel, grid: *grid, cluster: *cluster, maps, why })
             }
             _ => None,
         })
@@ -118,9 +137,11 @@ impl Plan {
                 Step::Copy { to, from } => {
                     launcher.copy(addresses.resolve(*to), &from.resolve(addresses))?;
                 }
-                Step::Launch { kernel, grid, params, .. } => {
+                Step::Launch { kernel, grid, cluster, maps, params, .. } => {
+                    let (grid, cluster, what) = (*grid, *cluster, &self.title);
                     let params = &params.resolve(addresses);
-                    launcher.launch(&Launch { kernel, grid: *grid, params, what: &self.title })?;
+                    let maps: &Vec<_> = &maps.iter().map(|map| map.resolve(addresses)).collect();
+                    launcher.launch(&Launch { kernel, grid, cluster, maps, params, what })?;
                 }
             }
         }
@@ -141,13 +162,14 @@ impl Plan {
         }
     }
 
-    /// Adds a launch; an empty grid is none.
+    /// Adds a launch; an empty grid is none. `grid` has a block for all work, of which a persistent
+    /// kernel gets as many as find some.
     ///
     /// # Errors
     /// [`Error::Value`] for a grid beyond what devices take.
     pub(crate) fn launch<P: Parameters>(
         &mut self,
-        kernel: &'static Kernel,
+        kernel: impl Into<Chosen>,
         grid: [usize; 3],
         params: P,
         why: impl Into<String>,
@@ -155,13 +177,20 @@ impl Plan {
         if grid.contains(&0) {
             return Ok(());
         }
+        let Chosen { kernel, maps, cluster, most_blocks, passed_over } = kernel.into();
         if grid.iter().zip(MAX_GRID).any(|(got, most)| *got > most) {
             let argument = format!("blocks of {}", kernel.operation);
             let (got, expected) = (format!("{grid:?}"), format!("at most {MAX_GRID:?}"));
             return Err(Error::value(argument, got, expected));
         }
-        let (grid, params) = (grid.map(|blocks| blocks as u32), Bytes::new(&[params]));
-        self.steps.push(Step::Launch { kernel, grid, params, why: why.into() });
+        let [x, y, z] = grid;
+        let grid = [x.min(most_blocks), y, z].map(|blocks| blocks as u32);
+        let mut why = why.into();
+        if let Some(reason) = passed_over {
+            why += &format!("; portable: {reason}");
+        }
+        let params = Bytes::new(&[params]);
+        self.steps.push(Step::Launch { kernel, grid, cluster, maps, params, why });
         Ok(())
     }
 
@@ -186,7 +215,18 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.title)?;
-        writeln!(f, "kernels: sm80, for every device of compute capability 8.0 and later")?;
+        let newest = self.launches().map(|launch| launch.kernel.arch).max().unwrap_or_default();
+        match newest {
+            Arch::Sm80 => {
+                writeln!(f, "kernels: sm80, for every device of compute capability 8.0 and later")?;
+            }
+            Arch::Sm90 => {
+                writeln!(
+                    f,
+                    "kernels: sm90 where there are any, sm80 otherwise, for devices of compute capability 9.0"
+                )?;
+            }
+        }
         let mut rows = vec![["step", "grid", "threads", "shared", "why"].map(String::from)];
         for step in &self.steps {
             rows.push(match step {

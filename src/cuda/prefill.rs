@@ -18,7 +18,9 @@ use super::phases::{self, Phases, Run, Splits};
 use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding};
 use super::state::Kind;
-use super::{Call, Kernel, Mirror, Operand, find};
+use super::target::Chosen;
+use super::tensor_map::Source;
+use super::{Arch, Call, Kernel, Mirror, Operand, Target, find};
 use crate::call::{Piece, Sequence, pieces};
 use crate::memory::Counters;
 use crate::{Problem, Result};
@@ -29,13 +31,13 @@ pub struct PrefillOptions {
     /// Bytes of workspace for the segments of a run; at least one segment runs at a time. Tables
     /// (64 bytes per segment of the whole call) come on top. Default 256 MiB.
     pub workspace_bytes: u64,
-    /// Multiprocessors of the device, by which segments are split. Default 132.
-    pub multiprocessors: usize,
+    /// The device it is planned for.
+    pub target: Target,
 }
 
 impl Default for PrefillOptions {
     fn default() -> Self {
-        Self { workspace_bytes: 256 << 20, multiprocessors: 132 }
+        Self { workspace_bytes: 256 << 20, target: Target::default() }
     }
 }
 
@@ -72,7 +74,16 @@ pub fn plan_prefill(
     let tables = Run::copy_tables(&runs, &mut plan, &mut workspace)?;
     let (state, pieces) = (state.layout().symbols(), per_run.min(all.len()));
     let (memory, arrays) = Arrays::new(&call, splits, pieces, &mut workspace)?;
-    let phases = Phases { p: *problem, k: params.k, v: params.v, state, splits, arrays: memory };
+    let phases = Phases {
+        p: *problem,
+        target: options.target,
+        lead: call.lead(),
+        k: params.k,
+        v: params.v,
+        state,
+        splits,
+        arrays: memory,
+    };
     let planner = Planner { call: &call, problem: problem_params(problem), params, phases, arrays };
     let padding = padding(&call, None, &mut plan, &mut workspace)?;
     for (run, table) in runs.iter().zip(tables) {
@@ -182,7 +193,7 @@ impl Planner<'_> {
     }
 
     fn kernel(&self, operation: &str) -> Result<&'static Kernel> {
-        find(operation, &self.call.problem)
+        find(operation, &self.call.problem, Arch::Sm80)
     }
 
     fn rotate_keys(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
@@ -219,7 +230,10 @@ impl Planner<'_> {
     }
 
     fn segment_attention(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
-        let kernel = self.kernel("segment_attention")?;
+        let (p, target) = (&self.call.problem, self.phases.target);
+        let sources = |kernel: &Kernel| self.attention_sources(run, kernel);
+        let chosen = Chosen::new("segment_attention", p, target, sources)?.persistent(target);
+        let kernel = chosen.kernel;
         let tiles = longest(run).div_ceil(kernel.rows);
         let params = InfiniSegmentAttention {
             problem: self.problem,
@@ -234,10 +248,50 @@ impl Planner<'_> {
             reserved: 0,
         };
         let halves = 1 + usize::from(self.call.a_mem());
-        let blocks = [run.pieces.len(), self.call.problem.heads(), halves];
+        let blocks = [run.pieces.len(), p.heads(), halves];
         let blocks = blocks.iter().fold(tiles, |all, extent| all.saturating_mul(*extent));
         let why = format!("query tiles per segment and head: {tiles}, of {} rows", kernel.rows);
-        plan.launch(kernel, [blocks, 1, 1], params, why)
+        plan.launch(chosen, [blocks, 1, 1], params, why)
+    }
+
+    /// What segment_attention reads and writes by tensor copies, with the rows of a box.
+    fn attention_sources(&self, run: &Run, kernel: &Kernel) -> Vec<(Source, usize)> {
+        /// Rows of queries and outputs that a warpgroup has.
+        const ROWS: usize = 64;
+        let (phases, call, keys) = (&self.phases, &self.params, kernel.keys);
+        let (p, state) = (&phases.p, &phases.state);
+        let (h, dk, dv) = (p.kv_heads(), p.key_dim(), p.value_dim());
+        let [batches, tokens] = phases.lead;
+        let queries = |name, tensor, channels| {
+            Source::of_call(name, tensor, [batches, tokens, p.heads(), channels])
+        };
+        let o = queries("o", call.o, dv);
+        let or_o = |name, tensor: InfiniTensor| {
+            if tensor.data == 0 { o } else { queries(name, tensor, dv) }
+        };
+        let array = |name, data, rows, columns| {
+            Source::array(name, data, [run.pieces.len(), h, rows, columns])
+        };
+        let plain = (phases.rows("k", call.k, dk), state.open_k);
+        let (k, open_k) = match self.call.rotation() {
+            Some(_) => {
+                let rotated = array("rotated keys", self.arrays.rotated, p.segment_len(), dk);
+                (rotated, state.open_k_rotated)
+            }
+            None => plain,
+        };
+        let v = phases.rows("v", call.v, dv);
+        vec![
+            (queries("q", call.q, dk), ROWS),
+            (k, keys),
+            (v, keys),
+            (phases.open(open_k, dk).unwrap_or(k), keys),
+            (phases.open(state.open_v, dv).unwrap_or(v), keys),
+            (array("the snapshots", self.arrays.snapshot, dk, dv), keys.min(dk)),
+            (o, ROWS),
+            (or_o("a_dot", call.a_dot), ROWS),
+            (or_o("a_mem", call.a_mem), ROWS),
+        ]
     }
 
     fn append(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {

@@ -6,7 +6,7 @@ use super::params::*;
 use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
-use super::{Call, Mirror, Operand, find};
+use super::{Call, Mirror, Operand, Target, find};
 use crate::{Error, Problem, Result};
 
 /// Plans a call of [`prefill`](crate::prefill) in which no sequence goes beyond its current segment:
@@ -15,7 +15,12 @@ use crate::{Error, Problem, Result};
 /// # Errors
 /// Those of [`plan_prefill`](super::plan_prefill), and [`Error::Value`] for a sequence of too many
 /// tokens.
-pub fn plan_segment(problem: &Problem, call: &Call<'_>, state: &Mirror) -> Result<Plan> {
+pub fn plan_segment(
+    problem: &Problem,
+    call: &Call<'_>,
+    state: &Mirror,
+    target: &Target,
+) -> Result<Plan> {
     let call = call.resolve(problem, state, None)?;
     let counters = state.counters();
     for (b, s) in call.sequences.iter().enumerate() {
@@ -30,7 +35,7 @@ pub fn plan_segment(problem: &Problem, call: &Call<'_>, state: &Mirror) -> Resul
     let mut plan = Plan::new(title, state.layout(), call.effect(Kind::Once(before)));
     let mut workspace = Allocation::new(Operand::Workspace);
     if call.longest() > 0 {
-        launch(&call, state, &mut plan, &mut workspace)?;
+        launch(&call, state, *target, &mut plan, &mut workspace)?;
     }
     if let Some(sequences) = padding(&call, None, &mut plan, &mut workspace)? {
         clear_padding(&call, call.params(0), sequences, &mut plan)?;
@@ -41,10 +46,11 @@ pub fn plan_segment(problem: &Problem, call: &Call<'_>, state: &Mirror) -> Resul
 fn launch(
     call: &Resolved<'_>,
     state: &Mirror,
+    target: Target,
     plan: &mut Plan,
     workspace: &mut Allocation,
 ) -> Result<()> {
-    let (p, kernel) = (&call.problem, find("segment", &call.problem)?);
+    let (p, kernel) = (&call.problem, find("segment", &call.problem, target.arch)?);
     let params = call.copy_positions(plan, workspace)?;
     let sequences = sequences(call, None, plan, workspace)?;
     let count = sequences.count as usize;

@@ -6,7 +6,7 @@ use super::address::Bytes;
 use super::call::{Resolved, problem_params};
 use super::params::*;
 use super::plan::{Allocation, Plan};
-use super::{Operand, find};
+use super::{Arch, Operand, find};
 use crate::Result;
 
 /// A list of sequences as launch parameter; a long one is copied to the workspace.
@@ -82,5 +82,5 @@ pub(super) fn clear_padding(
     let p = &call.problem;
     let grid = [call.tokens().div_ceil(8), p.heads(), sequences.count as usize];
     let params = InfiniClearPadding { problem: problem_params(p), call: params, sequences };
-    plan.launch(find("clear_padding", p)?, grid, params, "output rows of padding")
+    plan.launch(find("clear_padding", p, Arch::Sm80)?, grid, params, "output rows of padding")
 }

@@ -4,7 +4,7 @@ use super::address::{Bytes, Parameters};
 use super::call::shapes;
 use super::params::*;
 use super::plan::{Allocation, Plan};
-use super::{Addresses, Operand, find};
+use super::{Addresses, Arch, Operand, find};
 use crate::call::{Sequence, check_continued, check_slots, pieces};
 use crate::memory::Counters;
 use crate::{Error, Problem, Result};
@@ -47,7 +47,7 @@ impl StateLayout {
     /// [`Error::Unsupported`] when no kernels are compiled for the problem, [`Error::Value`] for more
     /// than 2^31 − 1 slots or 2^47 bytes.
     pub fn new(problem: &Problem, slots: usize, rotation: bool) -> Result<Self> {
-        find("segment_attention", problem)?;
+        find("segment_attention", problem, Arch::Sm80)?;
         if i32::try_from(slots).is_err() {
             return Err(Error::value("slots", slots, format!("at most {}", i32::MAX)));
         }
@@ -183,7 +183,7 @@ impl StateLayout {
                 value_dim: dv as i32,
             };
             let why = format!("snapshots and scales; memories: {matrices}");
-            plan.launch(find("snapshot", p)?, [scales, matrices, 1], params, why)?;
+            plan.launch(find("snapshot", p, Arch::Sm80)?, [scales, matrices, 1], params, why)?;
         }
         Ok(())
     }

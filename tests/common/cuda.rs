@@ -10,8 +10,9 @@ use std::fmt::Display;
 use bytemuck::{Pod, cast_slice};
 use infini_attn::cuda::params::{InfiniCounters, InfiniState};
 use infini_attn::cuda::{
-    Addresses, Call as DeviceCall, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan,
-    PrefillOptions, Runs, StateLayout, plan_decode, plan_flush, plan_prefill, plan_segment,
+    Addresses, Arch, Call as DeviceCall, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand,
+    Plan, PrefillOptions, Runs, StateLayout, Target, plan_decode, plan_flush, plan_prefill,
+    plan_segment,
 };
 use infini_attn::{DType, Element, MAX_DECODE_TOKENS, Problem, Result};
 use ptxsim::Timing;
@@ -24,9 +25,17 @@ use super::simulator::Simulator;
 use super::tolerance::Precision;
 use super::{WithType, bits, narrow, with_type};
 
+/// An entry point on a simulated device.
+#[derive(Clone, Copy, Debug)]
+pub struct Simulated {
+    pub entry: Entry,
+    /// The newest kernels the device runs.
+    pub arch: Arch,
+}
+
 /// The entry points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Simulated {
+pub enum Entry {
     /// Every call by `plan_prefill`.
     Prefill,
     /// Every call by `plan_segment`.
@@ -41,6 +50,8 @@ pub enum Simulated {
 pub struct DeviceState {
     sim: Simulator,
     mirror: Mirror,
+    /// The newest kernels the device runs.
+    arch: Arch,
     /// Address of the allocation.
     address: u64,
     /// Calls made.
@@ -58,14 +69,14 @@ impl Backend for Simulated {
     const PARALLEL: bool = true;
 
     fn refuses(&self, case: &Case) -> Option<&'static str> {
-        let beyond = *self == Simulated::Decode && case.largest_chunk() > MAX_DECODE_TOKENS;
+        let beyond = self.entry == Entry::Decode && case.largest_chunk() > MAX_DECODE_TOKENS;
         beyond.then_some("decode takes at most 16 new tokens per sequence")
     }
 
     fn new_state(&self, case: &Case, slots: usize) -> DeviceState {
         let layout = StateLayout::new(&case.problem, slots, case.rope.is_some());
         let layout = layout.unwrap_or_else(|e| panic!("{}: {e}", case.name));
-        DeviceState::new(layout, case.seed)
+        DeviceState::new(layout, self.arch, case.seed)
     }
 
     fn call<T: Element>(
@@ -78,7 +89,7 @@ impl Backend for Simulated {
     ) -> Result<()> {
         state.poison();
         let before = state.bytes();
-        let plan = plan(self.entry(problem, call, state), problem, call, out, state)?;
+        let plan = plan(self.entry.of(problem, call, state), problem, call, out, state)?;
         state.mirror.advance(&plan)?;
         state.calls += 1;
         let canaries = out.clone();
@@ -130,10 +141,10 @@ impl Backend for Simulated {
     }
 }
 
-impl Simulated {
+impl Entry {
     /// What serves a call.
-    fn entry<T: Element>(self, p: &Problem, call: &Call<'_, T>, state: &DeviceState) -> Self {
-        if self != Simulated::Mixed {
+    fn of<T: Element>(self, p: &Problem, call: &Call<'_, T>, state: &DeviceState) -> Self {
+        if self != Entry::Mixed {
             return self;
         }
         let fits = |(slot, len): (usize, &i32)| {
@@ -142,15 +153,15 @@ impl Simulated {
         let segment = call.slots().into_iter().zip(&call.lens).all(fits);
         let decode = call.longest() <= MAX_DECODE_TOKENS;
         match (decode, segment, (state.seed + state.calls) % 3) {
-            (true, _, 0) | (true, false, 1) => Simulated::Decode,
-            (_, true, 0 | 1) => Simulated::Segment,
-            _ => Simulated::Prefill,
+            (true, _, 0) | (true, false, 1) => Entry::Decode,
+            (_, true, 0 | 1) => Entry::Segment,
+            _ => Entry::Prefill,
         }
     }
 }
 
 fn plan<T: Element>(
-    entry: Simulated,
+    entry: Entry,
     p: &Problem,
     call: &Call<'_, T>,
     out: &OutputBuffers<T>,
@@ -185,19 +196,18 @@ fn plan<T: Element>(
         });
     }
     let draw = |n: u64, of: &[u64]| of[(state.seed / n) as usize % of.len()];
+    // Many multiprocessors make many splits.
+    let target = Target { arch: state.arch, multiprocessors: draw(2, &[1, 16, 132]) as usize };
     match entry {
-        Simulated::Segment => plan_segment(p, &device, &state.mirror),
-        Simulated::Decode => {
+        Entry::Segment => plan_segment(p, &device, &state.mirror, &target),
+        Entry::Decode => {
             let runs = [Runs::Once, Runs::Replay][draw(1, &[0, 1]) as usize];
             let options = DecodeOptions { runs, split_len: draw(2, &[64, 256]) as usize };
             plan_decode(p, &device, &state.mirror, &options)
         }
         _ => {
-            // Little workspace makes many runs, many multiprocessors make many splits.
-            let options = PrefillOptions {
-                workspace_bytes: draw(1, &[1, 256 << 20]),
-                multiprocessors: draw(2, &[1, 16, 132]) as usize,
-            };
+            // Little workspace makes many runs.
+            let options = PrefillOptions { workspace_bytes: draw(1, &[1, 256 << 20]), target };
             plan_prefill(p, &device, &state.mirror, &options)
         }
     }
@@ -209,12 +219,12 @@ fn tensor<T: Element>(x: &Strided<T>) -> Result<DeviceTensor> {
 
 impl DeviceState {
     /// Empty states.
-    fn new(layout: StateLayout, seed: u64) -> Self {
-        let mut sim = Simulator::new().seed(seed);
+    fn new(layout: StateLayout, arch: Arch, seed: u64) -> Self {
+        let mut sim = Simulator::of(arch).seed(seed);
         let buffer = sim.allocate("state", layout.bytes());
         let address = sim.device.address(buffer);
         let mirror = Mirror::new(&layout);
-        let mut state = Self { sim, mirror, address, calls: 0, seed, findings: vec![] };
+        let mut state = Self { sim, mirror, arch, address, calls: 0, seed, findings: vec![] };
         let plan = layout.plan_init().unwrap_or_else(|e| panic!("{e}"));
         let addresses = Addresses::new().with(Operand::State, address);
         state.mirror.advance(&plan).unwrap_or_else(|e| panic!("{e}"));

@@ -4,7 +4,7 @@
 
 use bytemuck::pod_read_unaligned as read;
 use infini_attn::cuda::{
-    Addresses, Call, DeviceTensor, Launch, Launcher, Mirror, Operand, Plan, StateLayout,
+    Addresses, Call, DeviceTensor, Launch, Launcher, Mirror, Operand, Plan, StateLayout, TensorMap,
 };
 use infini_attn::{DType, Problem, ProblemBuilder, Result};
 
@@ -38,7 +38,7 @@ pub fn call<'a>(p: &Problem, lead: &[usize]) -> Call<'a> {
 pub enum Step {
     Fill { to: u64, bytes: u64, value: u8 },
     Copy { to: u64, from: Vec<u8> },
-    Launch { operation: &'static str, grid: [u32; 3], params: Vec<u8> },
+    Launch { operation: &'static str, grid: [u32; 3], maps: Vec<TensorMap>, params: Vec<u8> },
 }
 
 /// Writes down what a plan does.
@@ -48,7 +48,8 @@ pub struct Recorder(pub Vec<Step>);
 impl Launcher for Recorder {
     fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
         let (operation, grid) = (launch.kernel.operation, launch.grid);
-        self.0.push(Step::Launch { operation, grid, params: launch.params.to_vec() });
+        let (maps, params) = (launch.maps.to_vec(), launch.params.to_vec());
+        self.0.push(Step::Launch { operation, grid, maps, params });
         Ok(())
     }
 

@@ -11,11 +11,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytemuck::Pod;
-use infini_attn::Error;
-use infini_attn::cuda::{self, Launcher};
-use ptxsim::{AddressError, Arch, Arg, Buffer, Device, Launch, Module, Report, Timing};
+use infini_attn::cuda::{self, Launcher, MAP_BYTES};
+use infini_attn::{DType, Error};
+use ptxsim::layout::Swizzle;
+use ptxsim::tensor_map::{Dtype, TensorMap, TensorMapError};
+use ptxsim::{AddressError, Arg, Buffer, Device, Launch, Module, Report, Timing};
 
-/// A simulated GPU of compute capability 8.0, all checks on.
+/// A simulated GPU, all checks on.
 pub struct Simulator {
     pub device: Device,
     /// Orders of execution that every launch is run in; all must leave the same bits.
@@ -23,8 +25,17 @@ pub struct Simulator {
 }
 
 impl Simulator {
+    /// Of compute capability 8.0.
     pub fn new() -> Self {
-        let mut device = Device::new(Arch::Sm80);
+        Self::of(cuda::Arch::Sm80)
+    }
+
+    /// One that runs the kernels of an architecture, and all older ones.
+    pub fn of(arch: cuda::Arch) -> Self {
+        let mut device = Device::new(match arch {
+            cuda::Arch::Sm90 => ptxsim::Arch::Sm90a,
+            _ => ptxsim::Arch::Sm80,
+        });
         device.options.strict_proxies = true;
         Self { device, schedules: 1 }
     }
@@ -103,27 +114,52 @@ impl Simulator {
         shared_bytes: u32,
         params: &[u8],
     ) -> Result<Report, String> {
-        let module = module(file_of(symbol)?)?;
         let launch = Launch { grid, block: [threads, 1, 1], ..Launch::linear(1, 1) };
-        let launch = launch.shared(shared_bytes);
-        let args = [Arg::Bytes(params.to_vec())];
+        self.explore(symbol, launch.shared(shared_bytes), params)
+    }
+
+    /// A launch of a plan.
+    ///
+    /// # Errors
+    /// Why it was refused, or what was found.
+    pub fn run(&mut self, launch: &cuda::Launch<'_>) -> infini_attn::Result<Report> {
+        let cuda::Launch { kernel, grid, cluster, .. } = *launch;
+        let dimensions = Launch {
+            grid,
+            block: [kernel.threads, 1, 1],
+            cluster: [cluster, 1, 1],
+            shared_bytes: kernel.shared_bytes,
+            registers: Some(kernel.registers()),
+        };
+        let parameter = launch.parameter(encode)?;
+        let explored = self.explore(kernel.symbol, dimensions, &parameter);
+        explored.map_err(|finding| launch.error(finding))
+    }
+
+    fn explore(&mut self, symbol: &str, launch: Launch, params: &[u8]) -> Result<Report, String> {
+        let (module, args) = (module(file_of(symbol)?)?, [Arg::Bytes(params.to_vec())]);
         let report = self
             .device
             .explore(&module, symbol, &launch, &args, self.schedules)
             .map_err(|error| format!("{symbol}: {error}"))?;
         match report.is_clean() {
             true => Ok(report),
-            false => Err(format!("{symbol}, grid {grid:?}:\n{report}")),
+            false => Err(format!("{symbol}, grid {:?}:\n{report}", launch.grid)),
         }
     }
 }
 
+/// A tensor map in the simulator's encoding.
+fn encode(map: &cuda::TensorMap) -> Result<[u8; MAP_BYTES], TensorMapError> {
+    let dtype = if map.dtype == DType::F16 { Dtype::F16 } else { Dtype::Bf16 };
+    let dense = TensorMap::dense(dtype, map.extents.to_vec(), map.box_extents().to_vec());
+    let strides = map.strides.to_vec();
+    TensorMap { strides, swizzle: Swizzle::B128, address: map.data, ..dense }.encode()
+}
+
 impl Launcher for Simulator {
     fn launch(&mut self, launch: &cuda::Launch<'_>) -> infini_attn::Result<()> {
-        let k = launch.kernel;
-        self.try_launch(k.symbol, launch.grid, k.threads, k.shared_bytes, launch.params)
-            .map(|_| ())
-            .map_err(|finding| launch.error(finding))
+        self.run(launch).map(drop)
     }
 
     fn fill(&mut self, to: u64, bytes: u64, value: u8) -> infini_attn::Result<()> {

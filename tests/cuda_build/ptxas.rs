@@ -1,4 +1,4 @@
-//! Registers, stack and shared memory that ptxas assigns on compute capability 8.0.
+//! What ptxas assigns to every kernel of its file's own architecture: registers, stack, shared memory.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -6,13 +6,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-use infini_attn::cuda::{KERNELS, Kernel, ptx};
+use infini_attn::cuda::{Arch, KERNELS, Kernel, ptx};
 use rayon::prelude::*;
 
 use super::say::say;
 
-/// Shared memory of a block that every device of compute capability 8.0 and later grants.
-const MOST_SHARED_BYTES: u32 = 99 * 1024;
+/// The assembler's name of an architecture, and the shared memory of a block that every device which
+/// runs its kernels grants.
+fn limits(arch: Arch) -> (&'static str, u32) {
+    match arch {
+        Arch::Sm90 => ("sm_90a", 227 * 1024),
+        _ => ("sm_80", 99 * 1024),
+    }
+}
 
 /// What ptxas says of one function.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,18 +30,11 @@ struct Usage {
     spill_bytes: u32,
 }
 
-/// Most registers a thread may have for the planned blocks to fit an SM of 65536.
-fn allowed_registers(kernel: &Kernel) -> u32 {
-    let share = 65536 / (kernel.threads * kernel.blocks_per_sm);
-    (share / 8 * 8).min(255)
-}
-
 #[test]
 fn register_budgets() {
-    let of = |threads, blocks_per_sm| {
-        allowed_registers(&Kernel { threads, blocks_per_sm, ..KERNELS[0] })
-    };
+    let of = |threads, blocks_per_sm| Kernel { threads, blocks_per_sm, ..KERNELS[0] }.registers();
     assert_eq!([of(128, 2), of(256, 1), of(192, 2), of(1024, 1)], [255, 255, 168, 64]);
+    assert_eq!(of(384, 1), 168);
 }
 
 #[test]
@@ -44,17 +43,14 @@ fn kernels_spill_nothing_and_keep_to_their_budgets() {
         say("skipped: the crate was built from INFINI_ATTN_PREBUILT and NVCC is not set");
         return;
     };
-    let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
-    files.dedup();
-    files.sort_unstable();
-    files.dedup();
-    let usages: BTreeMap<String, Usage> = files
-        .par_iter()
-        .filter_map(|file| Some((*file, ptx(file)?)))
-        .flat_map_iter(|(file, text)| parse(&assemble(&nvcc, file, text)))
+    let messages: Vec<String> = files()
+        .into_par_iter()
+        .filter_map(|(file, arch)| Some(assemble(&nvcc, file, arch, ptx(file)?).0))
         .collect();
+    let usages: BTreeMap<String, Usage> = messages.iter().flat_map(|text| parse(text)).collect();
 
-    let mut problems = Vec::new();
+    let lines = messages.iter().flat_map(|text| text.lines());
+    let mut problems: Vec<String> = lines.filter(|l| serialises(l)).map(String::from).collect();
     for (function, usage) in &usages {
         if usage.stack_bytes + usage.spill_bytes > 0 {
             problems.push(format!("{function}: stack or spills: {usage:?}"));
@@ -65,7 +61,7 @@ fn kernels_spill_nothing_and_keep_to_their_budgets() {
             problems.push(format!("{}: ptxas says nothing of it", kernel.symbol));
             continue;
         };
-        let allowed = allowed_registers(kernel);
+        let allowed = kernel.registers();
         if usage.registers > allowed {
             problems.push(format!(
                 "{}: {} registers, at most {allowed} for {} blocks of {} threads",
@@ -73,45 +69,53 @@ fn kernels_spill_nothing_and_keep_to_their_budgets() {
             ));
         }
         let shared = usage.shared_bytes + kernel.shared_bytes;
-        if shared > MOST_SHARED_BYTES {
-            problems.push(format!(
-                "{}: {shared} bytes of shared memory, at most {MOST_SHARED_BYTES}",
-                kernel.symbol
-            ));
+        let most = limits(kernel.arch).1;
+        if shared > most {
+            let symbol = kernel.symbol;
+            problems.push(format!("{symbol}: {shared} bytes of shared memory, at most {most}"));
         }
     }
     report_drift(&usages);
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
+/// Files of the table with their architecture.
+pub fn files() -> BTreeMap<&'static str, Arch> {
+    KERNELS.iter().map(|kernel| (kernel.file, kernel.arch)).collect()
+}
+
+/// Whether a message tells that warpgroup products wait for each other.
+fn serialises(line: &str) -> bool {
+    line.contains("wgmma")
+}
+
 /// The nvcc of the build, or NVCC.
-fn nvcc() -> Option<PathBuf> {
+pub fn nvcc() -> Option<PathBuf> {
     let built_with = option_env!("INFINI_ATTN_NVCC").map(PathBuf::from);
     built_with.or_else(|| env::var_os("NVCC").map(Into::into))
 }
 
-/// The messages of ptxas for a file, kept by its content.
-fn assemble(nvcc: &Path, file: &str, text: &str) -> String {
+/// The messages of ptxas for a file, and its cubin; kept by its content.
+pub fn assemble(nvcc: &Path, file: &str, arch: Arch, text: &str) -> (String, PathBuf) {
     let mut hasher = DefaultHasher::new();
     (nvcc, text).hash(&mut hasher);
     let name = format!("{}-{:016x}", file.replace('/', "-"), hasher.finish());
     let stem = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptxas").join(name);
     let [source, cubin, log] = ["ptx", "cubin", "log"].map(|e| stem.with_extension(e));
     if let Ok(known) = fs::read_to_string(&log) {
-        return known;
+        return (known, cubin);
     }
     fs::create_dir_all(stem.parent().unwrap()).unwrap();
     fs::write(&source, text).unwrap();
     let mut command = Command::new(nvcc);
-    command.args(["-cubin", "-arch=sm_80", "-Xptxas", "-v"]).arg(&source).arg("-o").arg(&cubin);
-    let output = command.output().unwrap();
-    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    command.arg("-cubin").arg(format!("-arch={}", limits(arch).0)).args(["-Xptxas", "-v"]);
+    let output = command.arg(&source).arg("-o").arg(&cubin).output().unwrap();
+    let messages = [output.stdout, output.stderr].concat();
+    let messages = String::from_utf8_lossy(&messages).into_owned();
     assert!(output.status.success(), "{file}: {messages}");
-    for temporary in [source, cubin] {
-        fs::remove_file(temporary).unwrap();
-    }
+    fs::remove_file(source).unwrap();
     fs::write(log, &messages).unwrap();
-    messages
+    (messages, cubin)
 }
 
 /// Every function in the messages of `ptxas -v`.
@@ -150,6 +154,9 @@ fn messages_of_ptxas_are_understood() {
          ptxas info    : Function properties for g\n\
          \x20   8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n",
     );
+    let slow = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are \
+                serialized due to insufficient register resources in the function 'f'";
+    assert!(serialises(slow) && parse(slow).is_empty());
     let f = usages["f"];
     assert_eq!((f.registers, f.shared_bytes, f.stack_bytes, f.spill_bytes), (170, 1024, 16, 52));
     assert_eq!(usages["g"].stack_bytes, 8);
@@ -159,7 +166,7 @@ fn messages_of_ptxas_are_understood() {
 /// ptxas may well differ: nothing fails. `INFINI_ATTN_BLESS=1` writes the table anew.
 fn report_drift(usages: &BTreeMap<String, Usage>) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ptxas.txt");
-    let header = "# symbol, registers per thread, shared bytes per block (sm_80)";
+    let header = "# symbol, registers per thread, shared bytes per block";
     let now: BTreeMap<&str, String> = KERNELS
         .iter()
         .filter_map(|kernel| Some((kernel.symbol, kernel.shared_bytes, usages.get(kernel.symbol)?)))

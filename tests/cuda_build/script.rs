@@ -11,12 +11,18 @@ use tempfile::TempDir;
 
 use super::say::say;
 
+/// A kernel that every device runs.
 const KERNEL: &str = r#"
 #include "params.h"
 #include "common/ptx.cuh"
 extern "C" __global__ void infini_table_sm80(const __grid_constant__ InfiniTable p) {
   *reinterpret_cast<uint32_t*>(p.to) = p.data[0];
 }
+"#;
+
+/// A kernel that needs compute capability 9.0 exactly.
+const HOPPER: &str = r#"
+extern "C" __global__ void infini_wait_sm90() { asm volatile("wgmma.fence.sync.aligned;"); }
 "#;
 
 /// A crate of its own with one small kernel.
@@ -202,6 +208,34 @@ fn only_what_changed_is_compiled_and_only_what_was_asked() {
     assert_eq!(build("80,90a").len(), 0);
     touch("common/element.cuh", "namespace infini { __device__ int other; }\n");
     assert_eq!(build("80,90a").len(), 2);
+}
+
+#[test]
+fn files_of_sm90_get_no_other_code() {
+    let Some(nvcc) = nvcc() else {
+        say("skipped: this build is from a prebuilt folder");
+        return;
+    };
+    let sandbox = Sandbox::new();
+    fs::remove_file(sandbox.path("kernels/sm80/table.cu")).unwrap();
+    fs::create_dir(sandbox.path("kernels/sm90")).unwrap();
+    fs::write(sandbox.path("kernels/sm90/wait.cu"), HOPPER).unwrap();
+    let (recorder, log) = recording_nvcc(&sandbox, nvcc);
+    for (asked, cubins) in [("", 1), ("80", 0), ("90", 1), ("80,90a,90", 1), ("ptx", 0)] {
+        let archs = ("INFINI_ATTN_CUDA_ARCHS", Path::new(asked));
+        // No cache: what another choice made is not looked for.
+        _ = fs::remove_dir_all(sandbox.path("target/infini-attn-kernels"));
+        _ = fs::remove_file(&log);
+        succeeded(&sandbox.run_with_tools(&[("NVCC", &recorder), archs]));
+        let calls = fs::read_to_string(&log).unwrap();
+        assert!(calls.contains(" -ptx -arch=compute_90a "), "{asked}: {calls}");
+        let count = |text| calls.matches(text).count();
+        let codes = ["code=sm_90a ", "code=sm_", "code=compute_90a "].map(count);
+        assert_eq!(codes, [cubins, cubins, 1], "{asked}: {calls}");
+    }
+    let names: Vec<_> = sandbox.generated().into_keys().collect();
+    let expected = ["kernels.rs", "manifest", "params.rs", "sm90/wait.fatbin", "sm90/wait.ptx"];
+    assert_eq!(names, expected.map(PathBuf::from));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use infini_attn::cuda::params::{
     InfiniChain, InfiniPiece, InfiniProblem, InfiniRun, InfiniState, InfiniTensor,
 };
-use infini_attn::cuda::{KERNELS, Kernel};
+use infini_attn::cuda::{Arch, KERNELS, Kernel};
 use infini_attn::{DType, Element};
 use ptxsim::Report;
 use rand::SeedableRng;
@@ -24,7 +24,8 @@ pub const CANARY: f32 = -77.25;
 /// The kernel of an operation; 0 where it does not depend on a dimension.
 pub fn kernel(operation: &str, dtype: DType, dk: usize, dv: usize) -> &'static Kernel {
     let fits = |k: &&Kernel| {
-        k.operation == operation
+        k.arch == Arch::Sm80
+            && k.operation == operation
             && k.dtype.is_none_or(|d| d == dtype)
             && (k.key_dim == 0 || k.key_dim == dk)
             && (k.value_dim == 0 || k.value_dim == dv)

@@ -1,0 +1,172 @@
+//! The launcher that runs plans on a device's stream.
+
+use std::ffi::c_void;
+
+use cudarc::driver::sys::{self, CUfunction_attribute};
+use cudarc::driver::{CudaFunction, DriverError, result};
+
+use super::device::{driver, reason, table_kernel};
+use super::launcher::{Launch, Launcher};
+use super::params::{INFINI_TABLE_BYTES, InfiniTable};
+use super::{Device, MAP_BYTES, TensorMap};
+use crate::{DType, Error, Result};
+
+/// Blocks of a cluster that every kernel may have.
+const PORTABLE_CLUSTER: u32 = 8;
+
+/// Largest table that [`CudaLauncher`] writes from the parameters of launches; more is copied.
+const TABLE_LIMIT: usize = 16 << 10;
+
+/// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
+/// can be captured in a graph.
+#[derive(Debug)]
+pub struct CudaLauncher<'a> {
+    pub(super) device: &'a Device,
+}
+
+impl CudaLauncher<'_> {
+    /// One launch of `table` per part: the bytes travel in the parameters, so a captured graph owns
+    /// them.
+    fn write_table(&mut self, to: u64, from: &[u8]) -> Result<()> {
+        let Some(kernel) = table_kernel() else {
+            let reason = "not compiled into this build".into();
+            return Err(Error::Driver { what: "the kernel table".into(), reason });
+        };
+        let most = INFINI_TABLE_BYTES as usize;
+        for (i, part) in from.chunks(most).enumerate() {
+            let mut table: InfiniTable = bytemuck::Zeroable::zeroed();
+            table.to = to + (i * most) as u64;
+            table.bytes = part.len() as i64;
+            bytemuck::cast_slice_mut(&mut table.data)[..part.len()].copy_from_slice(part);
+            let what = format!("table of {} B", from.len());
+            let (grid, cluster, params) = ([1, 1, 1], 1, bytemuck::bytes_of(&table));
+            self.launch(&Launch { kernel, grid, cluster, maps: &[], params, what: &what })?;
+        }
+        Ok(())
+    }
+}
+
+impl Launcher for CudaLauncher<'_> {
+    fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
+        let Launch { kernel, grid, cluster, .. } = *launch;
+        let function = self.device.function(kernel)?;
+        self.device.bind()?;
+        let parameter = launch.parameter(|map| encode(map).map_err(reason))?;
+        let mut arguments = [parameter.as_ptr().cast_mut().cast::<c_void>()];
+        let stream = self.device.stream().cu_stream();
+        // SAFETY: the function is alive; it has one parameter, which the driver copies out of
+        // `parameter` before it returns. What the addresses in it must satisfy is the caller's
+        // contract with `run`.
+        let launched = unsafe {
+            if cluster > 1 {
+                launch_clusters(launch, &function, stream, &mut arguments)
+            } else {
+                let threads = (kernel.threads, 1, 1);
+                let (function, shared) = (function.cu_function(), kernel.shared_bytes);
+                result::launch_kernel(
+                    function,
+                    grid.into(),
+                    threads,
+                    shared,
+                    stream,
+                    &mut arguments,
+                )
+            }
+        };
+        launched.map_err(|e| launch.error(reason(e)))
+    }
+
+    fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
+        self.device.bind()?;
+        let stream = self.device.stream().cu_stream();
+        // SAFETY: the range is the caller's, by its contract with `run`.
+        unsafe { result::memset_d8_async(to, value, bytes as usize, stream) }
+            .map_err(|e| driver(format!("filling {bytes} B"), e))
+    }
+
+    fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
+        if from.len() <= TABLE_LIMIT && from.len().is_multiple_of(4) {
+            return self.write_table(to, from);
+        }
+        let what = format!("a table of {} B (more than {TABLE_LIMIT})", from.len());
+        self.device.refuse_capture(&what, "use fewer sequences or pieces per captured call")?;
+        self.device.bind()?;
+        // SAFETY: the range is the caller's, by its contract with `run`; the driver has copied
+        // pageable memory to its own before it returns.
+        unsafe { result::memcpy_htod_async(to, from, self.device.stream().cu_stream()) }
+            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
+    }
+}
+
+/// A launch in clusters along x.
+///
+/// # Safety
+/// As for a launch without.
+unsafe fn launch_clusters(
+    launch: &Launch<'_>,
+    function: &CudaFunction,
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> std::result::Result<(), DriverError> {
+    if launch.cluster > PORTABLE_CLUSTER {
+        let larger = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        function.set_attribute(larger, 1)?;
+    }
+    let dimension =
+        sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: dimension },
+    };
+    let [x, y, z] = launch.grid;
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: launch.kernel.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: launch.kernel.shared_bytes,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let (function, nothing) = (function.cu_function(), std::ptr::null_mut());
+    // SAFETY: the caller's contract; configuration and attribute live until the driver returns.
+    unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), nothing) }.result()
+}
+
+/// A tensor map in the driver's encoding.
+fn encode(map: &TensorMap) -> std::result::Result<[u8; MAP_BYTES], DriverError> {
+    // SAFETY: plain numbers.
+    let mut encoded: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+    let dtype = match map.dtype {
+        DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let (extents, strides, boxes) = (map.extents, map.strides, map.box_extents());
+    // SAFETY: the encoder only reads the arrays, of 4, 3, 4 and 4 entries, and writes the map.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut encoded,
+            dtype,
+            extents.len() as u32,
+            map.data as *mut c_void,
+            extents.as_ptr(),
+            strides.as_ptr(),
+            boxes.as_ptr(),
+            [1; 4].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()?;
+    let mut bytes = [0; MAP_BYTES];
+    for (to, word) in bytes.chunks_exact_mut(8).zip(encoded.opaque) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,103 @@
+//! What a plan is made for, and the choice of kernels that follows from it.
+
+use std::fmt;
+
+use super::tensor_map::{Source, TensorMap};
+use super::{KERNELS, Kernel, find};
+use crate::{Problem, Result};
+
+/// What kernels are compiled for, oldest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Arch {
+    /// Every device of compute capability 8.0 and later.
+    #[default]
+    Sm80,
+    /// Devices of compute capability 9.0: tensor copies and warpgroup products (sm_90a).
+    Sm90,
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Arch::Sm80 => "sm80",
+            Arch::Sm90 => "sm90",
+        })
+    }
+}
+
+/// The device that a plan is made for; [`Device::target`](super::Device::target) gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The newest kernels it runs. Default: those for every device.
+    pub arch: Arch,
+    /// Multiprocessors of the device, by which work is split. Default 132.
+    pub multiprocessors: usize,
+}
+
+impl Default for Target {
+    fn default() -> Self {
+        Self { arch: Arch::Sm80, multiprocessors: 132 }
+    }
+}
+
+/// A kernel and how it is launched.
+pub(crate) struct Chosen {
+    pub kernel: &'static Kernel,
+    /// Its tensor maps, in the order of its parameter.
+    pub maps: Vec<TensorMap>,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
+    /// Most blocks in x: more would find no work.
+    pub most_blocks: usize,
+    /// Why a newer kernel was passed over.
+    pub passed_over: Option<String>,
+}
+
+impl From<&'static Kernel> for Chosen {
+    fn from(kernel: &'static Kernel) -> Self {
+        Self { kernel, maps: Vec::new(), cluster: 1, most_blocks: usize::MAX, passed_over: None }
+    }
+}
+
+impl Chosen {
+    /// The newest kernel of an operation that the target runs, where tensor maps can describe the
+    /// `sources` that it names, with the rows of a box of each; otherwise the portable one.
+    pub fn new(
+        operation: &str,
+        problem: &Problem,
+        target: Target,
+        sources: impl FnOnce(&Kernel) -> Vec<(Source, usize)>,
+    ) -> Result<Self> {
+        let portable = find(operation, problem, Arch::Sm80)?;
+        let kernel = find(operation, problem, target.arch)?;
+        let maps = if kernel == portable {
+            not_compiled(portable, target.arch).map_or(Ok(Vec::new()), Err)
+        } else {
+            let sources = sources(kernel).into_iter();
+            sources.map(|(source, rows)| source.map(problem.dtype(), rows)).collect()
+        };
+        Ok(match maps {
+            Ok(maps) => Self { maps, ..kernel.into() },
+            Err(reason) => Self { passed_over: Some(reason), ..portable.into() },
+        })
+    }
+
+    /// Newer kernels go through the work with as many blocks as the target holds at a time.
+    pub fn persistent(mut self, target: Target) -> Self {
+        if self.kernel.arch > Arch::Sm80 {
+            self.most_blocks = target.multiprocessors.max(1) * self.kernel.blocks_per_sm as usize;
+        }
+        self
+    }
+}
+
+/// That an operation has kernels for `arch`, but none for these dimensions.
+fn not_compiled(portable: &Kernel, arch: Arch) -> Option<String> {
+    let newer = |k: &&Kernel| k.operation == portable.operation && k.arch > portable.arch;
+    KERNELS.iter().filter(newer).find(|k| k.arch <= arch)?;
+    Some(match (portable.key_dim, portable.value_dim) {
+        (dk, dv) if dk == dv || dv == 0 => format!("no {arch} kernel for d = {dk}"),
+        (dk, dv) => format!("no {arch} kernel for Dk = {dk}, Dv = {dv}"),
+    })
+}

@@ -1,0 +1,246 @@
+//! Plans for devices of compute capability 9.0: which kernels they choose, and the tensor maps that
+//! these get.
+
+#![cfg(feature = "cuda")]
+
+#[path = "common/plans.rs"]
+mod plans;
+
+use infini_attn::cuda::params::{InfiniSegmentAttention, InfiniSegmentState, InfiniState};
+use infini_attn::cuda::{
+    Arch, Call, DeviceRope, DeviceTensor, KeySumsMirror, Operand, Plan, PlannedLaunch,
+    PrefillOptions, Target, TensorMap, plan_prefill, plan_segment, plan_segment_map,
+};
+use infini_attn::{DType, Problem, Update};
+use plans::{Step, base, call, f32s, mirror, params, problem, run, tensor};
+
+const TARGET: Target = Target { arch: Arch::Sm90, multiprocessors: 132 };
+const OPTIONS: PrefillOptions = PrefillOptions { workspace_bytes: 1 << 30, target: TARGET };
+const D: usize = 128;
+/// Segment length.
+const N: usize = 128;
+
+fn square(d: usize) -> Problem {
+    problem(|b| b.key_dim(d).value_dim(d))
+}
+
+fn plan(p: &Problem, call: &Call<'_>, slots: usize) -> Plan {
+    plan_prefill(p, call, &mirror(p, slots), &OPTIONS).expect("valid")
+}
+
+fn launch<'a>(plan: &'a Plan, operation: &str) -> PlannedLaunch<'a> {
+    let mut launches = plan.launches();
+    launches.find(|l| l.kernel.operation == operation).unwrap_or_else(|| panic!("{plan}"))
+}
+
+/// The maps of a run, addresses filled in.
+fn maps(plan: &Plan, wanted: &str) -> Vec<TensorMap> {
+    let of = |step| match step {
+        Step::Launch { operation, maps, .. } if operation == wanted => Some(maps),
+        _ => None,
+    };
+    run(plan).into_iter().find_map(of).unwrap_or_else(|| panic!("{plan}"))
+}
+
+/// The map of a dense array [batches, rows, heads, channels] in memory order `strides`, in elements.
+fn map(data: u64, extents: [u64; 4], strides: [u64; 3], rows: u32) -> TensorMap {
+    TensorMap { dtype: DType::BF16, data, extents, strides: strides.map(|s| 2 * s), rows }
+}
+
+/// A contiguous tensor of a call.
+fn rows(operand: Operand, [b, t, h, d]: [u64; 4], rows: u32) -> TensorMap {
+    let batch = if b > 1 { t * h * d } else { d };
+    map(base(operand), [d, h, t, b], [d, h * d, batch], rows)
+}
+
+/// An array [batches][heads][rows][channels].
+fn array(data: u64, [b, h, r, d]: [u64; 4], rows: u32) -> TensorMap {
+    map(data, [d, h, r, b], [r * d, d, h * r * d], rows)
+}
+
+#[test]
+fn new_kernels_are_chosen_where_there_are_any() {
+    for d in [64, 128, 256] {
+        let p = square(d);
+        let plan = plan(&p, &call(&p, &[1, 300]), 1);
+        let archs: Vec<_> = plan.launches().map(|l| (l.kernel.operation, l.kernel.arch)).collect();
+        let expected = [
+            ("segment_state", Arch::Sm90),
+            ("normaliser_scan", Arch::Sm80),
+            ("segment_transition", Arch::Sm90),
+            ("memory_scan", Arch::Sm80),
+            ("segment_attention", Arch::Sm90),
+            ("append", Arch::Sm80),
+        ];
+        assert_eq!(archs, expected, "{plan}");
+        let text = plan.to_string();
+        assert!(text.contains("\nkernels: sm90 where there are any, sm80 otherwise"), "{text}");
+        assert!(!text.contains("portable"), "{text}");
+        for launch in plan.launches() {
+            assert_eq!(launch.maps.is_empty(), launch.kernel.arch == Arch::Sm80);
+            assert_eq!(launch.cluster, 1);
+        }
+    }
+}
+
+#[test]
+fn other_devices_get_portable_kernels() {
+    let p = square(D);
+    let target = Target { arch: Arch::Sm80, ..TARGET };
+    let options = PrefillOptions { target, ..OPTIONS };
+    let plan = plan_prefill(&p, &call(&p, &[1, 300]), &mirror(&p, 1), &options).expect("valid");
+    assert!(plan.launches().all(|l| l.kernel.arch == Arch::Sm80 && l.maps.is_empty()), "{plan}");
+    let text = plan.to_string();
+    assert!(text.contains("\nkernels: sm80, for every device") && !text.contains("portable"));
+}
+
+#[test]
+fn other_dimensions_get_portable_kernels() {
+    let state = "segments completed: 2 of 3; parts: 1, of 128 tokens";
+    for (dk, dv, reason) in [(96, 96, "d = 96"), (64, 128, "Dk = 64, Dv = 128")] {
+        let p = problem(|b| b.key_dim(dk).value_dim(dv).update(Update::Linear));
+        let plan = plan(&p, &call(&p, &[1, 300]), 1);
+        assert!(plan.launches().all(|l| l.kernel.arch == Arch::Sm80), "{plan}");
+        let why = launch(&plan, "segment_state").why;
+        assert_eq!(why, format!("{state}; portable: no sm90 kernel for {reason}"));
+    }
+    // Each kernel by its own dimensions.
+    let p = problem(|b| b.key_dim(128).value_dim(64));
+    let plan = plan(&p, &call(&p, &[1, 300]), 1);
+    assert_eq!(launch(&plan, "segment_transition").kernel.arch, Arch::Sm90);
+    assert_eq!(launch(&plan, "segment_attention").kernel.arch, Arch::Sm80);
+}
+
+#[test]
+fn tensors_that_copies_do_not_reach_get_portable_kernels() {
+    let p = square(D);
+    let width = 2 * D as i64;
+    let reversed = |heads: i64| {
+        let strides = [0, -heads * D as i64, D as i64, 1];
+        DeviceTensor::strided(p.dtype(), &[1, 300, heads as usize, D], &strides).expect("valid")
+    };
+    let wide = |token: i64, head: i64| {
+        let shape = [1, 300, 2, D];
+        DeviceTensor::strided(p.dtype(), &shape, &[0, token, head, 1]).expect("valid")
+    };
+    let (q, kv) = (tensor(&p, &[1, 300], 4, D), tensor(&p, &[1, 300], 2, D));
+    let attention = |q, k, v, o| {
+        let plan = plan(&p, &Call::new(q, k, v, f32s(&[4]), o), 1);
+        let reasons = ["segment_state", "segment_transition", "segment_attention"].map(|name| {
+            let launch = launch(&plan, name);
+            assert_eq!(launch.kernel.arch == Arch::Sm80, launch.why.contains("portable"));
+            launch.why.split_once("; portable: ").map(|(_, reason)| reason.to_owned())
+        });
+        reasons.map(Option::unwrap_or_default)
+    };
+    assert_eq!(attention(q, kv, kv, q), ["", "", ""]);
+    let q_reversed = "q has a negative stride";
+    assert_eq!(attention(reversed(4), kv, kv, q), ["", "", q_reversed]);
+    assert_eq!(attention(q, kv, kv, reversed(4)), ["", "", "o has a negative stride"]);
+    let far = "k has a stride of 2^40 bytes or more";
+    assert_eq!(attention(q, wide(1 << 39, D as i64), kv, q), [far; 3]);
+    assert_eq!(attention(q, wide((1 << 39) - 8, D as i64), kv, q), ["", "", ""]);
+    let shared = "v has a stride of 0";
+    assert_eq!(attention(q, kv, wide(width, 0), q), [shared, "", shared]);
+}
+
+#[test]
+fn maps_of_a_call() {
+    let p = square(D);
+    let c = call(&p, &[2, 300]).slots(&[2, 0]);
+    let plan = plan(&p, &c, 3);
+    let launch: InfiniSegmentAttention = params(&plan, "segment_attention", 0);
+    let (d, n) = (D as u64, N as u64);
+    let q = rows(Operand::Q, [2, 300, 4, d], 64);
+    let o = rows(Operand::O, [2, 300, 4, d], 64);
+    let keys = |rows_of_box| {
+        let InfiniState { open_k, open_v, .. } = launch.state;
+        [
+            rows(Operand::K, [2, 300, 2, d], rows_of_box),
+            rows(Operand::V, [2, 300, 2, d], rows_of_box),
+            array(open_k, [3, 2, n, d], rows_of_box),
+            array(open_v, [3, 2, n, d], rows_of_box),
+        ]
+    };
+    let [k, v, open_k, open_v] = keys(128);
+    let snapshot = array(launch.snapshot, [6, 2, d, d], 128);
+    let expected = [q, k, v, open_k, open_v, snapshot, o, o, o];
+    assert_eq!(maps(&plan, "segment_attention"), expected);
+    assert_eq!(maps(&plan, "segment_state"), keys(64));
+    let [k, _, open_k, _] = keys(64);
+    assert_eq!(maps(&plan, "segment_transition"), [k, open_k]);
+    assert_eq!(launch.state.slots, 3);
+}
+
+#[test]
+fn maps_of_a_packed_call_with_rotation_and_all_outputs() {
+    let p = square(256);
+    let branch = tensor(&p, &[300], 4, 256);
+    let rope = DeviceRope::new(f32s(&[512, 16]), f32s(&[512, 16]));
+    let c = call(&p, &[300]).cu_seqlens(&[0, 150, 300]).rope(rope).a_dot(branch).a_mem(branch);
+    let plan = plan(&p, &c, 2);
+    let launch: InfiniSegmentAttention = params(&plan, "segment_attention", 0);
+    let (pieces, n) = (4, N as u64);
+    let expected = [
+        rows(Operand::Q, [1, 300, 4, 256], 64),
+        array(launch.rotated, [pieces, 2, n, 256], 64),
+        rows(Operand::V, [1, 300, 2, 256], 64),
+        array(launch.state.open_k_rotated, [2, 2, n, 256], 64),
+        array(launch.state.open_v, [2, 2, n, 256], 64),
+        array(launch.snapshot, [pieces, 2, 256, 256], 64),
+        rows(Operand::O, [1, 300, 4, 256], 64),
+        rows(Operand::ADot, [1, 300, 4, 256], 64),
+        rows(Operand::AMem, [1, 300, 4, 256], 64),
+    ];
+    assert_eq!(maps(&plan, "segment_attention"), expected);
+    // Memories are made of unrotated keys.
+    let state: InfiniSegmentState = params(&plan, "segment_state", 0);
+    let keys = maps(&plan, "segment_state");
+    assert_eq!((keys[0].data, keys[2].data), (state.k.data, state.state.open_k));
+}
+
+#[test]
+fn boxes_of_snapshots_have_no_more_rows_than_these() {
+    let p = square(64);
+    let plan = plan(&p, &call(&p, &[1, 300]), 1);
+    let maps = launch(&plan, "segment_attention").maps;
+    let rows: Vec<u32> = maps.iter().map(|map| map.rows).collect();
+    assert_eq!(rows, [64, 128, 128, 128, 128, 64, 64, 64, 64]);
+}
+
+#[test]
+fn without_a_state_keys_and_values_stand_in_for_open_segments() {
+    let p = square(D);
+    let kv = tensor(&p, &[2, 300], 2, D);
+    let before = KeySumsMirror::zero(&p, 2);
+    let plan = plan_segment_map(&p, &kv, &kv, &before, &OPTIONS).expect("valid").0;
+    let k = launch(&plan, "segment_state").maps;
+    assert_eq!(k.len(), 4);
+    assert_eq!((k[0], k[1]), (k[2], k[3]));
+    assert_eq!((k[0].extents, k[0].rows), ([D as u64, 2, 300, 2], 64));
+    let k = launch(&plan, "segment_transition").maps;
+    assert!(k.len() == 2 && k[0] == k[1], "{k:?}");
+}
+
+#[test]
+fn persistent_blocks_are_as_many_as_find_work() {
+    let p = square(D);
+    let blocks = |tokens, multiprocessors| {
+        let target = Target { multiprocessors, ..TARGET };
+        let options = PrefillOptions { target, ..OPTIONS };
+        let call = call(&p, &[1, tokens]);
+        let plan = plan_prefill(&p, &call, &mirror(&p, 1), &options).expect("valid");
+        let tiles = params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).tiles;
+        (tiles, launch(&plan, "segment_attention").grid)
+    };
+    assert_eq!(blocks(300, 132), (1, [3 * 4, 1, 1]));
+    assert_eq!(blocks(300, 5), (1, [5, 1, 1]));
+    assert_eq!(blocks(300, 0), (1, [1, 1, 1]));
+}
+
+#[test]
+fn one_launch_segments_are_portable() {
+    let p = square(D);
+    let plan = plan_segment(&p, &call(&p, &[1, 100]), &mirror(&p, 1), &TARGET).expect("valid");
+    assert_eq!(launch(&plan, "segment").kernel.arch, Arch::Sm80);
+}
