@@ -53,14 +53,11 @@ void key(const char* dtype) {
 }
 
 // Kernels of compute capability 9.0.
-template <int D>
+template <int Dk, int Dv>
 void hopper(const char* dtype) {
-  constexpr int keys = D > 128 ? 64 : 128, columns = kUpdateColumns<D>;
-  constexpr int ring = 2 * 4 * 64 * (D + columns);
-  print("sm90", "segment_attention", dtype, D, D,
-        {384, 2 * (128 * D + 4 * keys * D) + 1024, 1, 128, 0, keys});
-  print("sm90", "segment_state", dtype, D, D, {384, ring + 1024, 1, 0, columns, 64});
-  print("sm90", "segment_transition", dtype, D, 0, {384, ring + 1024, 1, 0, columns, 64});
+  using A = GroupAttentionTile<Dk, Dv>;
+  print("sm90", "segment_attention", dtype, Dk, Dv,
+        {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0, A::keys});
 }
 
 }  // namespace
@@ -73,9 +70,9 @@ int main() {
 #define INFINI_LINE(dk) key<dk>(dtype);
     INFINI_KEY_DIMS(INFINI_LINE)
 #undef INFINI_LINE
-    hopper<64>(dtype);
-    hopper<128>(dtype);
-    hopper<256>(dtype);
+#define INFINI_LINE(dk, dv) hopper<dk, dv>(dtype);
+    INFINI_SM90_HEAD_DIMS(INFINI_LINE)
+#undef INFINI_LINE
     for (const char* operation :
          {"rotate_keys", "append", "clear_padding", "merge_partials", "snapshot"}) {
       line(operation, dtype, 0, 0, {kElementThreads, 0, 1, 0, 0, 0});

@@ -180,15 +180,15 @@ struct Decode {
       Tile::each_row([&](int i, int h, int row) {
         const float top = t.top[i][h] == -INFINITY ? 0.0f : t.top[i][h];
         weight[h] = ptx::ex2_approx_ftz(from[kRows * Dv + row] - top);
-        t.total[i][h] += Tile::weighed(from[kRows * (Dv + 1) + row], weight[h]);
+        t.total[i][h] += weighed(from[kRows * (Dv + 1) + row], weight[h]);
       });
 #pragma unroll
       for (int j = 0; j < Dv / 8; ++j) {
         const float4 x = reinterpret_cast<const float4*>(from)[j * kThreads + threadIdx.x];
-        t.o[0][j][0] += Tile::weighed(x.x, weight[0]);
-        t.o[0][j][1] += Tile::weighed(x.y, weight[0]);
-        t.o[0][j][2] += Tile::weighed(x.z, weight[1]);
-        t.o[0][j][3] += Tile::weighed(x.w, weight[1]);
+        t.o[0][j][0] += weighed(x.x, weight[0]);
+        t.o[0][j][1] += weighed(x.y, weight[0]);
+        t.o[0][j][2] += weighed(x.z, weight[1]);
+        t.o[0][j][3] += weighed(x.w, weight[1]);
       }
     }
   }

@@ -1,5 +1,5 @@
 // Rotates the new keys of every piece into the workspace, once for all query tiles and heads that
-// will read them.
+// will read them. Tensor copies bring blocks of up to 128 rows: those behind the last key are zero.
 //
 // Grid (ceil(N / 8), Hkv, pieces), a warp per token. No shared memory. Reads and writes each key
 // once, and its row of the tables.
@@ -13,13 +13,17 @@ template <class T>
 __device__ __forceinline__ void rotate_keys(const InfiniRotateKeys& p, unsigned char*) {
   const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[blockIdx.z];
   const int token = blockIdx.x * 8 + threadIdx.x / 32, kv_head = blockIdx.y;
-  if (token >= piece.len) return;
-  const int dk = p.problem.key_dim;
+  if (token >= min(p.problem.segment_len, (piece.len + 127) / 128 * 128)) return;
+  const int dk = p.problem.key_dim, lane = threadIdx.x % 32;
   T* to = segment_rows<T>(p.rotated, p.problem, blockIdx.z, kv_head, dk) + int64_t{token} * dk;
+  if (token >= piece.len) {
+    for (int i = lane; i < dk / 8; i += 32) reinterpret_cast<Chunk*>(to)[i] = {};
+    return;
+  }
   const GlobalRow<T> row{row_of<T>(p.k, piece.batch, piece.first + token, kv_head), to};
   rotate_row<32>(row, dk, p.rope,
                  position_of(p.rope, piece.batch, piece.first + token, piece.position + token),
-                 p.status, threadIdx.x % 32);
+                 p.status, lane);
 }
 
 }  // namespace infini

@@ -151,6 +151,13 @@ struct AttentionConsumer {
     for (int i = 0; i < Dv / 2; ++i) o[i] *= factor[i / 2 % 2];
   }
 
+  // The assembler would move the wait for the products up, before the softmax that is to overlap with
+  // them; it does not move it over a branch that depends on the softmax. (This one is never taken:
+  // sums of exponentials are not negative.)
+  static __device__ __forceinline__ void keep_before(const float (&total)[2]) {
+    if (total[0] + total[1] < 0.0f) __trap();
+  }
+
   // Blocks `from` to `to`: see the top of this file. `p` holds the weights of the block before.
   template <bool kMasked>
   __device__ __forceinline__ void attend_blocks(const InfiniProblem& problem,
@@ -167,15 +174,10 @@ struct AttentionConsumer {
       ptx::wgmma_wait_group<1>(s);
       release_keys();
       weigh<kMasked>(problem, s, blocks.at<kKeys>(i), shrink);
-      ptx::settle(s);
-      // Most blocks raise no row's maximum. (The wait stands in both branches, for in one place the
-      // assembler moves it up, before the softmax that is to overlap with the products.)
-      if (__any_sync(0xffffffff, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-        ptx::wgmma_wait_group<0>(o);
-        rescale(shrink);
-      } else {
-        ptx::wgmma_wait_group<0>(o);
-      }
+      keep_before(total);
+      ptx::wgmma_wait_group<0>(o);
+      // Most blocks raise no row's maximum.
+      if (__any_sync(0xffffffff, shrink[0] != 1.0f || shrink[1] != 1.0f)) rescale(shrink);
       release_values();
       round(s, p);
     }

@@ -101,6 +101,7 @@ struct Stage {
       if (!all) {
         uint32_t old[4];
         ptx::ldmatrix_x4(old, at);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; ++i) r[i] = keep[i % 2] ? old[i] : r[i];
       }

@@ -113,6 +113,14 @@ fn run(p: &Problem, pieces: &[(Piece, Counters)]) -> Run {
     Run::new(p, pieces.iter().map(|(piece, _)| piece_params(piece)).collect(), chains)
 }
 
+/// Pieces whose tiles run together: as many as leave their keys and values in L2.
+fn piece_group(p: &Problem) -> i32 {
+    const BYTES: usize = 32 << 20;
+    let row = (p.key_dim() + p.value_dim()) * p.dtype().bytes();
+    let bytes = row.saturating_mul(p.kv_heads()).saturating_mul(p.segment_len());
+    (BYTES / bytes.max(1)).clamp(1, i32::MAX as usize) as i32
+}
+
 /// New tokens of the longest piece.
 fn longest(run: &Run) -> usize {
     run.pieces.iter().map(|piece| piece.len as usize).max().unwrap_or(0)
@@ -200,7 +208,9 @@ impl Planner<'_> {
         if self.call.rotation().is_none() {
             return Ok(());
         }
-        let grid = [longest(run).div_ceil(8), self.call.problem.kv_heads(), run.pieces.len()];
+        let p = &self.call.problem;
+        let rows = longest(run).next_multiple_of(128).min(p.segment_len());
+        let grid = [rows.div_ceil(8), p.kv_heads(), run.pieces.len()];
         let params = InfiniRotateKeys {
             problem: self.problem,
             k: self.params.k,
@@ -245,7 +255,7 @@ impl Planner<'_> {
             snapshot_scale: self.arrays.snapshot_scale,
             z: self.phases.arrays.z,
             tiles: tiles as i32,
-            reserved: 0,
+            piece_group: piece_group(p),
         };
         let halves = 1 + usize::from(self.call.a_mem());
         let blocks = [run.pieces.len(), p.heads(), halves];
@@ -256,8 +266,10 @@ impl Planner<'_> {
 
     /// What segment_attention reads and writes by tensor copies, with the rows of a box.
     fn attention_sources(&self, run: &Run, kernel: &Kernel) -> Vec<(Source, usize)> {
-        /// Rows of queries and outputs that a warpgroup has.
+        /// Query rows of a warpgroup.
         const ROWS: usize = 64;
+        /// Output rows of a warp.
+        const OUT: usize = 16;
         let (phases, call, keys) = (&self.phases, &self.params, kernel.keys);
         let (p, state) = (&phases.p, &phases.state);
         let (h, dk, dv) = (p.kv_heads(), p.key_dim(), p.value_dim());
@@ -288,9 +300,9 @@ impl Planner<'_> {
             (phases.open(open_k, dk).unwrap_or(k), keys),
             (phases.open(state.open_v, dv).unwrap_or(v), keys),
             (array("the snapshots", self.arrays.snapshot, dk, dv), keys.min(dk)),
-            (o, ROWS),
-            (or_o("a_dot", call.a_dot), ROWS),
-            (or_o("a_mem", call.a_mem), ROWS),
+            (o, OUT),
+            (or_o("a_dot", call.a_dot), OUT),
+            (or_o("a_mem", call.a_mem), OUT),
         ]
     }
 

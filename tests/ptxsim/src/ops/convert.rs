@@ -201,7 +201,8 @@ fn single(
             let v = int_to_int(a, x, y, mode.saturate);
             int_to_int(v, y, extended, false)
         };
-        return Ok(match from.size() <= 4 {
+        let narrows = to.size() <= 4 && !mode.saturate;
+        return Ok(match from.size() <= 4 || narrows {
             true => Decoded::next(class, move |cx| cx.map1_low(d, &a, convert)),
             false => Decoded::next(class, move |cx| cx.map1(d, &a, convert)),
         });

@@ -38,7 +38,7 @@ fn what_was_computed_from_a_register_without_a_value_is_stored() {
 
 #[test]
 fn half_of_a_pair_without_a_value() {
-    // A conversion that reads the lower half alone finds a value there, the whole pair does not.
+    // A conversion that reads the lower half alone finds a value there; the upper half has none.
     Case::new(
         "mad.wide.u32 d0, tid, 4, out;
         mov.u32 r0, 1;
@@ -48,6 +48,9 @@ fn half_of_a_pair_without_a_value() {
         cvt.u32.u64 r2, d2;
         st.global.u32 [d0], r2;
         cvt.u32.u64 r3, d1;
+        st.global.u32 [d0], r3;
+        shr.u64 d2, d1, 32;
+        cvt.u32.u64 r3, d2;
         st.global.u32 [d0], r3;     // <-- here",
     )
     .reports(UninitialisedRegister);
