@@ -58,6 +58,16 @@ void hopper(const char* dtype) {
   using A = GroupAttentionTile<Dk, Dv>;
   print("sm90", "segment_attention", dtype, Dk, Dv,
         {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0, A::keys});
+  using S = GroupStateTile<Dk, Dv>;
+  print("sm90", "segment_state", dtype, Dk, Dv,
+        {S::threads, S::shared_bytes, S::blocks_per_sm, 0, kUpdateColumns<Dv>, S::tokens});
+}
+
+template <int Dk>
+void hopper_key(const char* dtype) {
+  using G = GroupTransitionTile<Dk>;
+  print("sm90", "segment_transition", dtype, Dk, 0,
+        {G::threads, G::shared_bytes, G::blocks_per_sm, 0, kUpdateColumns<Dk>, G::tokens});
 }
 
 }  // namespace
@@ -72,6 +82,9 @@ int main() {
 #undef INFINI_LINE
 #define INFINI_LINE(dk, dv) hopper<dk, dv>(dtype);
     INFINI_SM90_HEAD_DIMS(INFINI_LINE)
+#undef INFINI_LINE
+#define INFINI_LINE(dk) hopper_key<dk>(dtype);
+    INFINI_SM90_KEY_DIMS(INFINI_LINE)
 #undef INFINI_LINE
     for (const char* operation :
          {"rotate_keys", "append", "clear_padding", "merge_partials", "snapshot"}) {

@@ -121,6 +121,32 @@ struct GroupAttentionTile {
   static constexpr int shared_bytes = tile_bytes + 640;
 };
 
+// A product over tokens, sigma(K)t X [Rows x Columns], Rows channels of K: consumer warpgroups of
+// `row_tiles` x 64 of them, all columns of X in their registers; tiles of `tokens` tokens of `Loaded`
+// channels in all.
+template <int Rows, int Columns, int Loaded>
+struct GroupUpdateTile {
+  static constexpr int groups = Rows >= 128 ? 2 : 1;
+  static constexpr int row_tiles = Rows / (64 * groups);
+  static constexpr int tokens = 64;
+  static constexpr int stages = 4;
+  static constexpr int threads = 128 * (groups + 1);
+  static constexpr int blocks_per_sm = groups == 1 ? 2 : 1;
+  // With one group the registers at launch suffice for all.
+  static constexpr bool reallocates = groups == 2;
+  static constexpr int consumer_registers = 224;
+  static constexpr int producer_registers = 56;
+  // The ring; mbarriers, z, factors of the tokens.
+  static constexpr int ring_bytes = stages * tokens * Loaded * 2;
+  static constexpr int shared_bytes = ring_bytes + 128 + 4 * Loaded + 4 * stages * tokens;
+};
+
+// segment_state: all of Dk, `kUpdateColumns` of Dv. segment_transition: so many rows of G.
+template <int Dk, int Dv>
+using GroupStateTile = GroupUpdateTile<Dk, kUpdateColumns<Dv>, Dk + kUpdateColumns<Dv>>;
+template <int Dk>
+using GroupTransitionTile = GroupUpdateTile<kUpdateColumns<Dk>, Dk, Dk>;
+
 // Element-wise kernels.
 constexpr int kElementThreads = 256;
 

@@ -15,7 +15,7 @@ struct AttentionProducer {
   Cursor<1> query;  // of all groups
   Cursor<kStages> key, value;
   Cursor<Shared::kJobs> jobs;
-  uint32_t tail = 0;  // parity
+  TailCleaner tail{shared.tail()};
 
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
 
@@ -51,27 +51,13 @@ struct AttentionProducer {
     key.advance();
   }
 
-  // Rows that do not belong to the segment must be zero: their weights are, but not what a tile's
-  // copy finds behind the segment. Such a block (the last new one, the last cached one) goes through
-  // this warp's hands.
   __device__ __forceinline__ void load_values(const AttentionJob& job, const KeyBlock& block) {
     const Ring<kStages> ring = shared.value_ring();
     const auto tile = shared.values(value.stage());
-    const bool whole = block.valid == kKeys;
-    const uint32_t full = ring.full(value.stage()), arrival = whole ? full : shared.tail();
     ring.acquire(value);
-    if (leader()) {
-      ptx::mbarrier_arrive_expect_tx(arrival, Shared::ValueTile::bytes);
-      tile.load(&maps[block.open ? kMapOpenV : kMapV], block_box(job, block, job.v), arrival);
-    }
-    if (!whole) {
-      ptx::mbarrier_wait_parity(arrival, tail);
-      tail ^= 1;
-      tile.clear_rows(block.valid);
-      ptx::fence_proxy_async_shared();
-      __syncwarp();
-      if (leader()) ptx::mbarrier_arrive(full);
-    }
+    tail.fill(ring.full(value.stage()), tile.bytes, tile, block.valid, [&](uint32_t full) {
+      tile.load(&maps[block.open ? kMapOpenV : kMapV], block_box(job, block, job.v), full);
+    });
     value.advance();
   }
 

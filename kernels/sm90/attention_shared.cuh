@@ -60,7 +60,7 @@ struct AttentionShared {
   __device__ __forceinline__ Ring<kJobs> job_ring() const {
     return {value_ring().barriers + Ring<kStages>::bytes};
   }
-  // Where values come to whose last rows the producer must clear.
+  // Of the producer's TailCleaner.
   __device__ __forceinline__ uint32_t tail() const {
     return job_ring().barriers + Ring<kJobs>::bytes;
   }

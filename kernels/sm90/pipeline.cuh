@@ -1,7 +1,7 @@
 // Rings of stages between one producer warp and the consumer warps.
 #pragma once
 
-#include "sm90/ptx.cuh"
+#include "sm90/shared_tile.cuh"
 
 namespace infini {
 
@@ -51,6 +51,34 @@ struct Ring {
   __device__ __forceinline__ void release(const Cursor<Stages>& at) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty(at.stage()));
+  }
+};
+
+// What the producer does about stages of which only the first rows belong to the segment: whatever
+// the copy finds behind those must not reach a product, not even multiplied by 0. Such a stage
+// arrives at a barrier of the producer's own, which clears the rows and then announces it.
+struct TailCleaner {
+  uint32_t barrier;  // shared-memory address of an mbarrier of one arrival
+  uint32_t parity = 0;
+
+  // Fills a stage of `bytes` bytes by `load(barrier)`, called by one lane; rows of `tile` from
+  // `valid` on become zero. All lanes of the producer warp take part.
+  template <class Tile, class Load>
+  __device__ __forceinline__ void fill(uint32_t full, int bytes, const Tile& tile, int valid,
+                                       Load load) {
+    const bool leader = threadIdx.x % 32 == 0, whole = valid >= Tile::rows;
+    if (leader) {
+      const uint32_t arrival = whole ? full : barrier;
+      ptx::mbarrier_arrive_expect_tx(arrival, bytes);
+      load(arrival);
+    }
+    if (whole) return;
+    ptx::mbarrier_wait_parity(barrier, parity);
+    parity ^= 1;
+    tile.clear_rows(valid);
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (leader) ptx::mbarrier_arrive(full);
   }
 };
 

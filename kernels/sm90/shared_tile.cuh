@@ -107,12 +107,12 @@ struct Stage {
       }
       ptx::stmatrix_x4(at, r);
     }
+    __syncwarp();
   }
 
-  // The first `count` rows to `to(row)`, in 16-byte pieces; the lanes' stores are visible to all.
+  // The first `count` rows to `to(row)`, in 16-byte pieces.
   template <class To>
   __device__ __forceinline__ void copy(int count, To to) const {
-    __syncwarp();
 #pragma unroll 1
     for (int i = ptx::tid_x() % 32; i < count * (Columns / 8); i += 32) {
       const int r = i / (Columns / 8), chunk = i % (Columns / 8);
