@@ -12,10 +12,15 @@ use infini_attn::cuda::{Arch, KERNELS};
 /// Multiply-adds of a case: a fraction of a second of the simulator.
 const BUDGET: u64 = 12_000_000;
 
-/// Shapes that kernels are compiled for.
+/// Shapes that every device has kernels for.
 fn shapes() -> Vec<Shape> {
+    shapes_of(Arch::Sm80)
+}
+
+/// Shapes that an architecture has kernels for.
+fn shapes_of(arch: Arch) -> Vec<Shape> {
     let attention = KERNELS.iter().filter(|k| k.operation == "segment_attention");
-    let attention = attention.filter(|k| k.arch == Arch::Sm80);
+    let attention = attention.filter(|k| k.arch == arch);
     attention.filter_map(|k| k.dtype.map(|dtype| (dtype, k.key_dim, k.value_dim))).collect()
 }
 
@@ -43,6 +48,11 @@ fn prefill() {
 }
 
 #[test]
+fn prefill_on_sm90() {
+    run_on(Arch::Sm90, Entry::Prefill, pairwise(&shapes_of(Arch::Sm90), BUDGET));
+}
+
+#[test]
 fn segment() {
     let cases = pairwise(&shapes(), BUDGET).into_iter().map(Case::within_segments);
     run(Entry::Segment, cases.collect());
@@ -64,6 +74,7 @@ fn entries_take_turns() {
 fn every_case_in_every_shape() {
     let all = full(&shapes(), BUDGET);
     run(Entry::Prefill, all.clone());
+    run_on(Arch::Sm90, Entry::Prefill, full(&shapes_of(Arch::Sm90), BUDGET));
     run(Entry::Segment, all.iter().cloned().map(Case::within_segments).collect());
     run(Entry::Decode, short(all));
 }

@@ -66,7 +66,7 @@ impl Source {
         Self { name, tensor, extents: [channels, heads, tokens, batches] }
     }
 
-    /// An array [batches][heads][rows][channels] of the state or the workspace.
+    /// An array [batches, heads, rows, channels] of the state or the workspace.
     pub fn array(name: &'static str, data: u64, shape: [usize; 4]) -> Self {
         let [batches, heads, rows, channels] = shape;
         let token = channels as i64;

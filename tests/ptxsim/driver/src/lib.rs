@@ -1,8 +1,9 @@
 //! A `libcuda.so` whose one device is the simulator: programs that open the driver at run time run
-//! on it unchanged, with `LD_LIBRARY_PATH` naming its folder.
+//! on it unchanged, with `LD_LIBRARY_PATH` naming its folder. `PTXSIM_ARCH=sm_90a` makes it one of
+//! compute capability 9.0.
 //!
 //! The part of the driver's interface that cudarc's safe layer uses: contexts, memory, modules (PTX,
-//! or fatbins that hold PTX), launches, streams, events, capture and graphs. Whatever the simulator
+//! or fatbins that hold PTX), launches, streams, events, capture and graphs; and tensor maps. Whatever the simulator
 //! finds in a launch goes to stderr and fails the launch and every call after it. Streams do their
 //! work at once, so that a missing wait between streams goes unnoticed; a capture across streams is
 //! refused.
@@ -19,23 +20,36 @@ use std::slice::{from_raw_parts, from_raw_parts_mut};
 use machine::{
     CAPTURE_INVALIDATED, CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, CAPTURED_EVENT, Code,
     INVALID_CONTEXT, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, Op,
-    Result, machine,
+    Result, arch, machine,
 };
 use ptxsim::Launch;
+use ptxsim::layout::Swizzle;
+use ptxsim::tensor_map::{Dtype, ENCODED_BYTES, OobFill, TensorMap};
 
 /// The one context.
 const CONTEXT: usize = 0xc0;
 const NAME: &[u8] = b"PTX simulator\0";
 
-/// Attributes of the device, by number: those of an A100.
-const ATTRIBUTES: [(c_uint, c_int); 6] = [
-    (13, 1_410_000), // clock, kHz
-    (16, 108),       // multiprocessors
-    (38, 40 << 20),  // L2, bytes
-    (75, 8),         // compute capability
-    (76, 0),
-    (115, 1), // memory pools
-];
+/// An attribute of the device, by number: those of an A100 or an H200.
+fn attribute(number: c_uint) -> c_int {
+    let name = arch().to_string();
+    let capability: c_int = name.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
+    match number {
+        13 => (arch().rates().clock / 1e3) as c_int, // kHz
+        16 => arch().multiprocessors() as c_int,
+        38 => {
+            if arch().is_hopper() {
+                50 << 20
+            } else {
+                40 << 20
+            }
+        } // L2, bytes
+        75 => capability / 10,
+        76 => capability % 10,
+        115 => 1, // memory pools
+        _ => 0,
+    }
+}
 
 const ERRORS: [(Code, &CStr); 11] = [
     (0, c"no error"),
@@ -50,6 +64,45 @@ const ERRORS: [(Code, &CStr); 11] = [
     (CAPTURE_ISOLATION, c"dependency on work outside of the capture"),
     (CAPTURED_EVENT, c"the event was recorded in a capture"),
 ];
+
+/// Element types and swizzles of tensor maps, by number.
+const DTYPES: [Dtype; 10] = [
+    Dtype::U8,
+    Dtype::U16,
+    Dtype::U32,
+    Dtype::S32,
+    Dtype::U64,
+    Dtype::S64,
+    Dtype::F16,
+    Dtype::F32,
+    Dtype::F64,
+    Dtype::Bf16,
+];
+const SWIZZLES: [Swizzle; 4] = [Swizzle::None, Swizzle::B32, Swizzle::B64, Swizzle::B128];
+
+/// How a kernel is launched (CUlaunchConfig).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Config {
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared_bytes: c_uint,
+    stream: usize,
+    attributes: *const Attribute,
+    count: c_uint,
+}
+
+/// An attribute of a launch (CUlaunchAttribute): 64 bytes by number.
+#[repr(C)]
+pub struct Attribute {
+    id: c_uint,
+    padding: c_uint,
+    cluster: [c_uint; 3],
+    rest: [c_uint; 13],
+}
+
+/// The number of the cluster's dimensions.
+const CLUSTER: c_uint = 4;
 
 thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
@@ -92,7 +145,7 @@ driver! {
         0
     };
     cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, _device: c_int) =
-        give(value, Ok(ATTRIBUTES.iter().find(|a| a.0 == attribute).map_or(0, |a| a.1)));
+        give(value, Ok(crate::attribute(attribute)));
     cuDevicePrimaryCtxRetain(context: *mut usize, _device: c_int) = give(context, Ok(CONTEXT));
     cuDevicePrimaryCtxRelease_v2(_device: c_int) = 0;
     cuCtxSetCurrent(context: usize) = {
@@ -152,16 +205,44 @@ driver! {
         function: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
         shared_bytes: c_uint, stream: usize, params: *const *const u8, _extra: *mut *mut c_void
     ) = {
-        let mut machine = machine();
-        let args = machine.parameters(function).map(|sizes| {
-            let values = sizes.iter().enumerate();
-            values.map(|(i, n)| from_raw_parts(*params.add(i), *n as usize).to_vec()).collect()
-        });
         let launch = Launch {
             grid: [gx, gy, gz], block: [bx, by, bz], ..Launch::linear(1, 1).shared(shared_bytes)
         };
-        let op = args.map(|args| Op::Launch { function, launch, args });
-        code(op.and_then(|op| machine.submit(stream, op)))
+        code(submit(function, launch, stream, params))
+    };
+    cuLaunchKernelEx(
+        config: *const Config, function: usize, params: *const *const u8, _extra: *mut *mut c_void
+    ) = {
+        let Config { grid, block, shared_bytes, stream, attributes, count } = *config;
+        let attributes = if count == 0 { &[] } else { from_raw_parts(attributes, count as usize) };
+        let cluster = attributes.iter().find(|a| a.id == CLUSTER).map_or([1; 3], |a| a.cluster);
+        let launch = Launch { grid, block, cluster, shared_bytes, registers: None };
+        code(submit(function, launch, stream, params))
+    };
+    cuTensorMapEncodeTiled(
+        map: *mut [u8; ENCODED_BYTES], dtype: c_uint, rank: c_uint, address: u64,
+        dims: *const u64, strides: *const u64, extents: *const u32, steps: *const u32,
+        interleave: c_uint, swizzle: c_uint, _promotion: c_uint, nan: c_uint
+    ) = {
+        let rank = (rank as usize).clamp(1, 5);
+        let known = DTYPES.get(dtype as usize).zip(SWIZZLES.get(swizzle as usize));
+        let encoded = known.filter(|_| interleave == 0).ok_or(INVALID_VALUE);
+        give(map, encoded.and_then(|(dtype, swizzle)| {
+            let dims = from_raw_parts(dims, rank).to_vec();
+            let dense = TensorMap::dense(*dtype, dims, from_raw_parts(extents, rank).to_vec());
+            let described = TensorMap {
+                address,
+                strides: from_raw_parts(strides, rank - 1).to_vec(),
+                element_strides: from_raw_parts(steps, rank).to_vec(),
+                swizzle: *swizzle,
+                oob: if nan == 1 { OobFill::Nan } else { OobFill::Zero },
+                ..dense
+            };
+            described.encode().map_err(|error| {
+                eprintln!("{error}");
+                INVALID_VALUE
+            })
+        }))
     };
 
     cuStreamCreate(stream: *mut usize, _flags: c_uint) = give(stream, Ok(machine().new_stream()));
@@ -189,6 +270,23 @@ driver! {
     cuGraphLaunch(exec: usize, stream: usize) = code(machine().replay(exec, stream));
     cuGraphDestroy(graph: usize) = code(machine().end_graph(graph));
     cuGraphExecDestroy(exec: usize) = code(machine().end_graph(exec));
+}
+
+/// Enqueues a launch.
+unsafe fn submit(
+    function: usize,
+    launch: Launch,
+    stream: usize,
+    params: *const *const u8,
+) -> Result {
+    let mut machine = machine();
+    let sizes = machine.parameters(function)?;
+    let values = sizes.iter().enumerate();
+    // SAFETY: one pointer per parameter, to as many bytes as it has, as in the driver.
+    let read =
+        |(i, n): (usize, &u32)| unsafe { from_raw_parts(*params.add(i), *n as usize).to_vec() };
+    let args = values.map(read).collect();
+    machine.submit(stream, Op::Launch { function, launch, args })
 }
 
 unsafe fn elapsed(ms: *mut f32, start: usize, end: usize) -> Code {

@@ -68,6 +68,16 @@ pub struct Machine {
     failed: Option<Code>,
 }
 
+/// What the device is: `PTXSIM_ARCH`, sm_80 without.
+static ARCH: LazyLock<Arch> = LazyLock::new(|| {
+    let name = std::env::var("PTXSIM_ARCH").unwrap_or_else(|_| "sm_80".into());
+    name.parse().unwrap_or_else(|error| panic!("PTXSIM_ARCH: {error}"))
+});
+
+pub fn arch() -> Arch {
+    *ARCH
+}
+
 static MACHINE: LazyLock<Mutex<Machine>> = LazyLock::new(|| Mutex::new(Machine::new()));
 
 pub fn machine() -> MutexGuard<'static, Machine> {
@@ -77,7 +87,7 @@ pub fn machine() -> MutexGuard<'static, Machine> {
 impl Machine {
     fn new() -> Self {
         Self {
-            device: Device::new(Arch::Sm80),
+            device: Device::new(arch()),
             buffers: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
