@@ -58,6 +58,9 @@ void hopper(const char* dtype) {
   using A = GroupAttentionTile<Dk, Dv>;
   print("sm90", "segment_attention", dtype, Dk, Dv,
         {A::threads, A::shared_bytes, A::blocks_per_sm, A::rows, 0, A::keys});
+  using O = GroupSegmentTile<Dk, Dv>;
+  print("sm90", "segment", dtype, Dk, Dv,
+        {O::threads, O::shared_bytes, O::blocks_per_sm, O::rows, O::columns, O::keys});
   using S = GroupStateTile<Dk, Dv>;
   print("sm90", "segment_state", dtype, Dk, Dv,
         {S::threads, S::shared_bytes, S::blocks_per_sm, 0, kUpdateColumns<Dv>, S::tokens});

@@ -276,6 +276,7 @@ struct InfiniSegment {
   struct InfiniCall call;
   struct InfiniState state;
   struct InfiniExchange exchange;
+  InfiniAddress rotated;  // sm90 with rotation: T [sequences][Hkv][N][Dk], rotated new keys
   int32_t tiles;      // query tiles of the longest sequence
   int32_t chunks;     // update chunks of a segment, 0 when no sequence completes one
   int32_t chunk_len;  // tokens per update chunk, a multiple of 64

@@ -147,6 +147,25 @@ using GroupStateTile = GroupUpdateTile<Dk, kUpdateColumns<Dv>, Dk + kUpdateColum
 template <int Dk>
 using GroupTransitionTile = GroupUpdateTile<kUpdateColumns<Dk>, Dk, Dk>;
 
+// One-launch segment: a cluster of up to 8 blocks has a sequence's KV head to itself.
+template <int Dk, int Dv>
+struct GroupSegmentTile {
+  using Attention = GroupAttentionTile<Dk, Dv>;
+  static constexpr int groups = Attention::groups;
+  static constexpr int rows = Attention::rows;
+  static constexpr int keys = Attention::keys;
+  static constexpr int threads = Attention::threads;
+  static constexpr int blocks_per_sm = 1;
+  static constexpr int consumer_registers = Attention::consumer_registers;
+  static constexpr int producer_registers = Attention::producer_registers;
+  // Columns of M that are updated at a time: all their sums fit the registers of two groups.
+  static constexpr int columns = kUpdateColumns<Dv>;
+  // Behind those of attention: z, column sums and their parts, factors of two tiles, one value per
+  // warp, the piece, the chunk.
+  static constexpr int extra_bytes = 4 * Dk + 4 * Dk + 8 * 256 + 8 * keys + 64 + 64 + 32;
+  static constexpr int shared_bytes = Attention::shared_bytes + extra_bytes;
+};
+
 // Element-wise kernels.
 constexpr int kElementThreads = 256;
 

@@ -133,11 +133,7 @@ struct Update {
     const KeyTile k = key_tile(stage);
 #pragma unroll 8
     for (int row = group; row < kTokens; row += kGroups) {
-      uint32_t x;
-      asm volatile("ld.shared.b32 %0, [%1];"
-                   : "=r"(x)
-                   : "r"(k.at(row, pair / 4) + pair % 4 * 4)
-                   : "memory");
+      const uint32_t x = ptx::ld_shared(k.at(row, pair / 4) + pair % 4 * 4);
       const float2 values = unpack<T>(x);
       sums.x += values.x;
       sums.y += values.y;

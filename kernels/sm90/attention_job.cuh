@@ -19,7 +19,11 @@ enum AttentionMap {
   kMapO,
   kMapADot,
   kMapAMem,
-  kAttentionMaps
+  kAttentionMaps,
+  // Of segment alone: keys as the memory sees them.
+  kMapRawK = kAttentionMaps,
+  kMapRawOpenK,
+  kSegmentMaps
 };
 
 // A block of keys: where it lies, how many of its rows belong to the segment, and how many row 0 of

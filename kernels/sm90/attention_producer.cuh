@@ -39,26 +39,33 @@ struct AttentionProducer {
     return fresh;
   }
 
-  __device__ __forceinline__ void load_keys(const AttentionJob& job, const KeyBlock& block) {
+  __device__ __forceinline__ void load_keys(AttentionMap map, const Box& box) {
     const Ring<kStages> ring = shared.key_ring();
     ring.acquire(key);
     if (leader()) {
       const uint32_t full = ring.full(key.stage());
       ptx::mbarrier_arrive_expect_tx(full, Shared::KeyTile::bytes);
-      shared.keys(key.stage()).load(&maps[block.open ? kMapOpenK : kMapK],
-                                  block_box(job, block, job.k), full);
+      shared.keys(key.stage()).load(&maps[map], box, full);
     }
     key.advance();
   }
 
-  __device__ __forceinline__ void load_values(const AttentionJob& job, const KeyBlock& block) {
+  // Rows from `valid` on do not belong to the segment.
+  __device__ __forceinline__ void load_values(AttentionMap map, const Box& box, int valid) {
     const Ring<kStages> ring = shared.value_ring();
     const auto tile = shared.values(value.stage());
     ring.acquire(value);
-    tail.fill(ring.full(value.stage()), tile.bytes, tile, block.valid, [&](uint32_t full) {
-      tile.load(&maps[block.open ? kMapOpenV : kMapV], block_box(job, block, job.v), full);
-    });
+    tail.fill(ring.full(value.stage()), tile.bytes, tile, valid,
+              [&](uint32_t full) { tile.load(&maps[map], box, full); });
     value.advance();
+  }
+
+  __device__ __forceinline__ void load_keys(const AttentionJob& job, const KeyBlock& block) {
+    load_keys(block.open ? kMapOpenK : kMapK, block_box(job, block, job.k));
+  }
+
+  __device__ __forceinline__ void load_values(const AttentionJob& job, const KeyBlock& block) {
+    load_values(block.open ? kMapOpenV : kMapV, block_box(job, block, job.v), block.valid);
   }
 
   __device__ __forceinline__ void load_memory(const AttentionJob& job) {

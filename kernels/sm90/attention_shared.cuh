@@ -85,5 +85,6 @@ struct AttentionShared {
 // Named barriers; 0 is that of __syncthreads.
 constexpr int kTurnBarrier = 1;   // + group: the group may issue its products
 constexpr int kGroupBarrier = 5;  // + group: the warps of a group meet
+constexpr int kConsumerBarrier = 9;  // the consumers of the block meet
 
 }  // namespace infini

@@ -75,6 +75,10 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -121,15 +125,16 @@ __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
 
 // ---- clusters -----------------------------------------------------------------------------------
 
+// Both are read anew, as tid_x is.
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
 __device__ __forceinline__ uint32_t cluster_nctarank() {
   uint32_t count;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
   return count;
 }
 
@@ -144,6 +149,15 @@ __device__ __forceinline__ float ld_shared_cluster(uint32_t address) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ float4 ld_shared_cluster_v4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
 __device__ __forceinline__ void st_shared_cluster(uint32_t address, float value) {

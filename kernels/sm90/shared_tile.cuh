@@ -64,10 +64,21 @@ struct SwizzledTile {
   // Tensor copies of the whole tile by one thread; `barrier` expects its bytes.
   __device__ __forceinline__ void load(const ptx::TensorMap* map, const Box& box,
                                        uint32_t barrier) const {
+    load_rows<Rows>(map, box, barrier);
+  }
+
+  // The same in boxes of BoxRows rows.
+  template <int BoxRows>
+  __device__ __forceinline__ void load_rows(const ptx::TensorMap* map, const Box& box,
+                                            uint32_t barrier) const {
 #pragma unroll
     for (int strip = 0; strip < strips; ++strip) {
-      ptx::cp_async_bulk_tensor_load_4d(base + strip * strip_bytes, map, box.channel + strip * 64,
-                                        box.head, box.row, box.batch, barrier);
+#pragma unroll
+      for (int row = 0; row < Rows; row += BoxRows) {
+        ptx::cp_async_bulk_tensor_load_4d(base + strip * strip_bytes + row * 128, map,
+                                          box.channel + strip * 64, box.head, box.row + row,
+                                          box.batch, barrier);
+      }
     }
   }
 

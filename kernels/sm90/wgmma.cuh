@@ -11,14 +11,16 @@ namespace infini::ptx {
 #define INFINI_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define INFINI_R16(d, i) \
   INFINI_R4(d, i), INFINI_R4(d, i + 4), INFINI_R4(d, i + 8), INFINI_R4(d, i + 12)
-#define INFINI_R32(d) INFINI_R16(d, 0), INFINI_R16(d, 16)
-#define INFINI_R64(d) INFINI_R32(d), INFINI_R16(d, 32), INFINI_R16(d, 48)
-#define INFINI_R128(d) \
-  INFINI_R64(d), INFINI_R16(d, 64), INFINI_R16(d, 80), INFINI_R16(d, 96), INFINI_R16(d, 112)
+#define INFINI_A32(d) INFINI_R16(d, 0), INFINI_R16(d, 16)
+#define INFINI_A64(d) INFINI_A32(d), INFINI_R16(d, 32), INFINI_R16(d, 48)
+#define INFINI_A128(d) \
+  INFINI_A64(d), INFINI_R16(d, 64), INFINI_R16(d, 80), INFINI_R16(d, 96), INFINI_R16(d, 112)
 
-#define INFINI_S32                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define INFINI_A16(d) INFINI_R16(d, 0)
+#define INFINI_S16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define INFINI_S32 \
+  INFINI_S16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define INFINI_S64                                                                     \
   INFINI_S32                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -46,7 +48,7 @@ struct Wgmma;
                    ", 0;\n"                                                                      \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type               \
                    " {" INFINI_S##R "}, " i0 ", " i1 ", p, 1, 1, " i3 ", " i4 ";\n}"             \
-                   : INFINI_R##R(d)                                                              \
+                   : INFINI_A##R(d)                                                              \
                    : "l"(a), "l"(b), "r"(scale_d), "n"(TransA), "n"(TransB));                    \
     }                                                                                            \
     template <int TransB>                                                                        \
@@ -57,13 +59,14 @@ struct Wgmma;
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type               \
                    " {" INFINI_S##R "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4                   \
                    ", p, 1, 1, " i6 ";\n}"                                                       \
-                   : INFINI_R##R(d)                                                              \
+                   : INFINI_A##R(d)                                                              \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d),           \
                      "n"(TransB));                                                               \
     }                                                                                            \
   };
 
 #define INFINI_WGMMA_TYPE(T, type)                                                          \
+  INFINI_WGMMA(T, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")            \
   INFINI_WGMMA(T, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")            \
   INFINI_WGMMA(T, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")           \
   INFINI_WGMMA(T, type, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")

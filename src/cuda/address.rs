@@ -302,7 +302,7 @@ parameters! {
     InfiniSegmentAttention: rotated snapshot snapshot_scale z; call state run.
     InfiniAppend: rotated; call state run.
     InfiniClearPadding: ; call sequences.
-    InfiniSegment: ; call state exchange sequences.
+    InfiniSegment: rotated; call state exchange sequences.
     InfiniDecode: ; call state exchange sequences.
     InfiniCommit: ; state exchange sequences.
     InfiniMergePartials: a_dot lse; out out_lse.

@@ -12,6 +12,7 @@
 //! [`decode()`], [`flush`]) owns its [`State`] and borrows tensors in cudarc's buffers.
 
 mod address;
+mod attention;
 mod buffers;
 mod call;
 mod calls;

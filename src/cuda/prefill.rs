@@ -19,7 +19,7 @@ use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding};
 use super::state::Kind;
 use super::target::Chosen;
-use super::tensor_map::Source;
+use super::attention::AttentionOperands;
 use super::{Arch, Call, Kernel, Mirror, Operand, Target, find};
 use crate::call::{Piece, Sequence, pieces};
 use crate::memory::Counters;
@@ -241,7 +241,16 @@ impl Planner<'_> {
 
     fn segment_attention(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
         let (p, target) = (&self.call.problem, self.phases.target);
-        let sources = |kernel: &Kernel| self.attention_sources(run, kernel);
+        let pieces = run.pieces.len();
+        let operands = AttentionOperands {
+            p,
+            call: &self.params,
+            state: &self.phases.state,
+            lead: self.phases.lead,
+            rotated: self.call.rotation().map(|_| (self.arrays.rotated, pieces)),
+            snapshot: (self.arrays.snapshot, pieces),
+        };
+        let sources = |kernel: &Kernel| operands.sources(kernel);
         let chosen = Chosen::new("segment_attention", p, target, sources)?.persistent(target);
         let kernel = chosen.kernel;
         let tiles = longest(run).div_ceil(kernel.rows);
@@ -262,48 +271,6 @@ impl Planner<'_> {
         let blocks = blocks.iter().fold(tiles, |all, extent| all.saturating_mul(*extent));
         let why = format!("query tiles per segment and head: {tiles}, of {} rows", kernel.rows);
         plan.launch(chosen, [blocks, 1, 1], params, why)
-    }
-
-    /// What segment_attention reads and writes by tensor copies, with the rows of a box.
-    fn attention_sources(&self, run: &Run, kernel: &Kernel) -> Vec<(Source, usize)> {
-        /// Query rows of a warpgroup.
-        const ROWS: usize = 64;
-        /// Output rows of a warp.
-        const OUT: usize = 16;
-        let (phases, call, keys) = (&self.phases, &self.params, kernel.keys);
-        let (p, state) = (&phases.p, &phases.state);
-        let (h, dk, dv) = (p.kv_heads(), p.key_dim(), p.value_dim());
-        let [batches, tokens] = phases.lead;
-        let queries = |name, tensor, channels| {
-            Source::of_call(name, tensor, [batches, tokens, p.heads(), channels])
-        };
-        let o = queries("o", call.o, dv);
-        let or_o = |name, tensor: InfiniTensor| {
-            if tensor.data == 0 { o } else { queries(name, tensor, dv) }
-        };
-        let array = |name, data, rows, columns| {
-            Source::array(name, data, [run.pieces.len(), h, rows, columns])
-        };
-        let plain = (phases.rows("k", call.k, dk), state.open_k);
-        let (k, open_k) = match self.call.rotation() {
-            Some(_) => {
-                let rotated = array("rotated keys", self.arrays.rotated, p.segment_len(), dk);
-                (rotated, state.open_k_rotated)
-            }
-            None => plain,
-        };
-        let v = phases.rows("v", call.v, dv);
-        vec![
-            (queries("q", call.q, dk), ROWS),
-            (k, keys),
-            (v, keys),
-            (phases.open(open_k, dk).unwrap_or(k), keys),
-            (phases.open(state.open_v, dv).unwrap_or(v), keys),
-            (array("the snapshots", self.arrays.snapshot, dk, dv), keys.min(dk)),
-            (o, OUT),
-            (or_o("a_dot", call.a_dot), OUT),
-            (or_o("a_mem", call.a_mem), OUT),
-        ]
     }
 
     fn append(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {

@@ -1,12 +1,14 @@
 //! Up to one segment per sequence in one launch.
 
+use super::attention::AttentionOperands;
 use super::call::{Resolved, problem_params};
 use super::commit::Chunks;
 use super::params::*;
 use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
-use super::{Call, Mirror, Operand, Target, find};
+use super::target::Chosen;
+use super::{Arch, Call, Mirror, Operand, Target};
 use crate::{Error, Problem, Result};
 
 /// Plans a call of [`prefill`](crate::prefill) in which no sequence goes beyond its current segment:
@@ -43,6 +45,7 @@ pub fn plan_segment(
     Ok(plan.finish(call.requirements(), &workspace))
 }
 
+/// The one launch.
 fn launch(
     call: &Resolved<'_>,
     state: &Mirror,
@@ -50,39 +53,72 @@ fn launch(
     plan: &mut Plan,
     workspace: &mut Allocation,
 ) -> Result<()> {
-    let (p, kernel) = (&call.problem, find("segment", &call.problem, target.arch)?);
+    let (p, counters) = (&call.problem, state.counters());
     let params = call.copy_positions(plan, workspace)?;
     let sequences = sequences(call, None, plan, workspace)?;
     let count = sequences.count as usize;
-    let counters = state.counters();
     let completes =
         call.sequences.iter().any(|s| counters[s.slot].open_len + s.len == p.segment_len());
-    let mut chunks = Chunks::of_segment(p);
-    if !completes {
-        chunks.count = 0;
-    }
-    let partials = chunks.partials(p, count, workspace)?;
-    let tiles = call.longest().div_ceil(kernel.rows);
-    let params = InfiniSegment {
+    let chunks = Chunks::of_segment(p);
+    let updating = if completes { chunks.count } else { 0 };
+    let mut launch = InfiniSegment {
         problem: problem_params(p),
         call: params,
         state: state.layout().symbols(),
-        exchange: state.layout().exchange(partials),
-        tiles: tiles as i32,
-        chunks: chunks.count as i32,
+        exchange: state.layout().exchange(0),
+        rotated: 0,
+        tiles: 0,
+        chunks: updating as i32,
         chunk_len: chunks.len as i32,
         reserved: 0,
         sequences,
     };
+    let mut rotated = *workspace;
+    if target.arch > Arch::Sm80 && call.rotation().is_some() {
+        launch.rotated = rotated.part(
+            &[count, p.kv_heads(), p.segment_len(), p.key_dim()],
+            p.dtype().bytes(),
+        )?;
+    }
+    let chosen = choose(call, &launch, count, target)?;
+    let kernel = chosen.kernel;
+    let tiles = call.longest().div_ceil(kernel.rows);
+    launch.tiles = tiles as i32;
+    let tokens = format!("{} tokens each", chunks.len);
     let attention = tiles * p.heads() * (1 + usize::from(call.a_mem()));
-    let update = chunks.count * p.kv_heads() * (p.value_dim() / kernel.columns);
-    let why = if completes {
-        format!(
-            "blocks that attend: {attention}, that update: {update}, {} tokens each",
-            chunks.len
-        )
-    } else {
-        format!("blocks that attend: {attention}; no segment is completed")
+    if kernel.arch > Arch::Sm80 {
+        *workspace = rotated;
+        let why = match completes {
+            true => format!("query tiles: {attention}; a block updates with {tokens}"),
+            false => format!("query tiles: {attention}; no segment is completed"),
+        };
+        let chosen = Chosen { cluster: chunks.count as u32, ..chosen };
+        return plan.launch(chosen, [p.kv_heads() * chunks.count, count, 1], launch, why);
+    }
+    launch.rotated = 0;
+    let partials = Chunks { count: updating, ..chunks }.partials(p, count, workspace)?;
+    launch.exchange = state.layout().exchange(partials);
+    let update = updating * p.kv_heads() * (p.value_dim() / kernel.columns);
+    let why = match completes {
+        true => format!("blocks that attend: {attention}, that update: {update}, {tokens}"),
+        false => format!("blocks that attend: {attention}; no segment is completed"),
     };
-    plan.launch(kernel, [attention + update, count, 1], params, why)
+    plan.launch(chosen, [attention + update, count, 1], launch, why)
+}
+
+fn choose(
+    call: &Resolved<'_>,
+    launch: &InfiniSegment,
+    count: usize,
+    target: Target,
+) -> Result<Chosen> {
+    let operands = AttentionOperands {
+        p: &call.problem,
+        call: &launch.call,
+        state: &launch.state,
+        lead: call.lead(),
+        rotated: call.rotation().map(|_| (launch.rotated, count)),
+        snapshot: (launch.state.snapshot, launch.state.slots as usize),
+    };
+    Chosen::new("segment", &call.problem, target, |kernel| operands.with_raw_keys(kernel))
 }
