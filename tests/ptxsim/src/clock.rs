@@ -9,6 +9,7 @@
 
 use std::cmp::Ordering;
 
+mod memo;
 mod sync;
 mod warp;
 
@@ -183,8 +184,18 @@ impl Clock {
         e.lanes & !self.known_lanes(e.actor, e.clock) == 0
     }
 
+    /// What is known of an actor.
+    fn known(&self, actor: Actor) -> memo::Known {
+        match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
+            Ok(i) => {
+                let entry = &self.entries[i];
+                memo::Known { all: entry.all, exactly: entry.single.is_none() }
+            }
+            Err(_) => memo::Known { all: 0, exactly: true },
+        }
+    }
+
     /// The lanes of an actor that are known up to a time.
-    #[inline]
     fn known_lanes(&self, actor: Actor, clock: u32) -> u32 {
         match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
             Ok(i) => self.entries[i].known_lanes(clock),

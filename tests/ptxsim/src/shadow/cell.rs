@@ -1,6 +1,6 @@
 //! The cells of shadow memory and the decision between two accesses.
 
-use super::{Access, Block, Conflict, Proxy, Race, Recent};
+use super::{Access, Block, Conflict, Proxy, Race};
 use crate::clock::{ActorKind, Epoch, ProxySpace, Scope};
 
 /// A strong access: exempt against another of exactly the same bytes where both scopes reach.
@@ -68,7 +68,7 @@ impl Mark {
     /// earlier accesses of the same lanes. It is for all that this one knows if a thread makes it:
     /// only a thread hands on its knowledge together with its own accesses.
     #[inline]
-    fn strip(&self, old: &mut Self, a: &Access, recent: &mut Recent) {
+    fn strip(&self, old: &mut Self, a: &Access) {
         let alike =
             self.proxy() == old.proxy() && (self.strong.is_none() || self.strong == old.strong);
         if !alike {
@@ -78,7 +78,7 @@ impl Mark {
             old.epoch.lanes &= !self.epoch.lanes;
         }
         let thread = self.epoch.actor.kind() == ActorKind::Thread;
-        if thread && old.epoch.lanes != 0 && recent.knows(a, &old.epoch) {
+        if thread && old.epoch.lanes != 0 && a.clock.knows(a.lane, &old.epoch) {
             old.epoch.lanes = 0;
         }
     }
@@ -100,18 +100,28 @@ impl Marks {
 
     #[inline]
     fn replace(&mut self, mark: &Mark) {
-        *self = Self { first: Some(mark.clone()), more: None };
+        self.clear();
+        self.first = Some(mark.clone());
+    }
+
+    /// Forgets all, but keeps the room.
+    #[inline]
+    fn clear(&mut self) {
+        self.first = None;
+        if let Some(more) = &mut self.more {
+            more.clear();
+        }
     }
 
     /// Adds an access and drops those it covers.
     #[inline]
-    fn insert(&mut self, mark: &Mark, a: &Access, recent: &mut Recent) {
+    fn insert(&mut self, mark: &Mark, a: &Access) {
         if let Some(more) = &mut self.more {
-            more.iter_mut().for_each(|old| mark.strip(old, a, recent));
+            more.iter_mut().for_each(|old| mark.strip(old, a));
             more.retain(|old| old.epoch.lanes != 0);
         }
         if let Some(old) = &mut self.first {
-            mark.strip(old, a, recent);
+            mark.strip(old, a);
         }
         if self.first.as_ref().is_none_or(|old| old.epoch.lanes == 0) {
             self.first = Some(mark.clone());
@@ -141,27 +151,24 @@ impl Cell {
         mark: &Mark,
         space: ProxySpace,
         write: bool,
-        recent: &mut Recent,
     ) -> Result<(), (Conflict, Mark)> {
         let mut found = None;
         for old in self.writes.iter() {
-            found =
-                found.or_else(|| Some((conflict(old, true, mark, write, a, space, recent)?, old)));
+            found = found.or_else(|| Some((conflict(old, true, mark, write, a, space)?, old)));
         }
         if write {
             for old in self.reads.iter() {
-                found = found
-                    .or_else(|| Some((conflict(old, false, mark, true, a, space, recent)?, old)));
+                found = found.or_else(|| Some((conflict(old, false, mark, true, a, space)?, old)));
             }
         }
         let found = found.map(|(conflict, old)| (conflict, old.clone()));
         if !write {
-            self.reads.insert(mark, a, recent);
+            self.reads.insert(mark, a);
         } else if mark.strong.is_some() {
-            self.writes.insert(mark, a, recent);
+            self.writes.insert(mark, a);
         } else {
             self.writes.replace(mark);
-            self.reads = Marks::default();
+            self.reads.clear();
         }
         found.map_or(Ok(()), Err)
     }
@@ -176,12 +183,11 @@ fn conflict(
     new_write: bool,
     a: &Access,
     space: ProxySpace,
-    recent: &mut Recent,
 ) -> Option<Conflict> {
     if old.exempts(new) {
         return None;
     }
-    if !recent.knows(a, &old.epoch) {
+    if !a.clock.knows(a.lane, &old.epoch) {
         let pending = old.epoch.actor.kind() != ActorKind::Thread;
         return Some(match (old_write, new_write) {
             (true, _) if pending => Conflict::PendingWrite,
