@@ -43,6 +43,9 @@ pub struct Actor(u32);
 
 impl Actor {
     const KIND_BITS: u32 = 3;
+    /// The least and the greatest.
+    const FIRST: Self = Self(0);
+    const LAST: Self = Self(u32::MAX);
 
     const fn new(kind: ActorKind, index: u32) -> Self {
         Self(index << Self::KIND_BITS | kind as u32)
@@ -182,6 +185,12 @@ impl Clock {
     /// Whether all accesses of the epoch are known.
     pub fn knows(&self, e: &Epoch) -> bool {
         e.lanes & !self.known_lanes(e.actor, e.clock) == 0
+    }
+
+    /// The first and the last actor of whom anything is known.
+    #[inline]
+    fn ends(&self) -> Option<(Actor, Actor)> {
+        Some((self.entries.first()?.actor, self.entries.last()?.actor))
     }
 
     /// What is known of an actor.

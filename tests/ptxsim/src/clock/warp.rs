@@ -1,5 +1,7 @@
 //! What the lanes of one warp know.
 
+use std::ops::RangeInclusive;
+
 use super::memo::Memo;
 use super::{
     ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, Scope, bits,
@@ -144,6 +146,17 @@ impl WarpClock {
     #[inline]
     fn is_own(&self, lane: u32, e: &Epoch) -> bool {
         e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane
+    }
+
+    /// No lane knows anything of an actor outside of these.
+    #[inline]
+    pub fn within(&self) -> RangeInclusive<Actor> {
+        if self.lanes.is_some() {
+            return Actor::FIRST..=Actor::LAST;
+        }
+        let own = (Actor::thread(self.warp), Actor::wgmma(self.warp));
+        let (first, last) = self.common.generic.ends().unwrap_or(own);
+        first.min(own.0)..=last.max(own.1)
     }
 
     /// The time up to which a lane knows all lanes of an actor; 0: not at all.
