@@ -182,12 +182,18 @@ impl WarpClock {
         if e.clock <= common.all {
             return true;
         }
-        let alone = self.lanes.is_none() && e.actor.index() != self.warp;
-        !(alone && common.exactly) && self.covers_slowly(lane, clock, e)
+        if common.exactly && self.lanes.is_none() && e.actor.index() != self.warp {
+            return false;
+        }
+        let known = match common.exactly {
+            true => 0,
+            false => self.common.clocks()[clock].known_lanes(e.actor, e.clock),
+        };
+        self.lane_covers(lane, clock, e, e.lanes & !known)
     }
 
-    fn covers_slowly(&self, lane: u32, clock: usize, e: &Epoch) -> bool {
-        let mut rest = e.lanes & !self.common.clocks()[clock].known_lanes(e.actor, e.clock);
+    /// The same for the lanes of the epoch that not all lanes know of.
+    fn lane_covers(&self, lane: u32, clock: usize, e: &Epoch, mut rest: u32) -> bool {
         if rest == 0 {
             return true;
         }
