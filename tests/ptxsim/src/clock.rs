@@ -9,6 +9,7 @@
 
 use std::cmp::Ordering;
 
+mod memo;
 mod sync;
 mod warp;
 
@@ -42,6 +43,9 @@ pub struct Actor(u32);
 
 impl Actor {
     const KIND_BITS: u32 = 3;
+    /// The least and the greatest.
+    const FIRST: Self = Self(0);
+    const LAST: Self = Self(u32::MAX);
 
     const fn new(kind: ActorKind, index: u32) -> Self {
         Self(index << Self::KIND_BITS | kind as u32)
@@ -183,8 +187,24 @@ impl Clock {
         e.lanes & !self.known_lanes(e.actor, e.clock) == 0
     }
 
-    /// The lanes of an actor that are known up to a time.
+    /// The first and the last actor of whom anything is known.
     #[inline]
+    fn ends(&self) -> Option<(Actor, Actor)> {
+        Some((self.entries.first()?.actor, self.entries.last()?.actor))
+    }
+
+    /// What is known of an actor.
+    fn known(&self, actor: Actor) -> memo::Known {
+        match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
+            Ok(i) => {
+                let entry = &self.entries[i];
+                memo::Known { all: entry.all, exactly: entry.single.is_none() }
+            }
+            Err(_) => memo::Known { all: 0, exactly: true },
+        }
+    }
+
+    /// The lanes of an actor that are known up to a time.
     fn known_lanes(&self, actor: Actor, clock: u32) -> u32 {
         match self.entries.binary_search_by_key(&actor, |entry| entry.actor) {
             Ok(i) => self.entries[i].known_lanes(clock),

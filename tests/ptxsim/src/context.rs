@@ -403,12 +403,7 @@ impl Grid<'_> {
     pub fn location(&self, pc: u32, warp: u32, lane: u32) -> Location {
         let (ptx_line, source) = match self.kernel.instrs.get(pc as usize) {
             None => (0, None),
-            Some(i) => (
-                i.line,
-                i.source.map(|(file, line)| {
-                    (self.kernel.files.get(&file).cloned().unwrap_or_default(), line)
-                }),
-            ),
+            Some(i) => (i.line, self.kernel.source(i).map(|(file, line)| (file.to_string(), line))),
         };
         let per_block = self.warps_per_block();
         let block = self.block_index(warp / per_block);

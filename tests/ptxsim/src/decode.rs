@@ -42,7 +42,7 @@ pub fn kernel(
             op.finish()?;
             let Decoded { exec, class } = decoded;
             let (line, source) = (i.pos.line, placed.source);
-            Ok(Instr { exec, guard, class, mnemonic: mnemonic.clone(), line, source })
+            Ok(Instr { exec, guard, class, mnemonic: mnemonic.as_str().into(), line, source })
         };
         instrs.push(decode().map_err(|e| DecodeError::new(i.pos, format!("{mnemonic}: {e}")))?);
     }
@@ -60,7 +60,7 @@ pub fn kernel(
         locals: flat.locals,
         frame: flat.frame,
         directives: function.directives.clone(),
-        files: module.files.clone(),
+        files: module.files.iter().map(|(i, name)| (*i, name.as_str().into())).collect(),
         names: slots.names,
     })
 }

@@ -1,6 +1,7 @@
 //! Decoded kernels: a flat array of instructions, each a closure made by its family.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::ast;
 use crate::context::Cx;
@@ -134,7 +135,7 @@ pub struct Instr {
     /// Class it is counted under.
     pub class: Class,
     /// Mnemonic, as written.
-    pub mnemonic: String,
+    pub mnemonic: Arc<str>,
     /// Line of the PTX text.
     pub line: u32,
     /// CUDA source line.
@@ -239,7 +240,15 @@ pub struct Kernel {
     /// Launch directives.
     pub directives: ast::Directives,
     /// Source files by number.
-    pub files: BTreeMap<u32, String>,
+    pub files: BTreeMap<u32, Arc<str>>,
     /// Names of the registers by slot, for messages.
     pub names: Vec<String>,
+}
+
+impl Kernel {
+    /// CUDA source file and line of an instruction.
+    pub fn source(&self, instr: &Instr) -> Option<(Arc<str>, u32)> {
+        let (file, line) = instr.source?;
+        Some((self.files.get(&file).cloned().unwrap_or_default(), line))
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 use serde_json::json;
@@ -18,9 +19,9 @@ pub struct Line {
     /// Line of the PTX text.
     pub ptx_line: u32,
     /// CUDA source file and line.
-    pub source: Option<(String, u32)>,
+    pub source: Option<(Arc<str>, u32)>,
     /// Mnemonic.
-    pub mnemonic: String,
+    pub mnemonic: Arc<str>,
     /// Class.
     pub class: Class,
     /// Warp instructions executed.
@@ -204,7 +205,7 @@ fn lines(grid: &Grid<'_>, counters: &Counters) -> Vec<Line> {
             let pc = pc as u32;
             Line {
                 ptx_line: instr.line,
-                source: grid.location(pc, 0, 0).source,
+                source: grid.kernel.source(instr),
                 mnemonic: instr.mnemonic.clone(),
                 class: instr.class,
                 executed: *executed,

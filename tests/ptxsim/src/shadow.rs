@@ -4,7 +4,7 @@
 //! them by what its lane knows is a race. A cell holds 16 bytes until an access needs it finer,
 //! so the answer is exact for every byte.
 
-use crate::clock::{Actor, ActorKind, Block, Epoch, ProxySpace, Scope, WarpClock};
+use crate::clock::{ActorKind, Block, Epoch, ProxySpace, Scope, WarpClock};
 
 mod cell;
 
@@ -99,36 +99,12 @@ impl Race {
     }
 }
 
-/// What a warp's lanes were last found to know all of; knowledge never shrinks.
-#[derive(Debug, Default)]
-struct Recent {
-    found: Option<(u32, Actor, u32)>,
-}
-
-impl Recent {
-    #[inline]
-    fn knows(&mut self, a: &Access, e: &Epoch) -> bool {
-        let recent = self.found.is_some_and(|(warp, actor, clock)| {
-            warp == a.clock.warp() && actor == e.actor && e.clock <= clock
-        });
-        if recent || a.clock.is_own(a.lane, e) {
-            return true;
-        }
-        if a.clock.all_know(e.actor, e.clock) {
-            self.found = Some((a.clock.warp(), e.actor, e.clock));
-            return true;
-        }
-        a.clock.knows(a.lane, e)
-    }
-}
-
 /// The shadow of one allocation.
 #[derive(Debug)]
 pub struct Shadow {
     bytes: u64,
     regions: Vec<Option<Box<Region>>>,
     initialised: Vec<u64>,
-    recent: Recent,
 }
 
 impl Shadow {
@@ -139,7 +115,6 @@ impl Shadow {
             bytes,
             regions: std::iter::repeat_with(|| None).take(regions).collect(),
             initialised: vec![0; bytes.div_ceil(64) as usize],
-            recent: Recent::default(),
         }
     }
 
@@ -168,7 +143,7 @@ impl Shadow {
             let region = self.regions[index as usize].get_or_insert_default();
             let (from, to) = ((at - base) as u32, (stop - base) as u32);
             for (cell, offset) in region.cells(from, to) {
-                let found = cell.access(a, &mark, space, write, &mut self.recent);
+                let found = cell.access(a, &mark, space, write);
                 if let (Err((conflict, other)), Ok(())) = (found, &first) {
                     let offset = base + u64::from(offset);
                     first = Err(other.race(conflict, offset));
@@ -197,7 +172,6 @@ impl Shadow {
     /// Forgets all accesses, for a new launch; what is initialised stays so.
     pub fn reset_accesses(&mut self) {
         self.regions.fill_with(|| None);
-        self.recent = Recent::default();
     }
 }
 

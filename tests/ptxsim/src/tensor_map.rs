@@ -352,19 +352,20 @@ impl TensorMap {
         u64::try_from(x).ok().filter(|x| *x < self.dims[d])
     }
 
-    /// Appends the runs of the row at offset `row` of the tensor and `tile` of the tile.
+    /// Appends the runs of the row at offset `row` of the tensor and `tile` of the tile: what lies
+    /// before the tensor, in it, behind it.
     fn row_runs(&self, row: Option<u64>, tile: u32, coordinate: i32, runs: &mut Vec<Run>) {
-        let size = self.dtype.bytes();
-        let start = runs.len();
-        for i in 0..self.box_dims[0] {
-            let x = self.position(coordinate, i, 0);
-            let global = row.and_then(|row| Some(row + x? * u64::from(size)));
-            let last = if runs.len() > start { runs.last_mut() } else { None };
-            match last {
-                Some(run) if global == run.global.map(|g| g + u64::from(run.bytes)) => {
-                    run.bytes += size;
-                }
-                _ => runs.push(Run { global, bytes: size, tile: tile + i * size }),
+        let (size, count) = (self.dtype.bytes(), i64::from(self.box_dims[0]));
+        let (start, end) = (i64::from(coordinate), self.dims[0] as i64);
+        let cuts = match row {
+            Some(_) => [0, (-start).clamp(0, count), (end - start).clamp(0, count), count],
+            None => [0, count, count, count],
+        };
+        for (part, cut) in cuts.windows(2).enumerate() {
+            if let (first, bytes @ 1..) = (cut[0] as u32, (cut[1] - cut[0]) as u32 * size) {
+                let inside = row.filter(|_| part == 1);
+                let global = inside.map(|row| row + (start + cut[0]) as u64 * u64::from(size));
+                runs.push(Run { global, bytes, tile: tile + first * size });
             }
         }
     }

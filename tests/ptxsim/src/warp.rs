@@ -1,5 +1,7 @@
 //! One warp: registers, groups of lanes that stand at the same instruction, local memory.
 
+use std::cell::RefCell;
+
 use bytemuck::Zeroable;
 use bytemuck::allocation::zeroed_vec;
 
@@ -32,11 +34,42 @@ struct Meta {
     /// into one register, whose upper half is never used, may have been given no value.
     written: u32,
     low_written: u32,
-    /// `Warp::fence_stamp` at the last write by an ordinary instruction.
+    /// `Warp::fence_stamp` at the last write by an ordinary instruction; 0 before any write.
     stamp: u32,
     /// wgmma groups in flight that write it or read it.
     accumulating: u16,
     reading: u16,
+}
+
+/// `Meta::stamp` after a write by wgmma.
+const ACCUMULATED: u32 = u32::MAX;
+/// What registers hold before any write.
+const ZERO: Lanes = [0; 32];
+
+/// Register files that are kept for later warps.
+const POOLED: usize = 64;
+
+thread_local! {
+    /// Thousands of virtual registers a warp, which take longer to clear than many warps run: what
+    /// `Meta` says was not written is not looked at.
+    static POOL: RefCell<Vec<Vec<Lanes>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A register file with anything in it.
+fn register_file(registers: usize) -> Vec<Lanes> {
+    let kept = POOL.with_borrow_mut(Vec::pop).filter(|file| file.len() >= registers);
+    kept.unwrap_or_else(|| zeroed_vec(registers))
+}
+
+impl Drop for Warp {
+    fn drop(&mut self) {
+        let file = std::mem::take(&mut self.registers);
+        POOL.with_borrow_mut(|pool| {
+            if pool.len() < POOLED {
+                pool.push(file);
+            }
+        });
+    }
 }
 
 /// What an access to a register ran into.
@@ -93,8 +126,7 @@ impl Warp {
             global,
             live: lanes,
             groups: vec![Group::at(0, lanes)],
-            // Thousands of virtual registers: zeroed as a block.
-            registers: zeroed_vec(kernel.registers as usize),
+            registers: register_file(kernel.registers as usize),
             meta: zeroed_vec(kernel.registers as usize),
             predicates: vec![0; kernel.predicates as usize],
             predicates_written: vec![0; kernel.predicates as usize],
@@ -112,7 +144,10 @@ impl Warp {
     /// Value of a register.
     #[inline]
     pub fn register(&self, slot: u32) -> &Lanes {
-        &self.registers[slot as usize]
+        match self.meta[slot as usize].stamp {
+            0 => &ZERO,
+            _ => &self.registers[slot as usize],
+        }
     }
 
     /// Whether a register may be read now.
@@ -159,11 +194,14 @@ impl Warp {
         let meta = &mut self.meta[slot as usize];
         meta.written = meta.written & !lanes | lanes & defined;
         meta.low_written = meta.low_written & !lanes | lanes & defined;
-        meta.stamp = self.fence_stamp;
+        let first = std::mem::replace(&mut meta.stamp, self.fence_stamp) == 0;
         let register = &mut self.registers[slot as usize];
         if lanes == u32::MAX {
             *register = *value;
         } else {
+            if first {
+                *register = ZERO;
+            }
             for l in 0..32 {
                 register[l] = if lanes >> l & 1 != 0 { value[l] } else { register[l] };
             }
@@ -225,7 +263,7 @@ impl Warp {
         self.registers[slot as usize] = *value;
         self.meta[slot as usize].written = u32::MAX;
         self.meta[slot as usize].low_written = u32::MAX;
-        self.meta[slot as usize].stamp = 0;
+        self.meta[slot as usize].stamp = ACCUMULATED;
     }
 
     /// Index of the group to run: the lowest program counter that can go on.

@@ -1,5 +1,8 @@
 //! What the lanes of one warp know.
 
+use std::ops::RangeInclusive;
+
+use super::memo::Memo;
 use super::{
     ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, Scope, bits,
     completes_with_fence,
@@ -82,6 +85,8 @@ pub struct WarpClock {
     /// Lanes that have not ended; "all lanes" below means all of these.
     live: u32,
     common: Knowledge,
+    /// What was looked up in the clocks of `common` since they last changed.
+    memo: [Memo; 3],
     own: Own,
     lanes: Option<Box<[Option<Box<Lane>>; 32]>>,
     snapshots: [Option<Box<Snapshot>>; 2],
@@ -96,6 +101,7 @@ impl WarpClock {
             now: 1,
             live: ALL_LANES,
             common: Knowledge::default(),
+            memo: Default::default(),
             own: Own::default(),
             lanes: None,
             snapshots: [None, None],
@@ -124,15 +130,33 @@ impl WarpClock {
         Epoch { actor: Actor::thread(self.warp), clock: self.now, lanes }
     }
 
+    /// What all lanes know, to be changed.
+    fn common_mut(&mut self) -> &mut Knowledge {
+        self.memo.iter_mut().for_each(Memo::clear);
+        &mut self.common
+    }
+
     /// Whether the epoch happens before the lane's next access.
+    #[inline]
     pub fn knows(&self, lane: u32, e: &Epoch) -> bool {
         self.is_own(lane, e) || self.covers(lane, GENERIC, e)
     }
 
     /// Whether the lane itself, and no other, made these accesses.
     #[inline]
-    pub(crate) fn is_own(&self, lane: u32, e: &Epoch) -> bool {
+    fn is_own(&self, lane: u32, e: &Epoch) -> bool {
         e.actor == Actor::thread(self.warp) && e.lanes == 1 << lane
+    }
+
+    /// No lane knows anything of an actor outside of these.
+    #[inline]
+    pub fn within(&self) -> RangeInclusive<Actor> {
+        if self.lanes.is_some() {
+            return Actor::FIRST..=Actor::LAST;
+        }
+        let own = (Actor::thread(self.warp), Actor::wgmma(self.warp));
+        let (first, last) = self.common.generic.ends().unwrap_or(own);
+        first.min(own.0)..=last.max(own.1)
     }
 
     /// The time up to which a lane knows all lanes of an actor; 0: not at all.
@@ -147,13 +171,29 @@ impl WarpClock {
     }
 
     /// Whether every lane knows all of the actor's lanes up to that time.
-    #[inline]
+    #[cfg(test)]
     pub(crate) fn all_know(&self, actor: Actor, clock: u32) -> bool {
-        self.common.generic.known_lanes(actor, clock) == ALL_LANES
+        self.common.generic.known_lanes(actor, clock) == super::ALL_LANES
     }
 
+    #[inline]
     fn covers(&self, lane: u32, clock: usize, e: &Epoch) -> bool {
-        let mut rest = e.lanes & !self.common.clocks()[clock].known_lanes(e.actor, e.clock);
+        let common = self.memo[clock].known(self.common.clocks()[clock], e.actor);
+        if e.clock <= common.all {
+            return true;
+        }
+        if common.exactly && self.lanes.is_none() && e.actor.index() != self.warp {
+            return false;
+        }
+        let known = match common.exactly {
+            true => 0,
+            false => self.common.clocks()[clock].known_lanes(e.actor, e.clock),
+        };
+        self.lane_covers(lane, clock, e, e.lanes & !known)
+    }
+
+    /// The same for the lanes of the epoch that not all lanes know of.
+    fn lane_covers(&self, lane: u32, clock: usize, e: &Epoch, mut rest: u32) -> bool {
         if rest == 0 {
             return true;
         }
@@ -192,7 +232,7 @@ impl WarpClock {
     /// These lanes know what another released.
     pub fn acquire(&mut self, lanes: u32, k: &Knowledge) {
         if self.all(lanes) {
-            return self.common.join(k);
+            return self.common_mut().join(k);
         }
         bits(lanes).for_each(|lane| self.lane_mut(lane).known.join(k));
     }
@@ -201,7 +241,7 @@ impl WarpClock {
     pub fn sync_lanes(&mut self, lanes: u32) {
         if self.all(lanes) && self.lanes.is_none() {
             let (warp, now, own) = (self.warp, self.now, self.own);
-            add_own(&mut self.common, warp, lanes, now, &own);
+            add_own(self.common_mut(), warp, lanes, now, &own);
         } else {
             let mut k = Knowledge::default();
             self.add_lanes(lanes, &mut k);
@@ -218,7 +258,7 @@ impl WarpClock {
     pub fn learn(&mut self, lanes: u32, e: &Epoch) {
         let Some(of) = self.own_slot(e.actor) else {
             if self.all(lanes) {
-                return self.common.learn(e);
+                return self.common_mut().learn(e);
             }
             return bits(lanes).for_each(|lane| self.lane_mut(lane).known.learn(e));
         };
@@ -240,7 +280,7 @@ impl WarpClock {
         let (now, together) = (self.now, self.all(lanes));
         for clock in space.map_or(1..3, |space| fenced(space)..fenced(space) + 1) {
             if together {
-                copy_generic(&mut self.common, clock);
+                copy_generic(self.common_mut(), clock);
                 self.own.fence(clock, now);
                 let extras = self.lanes.iter_mut().flat_map(|lanes| lanes.iter_mut().flatten());
                 for extra in extras {

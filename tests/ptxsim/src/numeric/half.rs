@@ -15,6 +15,7 @@ pub enum Half {
 
 impl Half {
     /// Exact value.
+    #[inline]
     pub fn to_f32(self, bits: u16) -> f32 {
         match self {
             Self::F16 => ::half::f16::from_bits(bits).to_f32(),

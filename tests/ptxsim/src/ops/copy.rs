@@ -46,14 +46,22 @@ impl Move {
 
     /// The bytes; `grid` is needed where they come from global memory.
     pub fn read(&self, state: &State, grid: Option<&Grid<'_>>) -> Vec<u8> {
-        let mut data = vec![0; self.bytes as usize];
+        let mut data = Vec::new();
+        self.read_into(&mut data, state, grid);
+        data
+    }
+
+    /// The same in place of what `data` holds.
+    fn read_into(&self, data: &mut Vec<u8>, state: &State, grid: Option<&Grid<'_>>) {
+        data.clear();
+        data.resize(self.bytes as usize, 0);
         match (&self.from, grid) {
             (From::Fill { bits, size }, _) => {
                 let element = &bits.to_le_bytes()[..*size as usize];
                 data.chunks_exact_mut(element.len()).for_each(|e| e.copy_from_slice(element));
             }
             (From::Region(Region::Global { buffer, offset }), Some(grid)) => {
-                grid.existing(*buffer).copy_out(*offset, &mut data);
+                grid.existing(*buffer).copy_out(*offset, data);
             }
             (From::Region(Region::Shared { block, address }), _) => {
                 let shared = &state.blocks[*block].shared;
@@ -62,7 +70,6 @@ impl Move {
             }
             _ => {}
         }
-        data
     }
 
     /// Puts the bytes where they belong.
@@ -103,8 +110,9 @@ fn word(bytes: &[u8]) -> u64 {
 
 /// Performs moves in order.
 pub fn perform(state: &mut State, grid: &Grid<'_>, moves: &[Move]) {
+    let mut bytes = Vec::new();
     for m in moves {
-        let bytes = m.read(state, Some(grid));
+        m.read_into(&mut bytes, state, Some(grid));
         m.write(state, grid, &bytes, None);
     }
 }

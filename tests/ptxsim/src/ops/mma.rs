@@ -8,7 +8,7 @@ use crate::layout::MmaShape;
 use crate::numeric::convert::tf32_operand;
 use crate::numeric::half::Half;
 use crate::numeric::tensor::{mma_tile, mma_tile_f16};
-use crate::program::{Decoded, Dst, Flow, Src};
+use crate::program::{Decoded, Dst, Flow, Lanes, Src};
 
 const M: usize = 16;
 const N: usize = 8;
@@ -70,6 +70,13 @@ fn places(elements: usize, columns: usize, at: impl Fn(usize, usize) -> (usize, 
 
 /// A matrix: a byte reaches every element.
 type Tile<T> = [T; 256];
+
+/// One element of each lane, in its place.
+fn fill(out: &mut Tile<f32>, places: &[u8; 32], v: &Lanes, value: impl Fn(u64) -> f32) {
+    for (place, v) in places.iter().zip(v) {
+        out[usize::from(*place)] = value(*v);
+    }
+}
 
 /// A decoded product.
 struct Product {
@@ -173,7 +180,17 @@ impl Product {
         for (s, places) in s.iter().zip(places.chunks(per)) {
             let v = cx.read(s);
             for (i, places) in places.iter().enumerate() {
-                (0..32).for_each(|l| out[usize::from(places[l])] = self.element.value(v[l], i));
+                // A loop for each kind, so that none is chosen inside.
+                let half = |x: u64| (x >> (16 * i)) as u16;
+                match self.element {
+                    Element::Half(Half::Bf16) => {
+                        fill(out, places, &v, |x| Half::Bf16.to_f32(half(x)))
+                    }
+                    Element::Half(Half::F16) => {
+                        fill(out, places, &v, |x| Half::F16.to_f32(half(x)))
+                    }
+                    Element::Tf32 => fill(out, places, &v, |x| tf32_operand(x as u32)),
+                }
             }
         }
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use crate::access::{Actor, Mode, Region, Window};
+use crate::access::{Actor, Mode, Window};
 use crate::ast::{Operand, Type};
 use crate::clock::{self, ALL_LANES, Epoch};
 use crate::context::Cx;
@@ -334,11 +334,13 @@ fn chunks(
 
 /// K-major: [row][k / 8]; MN-major: [k][row / 8].
 fn operand(descriptor: Descriptor, first: u32, rows: u32, major: Major) -> Vec<u32> {
-    let cells: Vec<(u32, u32)> = match major {
-        Major::K => (0..rows).flat_map(|r| [(first + r, 0), (first + r, 8)]).collect(),
-        Major::Mn => (0..16).flat_map(|k| (0..rows / 8).map(move |c| (first + 8 * c, k))).collect(),
-    };
-    cells.into_iter().map(|(mn, k)| descriptor.operand_address(mn, k, major)).collect()
+    let at = |(mn, k)| descriptor.operand_address(mn, k, major);
+    match major {
+        Major::K => (first..first + rows).flat_map(|r| [at((r, 0)), at((r, 8))]).collect(),
+        Major::Mn => {
+            (0..16).flat_map(|k| (0..rows / 8).map(move |c| (first + 8 * c, k))).map(at).collect()
+        }
+    }
 }
 
 /// Compares with what the other warps of the warpgroup executed as their wgmma of this number.
@@ -403,17 +405,22 @@ impl Product {
         8 * self.element.per_register()
     }
 
-    /// Elements of a chunk.
-    fn unpack(&self, bytes: &[u8; CHUNK as usize], negate: bool, mut put: impl FnMut(usize, f32)) {
-        let sign = if negate { -1.0 } else { 1.0 };
+    /// The elements of a chunk, four or eight.
+    fn unpack(&self, bytes: &[u8], sign: f32) -> [f32; 8] {
+        let mut values = [0.0; 8];
         match self.element {
-            Element::Half(kind) => bytes.chunks_exact(2).enumerate().for_each(|(i, b)| {
-                put(i, sign * kind.to_f32(u16::from_le_bytes([b[0], b[1]])));
-            }),
-            Element::Tf32 => bytes.chunks_exact(4).enumerate().for_each(|(i, b)| {
-                put(i, sign * tf32_operand(u32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-            }),
+            Element::Half(kind) => {
+                for (v, b) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *v = sign * kind.to_f32(u16::from_le_bytes(*b));
+                }
+            }
+            Element::Tf32 => {
+                for (v, b) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *v = sign * tf32_operand(u32::from_le_bytes(*b));
+                }
+            }
         }
+        values
     }
 }
 
@@ -431,9 +438,15 @@ impl Issued {
             Some(registers) => self.left(registers),
         };
         let mut c = vec![0f32; M * n];
-        let at = |lane: usize, i: usize| {
+        // A lane's accumulators lie as those of lane 0, counted from its first.
+        let place = |lane, i| {
             let (row, column) = crate::layout::wgmma_d(lane, i);
             row * n + column
+        };
+        let lanes: [usize; 32] = std::array::from_fn(|l| place(l, 0));
+        let at = |i: usize| {
+            let first = place(0, i);
+            lanes.map(|lane| first + lane)
         };
         if p.half {
             return self.compute_half(cx, &a, &b, at);
@@ -441,13 +454,12 @@ impl Issued {
         if self.accumulate {
             for (i, slot) in p.d.iter().enumerate() {
                 let v = cx.warp.register(*slot);
-                (0..32).for_each(|l| c[at(l, i)] = f32::from_bits(v[l] as u32));
+                at(i).iter().zip(v).for_each(|(at, v)| c[*at] = f32::from_bits(*v as u32));
             }
         }
         mma_tile((M, n, k), &a, &b, &mut c, cx.grid.options.accumulation);
         for (i, slot) in p.d.iter().enumerate() {
-            let value = std::array::from_fn(|l| u64::from(c[at(l, i)].to_bits()));
-            cx.warp.set_accumulator(*slot, &value);
+            cx.warp.set_accumulator(*slot, &at(i).map(|at| c[at].to_bits().into()));
         }
     }
 
@@ -456,23 +468,23 @@ impl Issued {
         cx: &mut Cx<'_, '_>,
         a: &[f32],
         b: &[f32],
-        at: impl Fn(usize, usize) -> usize,
+        at: impl Fn(usize) -> [usize; 32],
     ) {
         let p = &self.product;
         let mut c = vec![0u16; M * p.n];
         if self.accumulate {
             for (r, slot) in p.d.iter().enumerate() {
                 let v = cx.warp.register(*slot);
-                for l in 0..32 {
-                    c[at(l, 2 * r)] = v[l] as u16;
-                    c[at(l, 2 * r + 1)] = (v[l] >> 16) as u16;
+                for (at, v) in at(2 * r).iter().zip(v) {
+                    // Neighbours in a row.
+                    (c[*at], c[*at + 1]) = (*v as u16, (*v >> 16) as u16);
                 }
             }
         }
         mma_tile_f16((M, p.n, p.k()), a, b, &mut c, cx.grid.options.accumulation);
         for (r, slot) in p.d.iter().enumerate() {
-            let pair = |l| u64::from(c[at(l, 2 * r)]) | u64::from(c[at(l, 2 * r + 1)]) << 16;
-            cx.warp.set_accumulator(*slot, &std::array::from_fn(pair));
+            let pair = |at: usize| u64::from(c[at]) | u64::from(c[at + 1]) << 16;
+            cx.warp.set_accumulator(*slot, &at(2 * r).map(pair));
         }
     }
 
@@ -481,19 +493,21 @@ impl Issued {
         let p = &self.product;
         let k = p.k();
         let per_chunk = k / 2;
+        let sign = if p.negate[which] { -1.0 } else { 1.0 };
         let mut out = vec![0f32; rows * k];
-        let mut bytes = [0; CHUNK as usize];
+        let shared = &cx.gang.blocks[cx.warp.block].shared;
         for (i, address) in chunks.iter().enumerate() {
-            let region = Region::Shared { block: cx.warp.block, address: *address };
-            cx.copy_out(0, region, &mut bytes);
+            let bytes = &shared.data[shared.index(*address)..][..CHUNK as usize];
+            let values = p.unpack(bytes, sign);
             match p.majors[which] {
                 Major::K => {
-                    let at = i / 2 * k + i % 2 * per_chunk;
-                    p.unpack(&bytes, p.negate[which], |j, v| out[at + j] = v);
+                    let at = i * per_chunk;
+                    out[at..at + per_chunk].copy_from_slice(&values[..per_chunk]);
                 }
                 Major::Mn => {
                     let (row, column) = (i % (rows / 8) * 8, i / (rows / 8));
-                    p.unpack(&bytes, p.negate[which], |j, v| out[(row + j) * k + column] = v);
+                    let to = out[row * k..].chunks_exact_mut(k);
+                    to.zip(values).for_each(|(row, v)| row[column] = v);
                 }
             }
         }

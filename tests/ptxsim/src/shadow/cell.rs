@@ -1,7 +1,7 @@
 //! The cells of shadow memory and the decision between two accesses.
 
-use super::{Access, Block, Conflict, Proxy, Race, Recent};
-use crate::clock::{ActorKind, Epoch, ProxySpace, Scope};
+use super::{Access, Block, Conflict, Proxy, Race};
+use crate::clock::{Actor, ActorKind, Epoch, ProxySpace, Scope};
 
 /// A strong access: exempt against another of exactly the same bytes where both scopes reach.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -23,6 +23,13 @@ pub(super) struct Mark {
 
 const ASYNC_BIT: u32 = 1 << 31;
 
+impl Default for Mark {
+    fn default() -> Self {
+        let epoch = Epoch { actor: Actor::thread(0), clock: 0, lanes: 0 };
+        Self { epoch, pc: 0, strong: None }
+    }
+}
+
 impl Mark {
     #[inline]
     pub fn new(a: &Access) -> Self {
@@ -35,6 +42,11 @@ impl Mark {
                 .strong
                 .map(|scope| Box::new(Strong { scope, block, offset: a.offset, bytes: a.bytes })),
         }
+    }
+
+    #[inline]
+    fn is_none(&self) -> bool {
+        self.epoch.lanes == 0
     }
 
     #[inline]
@@ -68,7 +80,7 @@ impl Mark {
     /// earlier accesses of the same lanes. It is for all that this one knows if a thread makes it:
     /// only a thread hands on its knowledge together with its own accesses.
     #[inline]
-    fn strip(&self, old: &mut Self, a: &Access, recent: &mut Recent) {
+    fn strip(&self, old: &mut Self, a: &Access) {
         let alike =
             self.proxy() == old.proxy() && (self.strong.is_none() || self.strong == old.strong);
         if !alike {
@@ -78,7 +90,7 @@ impl Mark {
             old.epoch.lanes &= !self.epoch.lanes;
         }
         let thread = self.epoch.actor.kind() == ActorKind::Thread;
-        if thread && old.epoch.lanes != 0 && recent.knows(a, &old.epoch) {
+        if thread && old.epoch.lanes != 0 && a.clock.knows(a.lane, &old.epoch) {
             old.epoch.lanes = 0;
         }
     }
@@ -87,7 +99,7 @@ impl Mark {
 /// Accesses none of which makes another needless: one in place, more behind a pointer.
 #[derive(Clone, Debug, Default)]
 struct Marks {
-    first: Option<Mark>,
+    first: Mark,
     #[expect(clippy::box_collection, reason = "a cell stays small")]
     more: Option<Box<Vec<Mark>>>,
 }
@@ -95,38 +107,56 @@ struct Marks {
 impl Marks {
     #[inline]
     fn iter(&self) -> impl Iterator<Item = &Mark> {
-        self.first.iter().chain(self.more.as_ref().map_or(&[][..], |more| more.as_slice()))
+        let first = (!self.first.is_none()).then_some(&self.first);
+        first.into_iter().chain(self.more.as_ref().map_or(&[][..], |more| more.as_slice()))
     }
 
+    /// Puts an access in the place of all; keeps the room of the others.
     #[inline]
-    fn replace(&mut self, mark: &Mark) {
-        *self = Self { first: Some(mark.clone()), more: None };
+    fn replace(&mut self, mark: Mark) {
+        self.first = mark;
+        if let Some(more) = &mut self.more {
+            more.clear();
+        }
     }
 
     /// Adds an access and drops those it covers.
     #[inline]
-    fn insert(&mut self, mark: &Mark, a: &Access, recent: &mut Recent) {
+    fn insert(&mut self, mark: &Mark, a: &Access) {
+        let mut joins = self.first.epoch.actor == mark.epoch.actor;
         if let Some(more) = &mut self.more {
-            more.iter_mut().for_each(|old| mark.strip(old, a, recent));
-            more.retain(|old| old.epoch.lanes != 0);
+            // Of all the blocks that read a buffer, others than this are beyond its knowledge.
+            let within = a.clock.within();
+            let mut covered = false;
+            for old in more.iter_mut().filter(|old| within.contains(&old.epoch.actor)) {
+                mark.strip(old, a);
+                covered |= old.is_none();
+                joins |= old.epoch.actor == mark.epoch.actor;
+            }
+            if covered {
+                more.retain(|old| !old.is_none());
+            }
         }
-        if let Some(old) = &mut self.first {
-            mark.strip(old, a, recent);
-        }
-        if self.first.as_ref().is_none_or(|old| old.epoch.lanes == 0) {
-            self.first = Some(mark.clone());
+        mark.strip(&mut self.first, a);
+        if self.first.is_none() {
+            self.first = mark.clone();
             return;
         }
-        let more = self.more.iter_mut().flat_map(|more| more.iter_mut());
-        match self.first.iter_mut().chain(more).find(|old| old.is_sibling(mark)) {
-            Some(old) => old.epoch.lanes |= mark.epoch.lanes,
-            None => self.more.get_or_insert_default().push(mark.clone()),
+        if joins {
+            let more = self.more.iter_mut().flat_map(|more| more.iter_mut());
+            let mut all = std::iter::once(&mut self.first).chain(more);
+            if let Some(old) = all.find(|old| old.is_sibling(mark)) {
+                old.epoch.lanes |= mark.epoch.lanes;
+                return;
+            }
         }
+        self.more.get_or_insert_default().push(mark.clone());
     }
 }
 
-/// The latest writes of some bytes, and the reads since.
+/// The latest writes of some bytes, and the reads since; a line of the cache.
 #[derive(Clone, Debug, Default)]
+#[repr(align(64))]
 pub(super) struct Cell {
     writes: Marks,
     reads: Marks,
@@ -141,27 +171,24 @@ impl Cell {
         mark: &Mark,
         space: ProxySpace,
         write: bool,
-        recent: &mut Recent,
     ) -> Result<(), (Conflict, Mark)> {
         let mut found = None;
         for old in self.writes.iter() {
-            found =
-                found.or_else(|| Some((conflict(old, true, mark, write, a, space, recent)?, old)));
+            found = found.or_else(|| Some((conflict(old, true, mark, write, a, space)?, old)));
         }
         if write {
             for old in self.reads.iter() {
-                found = found
-                    .or_else(|| Some((conflict(old, false, mark, true, a, space, recent)?, old)));
+                found = found.or_else(|| Some((conflict(old, false, mark, true, a, space)?, old)));
             }
         }
         let found = found.map(|(conflict, old)| (conflict, old.clone()));
         if !write {
-            self.reads.insert(mark, a, recent);
+            self.reads.insert(mark, a);
         } else if mark.strong.is_some() {
-            self.writes.insert(mark, a, recent);
+            self.writes.insert(mark, a);
         } else {
-            self.writes.replace(mark);
-            self.reads = Marks::default();
+            self.writes.replace(mark.clone());
+            self.reads.replace(Mark::default());
         }
         found.map_or(Ok(()), Err)
     }
@@ -176,12 +203,11 @@ fn conflict(
     new_write: bool,
     a: &Access,
     space: ProxySpace,
-    recent: &mut Recent,
 ) -> Option<Conflict> {
     if old.exempts(new) {
         return None;
     }
-    if !recent.knows(a, &old.epoch) {
+    if !a.clock.knows(a.lane, &old.epoch) {
         let pending = old.epoch.actor.kind() != ActorKind::Thread;
         return Some(match (old_write, new_write) {
             (true, _) if pending => Conflict::PendingWrite,

@@ -1,7 +1,7 @@
 //! Every rule as a pair: the mistake is reported, its correction is not.
 
 use super::*;
-use crate::clock::{ALL_LANES, Knowledge, Reach, SyncTable};
+use crate::clock::{ALL_LANES, Actor, Knowledge, Reach, SyncTable};
 
 mod oracle;
 
