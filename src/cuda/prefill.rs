@@ -12,6 +12,7 @@
 
 use bytemuck::Zeroable;
 
+use super::attention::AttentionOperands;
 use super::call::{Resolved, problem_params};
 use super::params::*;
 use super::phases::{self, Phases, Run, Splits};
@@ -19,7 +20,6 @@ use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding};
 use super::state::Kind;
 use super::target::Chosen;
-use super::attention::AttentionOperands;
 use super::{Arch, Call, Kernel, Mirror, Operand, Target, find};
 use crate::call::{Piece, Sequence, pieces};
 use crate::memory::Counters;

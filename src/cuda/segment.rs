@@ -75,10 +75,8 @@ fn launch(
     };
     let mut rotated = *workspace;
     if target.arch > Arch::Sm80 && call.rotation().is_some() {
-        launch.rotated = rotated.part(
-            &[count, p.kv_heads(), p.segment_len(), p.key_dim()],
-            p.dtype().bytes(),
-        )?;
+        launch.rotated = rotated
+            .part(&[count, p.kv_heads(), p.segment_len(), p.key_dim()], p.dtype().bytes())?;
     }
     let chosen = choose(call, &launch, count, target)?;
     let kernel = chosen.kernel;
