@@ -319,7 +319,7 @@ struct Attention {
   template <class GateOf>
   __device__ __forceinline__ void map_queries(const InfiniProblem& p, int rows, GateOf gate) {
     __syncthreads();
-    map_rows<Shift::kMaximum, kThreads>(p, queries, z, rows, [&](int row, float d, bool first) {
+    infini::map_queries<kThreads>(p, queries, z, rows, [&](int row, float d, bool first) {
       if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : __fdividef(gate(row).memory, d);
       return d != 0.0f;
     });

@@ -25,7 +25,7 @@ __device__ __forceinline__ float denominator(const InfiniProblem& p, float dot, 
   return fabsf(den) < kSmallestNormal ? 0.0f : den;
 }
 
-// How many lanes share a row of `Columns` elements in map_rows: a power of two that divides its
+// How many lanes share a row of `Columns` elements in map_keys: a power of two that divides its
 // chunks.
 template <int Columns>
 constexpr int kRowLanes = Columns % 64 == 0 ? 8 : 4;
@@ -85,9 +85,6 @@ __device__ __forceinline__ float row_max(const Tile& tile, int row, int lane) {
   return lanes_max<Lanes>(top);
 }
 
-// Whether map_rows scales rows so that nothing underflows.
-enum class Shift { kNone, kMaximum };
-
 // z lies in shared memory with the lower halves of all chunks first, then the upper ones, so that
 // the lanes of a row read pieces of 16 bytes that lie side by side: the channel at an index.
 template <int Columns>
@@ -96,43 +93,65 @@ __device__ __forceinline__ int z_channel(int index) {
   return i / 4 * 8 + half * 4 + i % 4;
 }
 
-// σ of every row of a tile, in place and rounded. Under Shift::kMaximum of rows scaled by e^-shift,
-// shift = min(row maximum, 0): a retrieval is invariant to its row's scale. (Keys that are written
-// are not.) `each(row, den, first)` gets the denominator of the rounded row in all lanes of the
-// row, `first` true in one of them, and returns whether the row counts: one that does not becomes
-// 0, as do rows from `end` on. z [C] lies in shared memory in the order of z_channel. Every thread of
-// the block takes part; the caller synchronises before and after.
-template <Shift kShift, int Threads, class Tile, class Each>
-__device__ __forceinline__ void map_rows(const InfiniProblem& p, const Tile& tile, const float* z,
-                                         int end, Each each) {
+// σ of a chunk of a row, of e^-shift of it, rounded; adds its product with z to `dot`. z [C] lies in
+// shared memory in the order of z_channel.
+template <class Tile>
+__device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int row, int chunk,
+                                           float shift, float& dot) {
   using T = typename Tile::Element;
-  constexpr int R = Tile::rows, C = Tile::columns;
-  constexpr int lanes = kRowLanes<C>, each_lane = C / 8 / lanes;
+  float x[8];
+  widen<T>(load_chunk(tile.at(row, chunk)), x);
+#pragma unroll
+  for (float& value : x) value = sigma(value - shift);
+  const Chunk mapped = narrow<T>(x);
+  widen<T>(mapped, x);
+#pragma unroll
+  for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 4 + c % 4 + c / 4 * (Tile::columns / 2)];
+  return mapped;
+}
+
+// σ of every row of a tile, in place and rounded; rows from `end` on become 0. `each(row, den,
+// first)` gets the denominator of the rounded row in all lanes of the row, `first` true in one of
+// them. `Threads` threads take part, from the block's first on; the caller synchronises before and
+// after.
+template <int Threads, class Tile, class Each>
+__device__ __forceinline__ void map_keys(const InfiniProblem& p, const Tile& tile, const float* z,
+                                         int end, Each each) {
+  constexpr int lanes = kRowLanes<Tile::columns>;
   const int lane = threadIdx.x % lanes;
 #pragma unroll 1
-  for (int row = threadIdx.x / lanes; row < R; row += Threads / lanes) {
-    float shift = 0.0f;
-    if constexpr (kShift == Shift::kMaximum) {
-      const float top = row_max<lanes>(tile, row, lane);
-      // A row of -inf alone is weightless, as in the limit of ever smaller channels.
-      shift = top == -INFINITY ? 0.0f : fminf(top, 0.0f);
+  for (int row = threadIdx.x / lanes; row < Tile::rows; row += Threads / lanes) {
+    float dot = 0.0f;
+#pragma unroll 2
+    for (int chunk = lane; chunk < Tile::columns / 8; chunk += lanes) {
+      const Chunk mapped = map_chunk(tile, z, row, chunk, 0.0f, dot);
+      store_chunk(tile.at(row, chunk), row < end ? mapped : Chunk{});
     }
+    each(row, denominator(p, lanes_sum<lanes>(dot), 0.0f), lane == 0);
+  }
+}
+
+// The same of queries: of rows scaled by e^-shift, shift = min(row maximum, 0), so that nothing
+// underflows. A retrieval is invariant to its row's scale. (Keys are written, and not scaled.)
+// `each` returns whether the row counts: one that does not becomes 0.
+template <int Threads, class Tile, class Each>
+__device__ __forceinline__ void map_queries(const InfiniProblem& p, const Tile& tile,
+                                            const float* z, int end, Each each) {
+  constexpr int lanes = kRowLanes<Tile::columns>, each_lane = Tile::columns / 8 / lanes;
+  const int lane = threadIdx.x % lanes;
+#pragma unroll 1
+  for (int row = threadIdx.x / lanes; row < Tile::rows; row += Threads / lanes) {
+    const float top = row_max<lanes>(tile, row, lane);
+    // A row of -inf alone is weightless, as in the limit of ever smaller channels.
+    const float shift = top == -INFINITY ? 0.0f : fminf(top, 0.0f);
     Chunk mapped[each_lane];
     float dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < each_lane; ++i) {
-      const int chunk = lane + i * lanes;
-      float x[8];
-      widen<T>(load_chunk(tile.at(row, chunk)), x);
-#pragma unroll
-      for (float& value : x) value = sigma(value - shift);
-      mapped[i] = narrow<T>(x);
-      widen<T>(mapped[i], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 4 + c % 4 + c / 4 * (C / 2)];
+      mapped[i] = map_chunk(tile, z, row, lane + i * lanes, shift, dot);
     }
-    dot = lanes_sum<lanes>(dot);
-    const bool counts = each(row, denominator(p, dot, shift), lane == 0) && row < end;
+    const float den = denominator(p, lanes_sum<lanes>(dot), shift);
+    const bool counts = each(row, den, lane == 0) && row < end;
 #pragma unroll
     for (int i = 0; i < each_lane; ++i) {
       store_chunk(tile.at(row, lane + i * lanes), counts ? mapped[i] : Chunk{});

@@ -98,12 +98,11 @@ struct MemoryUpdate {
     const auto keys = shared.keys(key.stage());
     float* factor = shared.factors(key.stage());
     shared.key_ring().wait(key);
-    map_rows<Shift::kNone, kThreads>(p.problem, keys, shared.z(), valid,
-                                     [&](int row, float den, bool first) {
-                                       const bool absent = den == 0.0f || row >= valid;
-                                       if (first) factor[row] = absent ? 0.0f : 1.0f / den;
-                                       return true;
-                                     });
+    infini::map_keys<kThreads>(p.problem, keys, shared.z(), valid,
+                               [&](int row, float den, bool first) {
+                                 const bool absent = den == 0.0f || row >= valid;
+                                 if (first) factor[row] = absent ? 0.0f : 1.0f / den;
+                               });
     ptx::fence_proxy_async_shared();
     meet();
   }

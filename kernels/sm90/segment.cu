@@ -128,6 +128,11 @@ struct Segment {
         producer.load_values(tile.open ? kMapOpenV : kMapV,
                              token_box(p.call.v, piece(), part.kv_head, tile, 0), tile.valid);
       }
+      // The cluster's barriers wait for every thread that has not ended.
+      if (pass + 1 < Shared::kPasses) {
+        meet_cluster();
+        meet_cluster();
+      }
     }
   }
 

@@ -64,13 +64,11 @@ struct SegmentTransition {
   // The tile in place; a factor per token, 0 for those from `valid` on.
   __device__ __forceinline__ void map_tile(const InfiniProblem& problem, float shrink, int valid) {
     float* factor = factors();
-    map_rows<Shift::kNone, kThreads>(problem, keys(at.stage()), z, valid,
-                                     [&](int r, float den, bool first) {
-                                       // The policy's threshold is in units of z itself.
-                                       const bool absent = fabsf(den / shrink) < kSmallestNormal;
-                                       if (first) factor[r] = absent || r >= valid ? 0 : 1 / den;
-                                       return true;
-                                     });
+    map_keys<kThreads>(problem, keys(at.stage()), z, valid, [&](int r, float den, bool first) {
+      // The policy's threshold is in units of z itself.
+      const bool absent = fabsf(den / shrink) < kSmallestNormal;
+      if (first) factor[r] = absent || r >= valid ? 0.0f : 1.0f / den;
+    });
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1, kThreads);
   }
