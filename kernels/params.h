@@ -240,6 +240,8 @@ struct InfiniSegmentAttention {
   InfiniAddress z;               // f32 [piece_count][Hkv][Dk]
   int32_t tiles;                 // query tiles of the longest piece
   int32_t piece_group;  // pieces whose tiles run together
+  int32_t shared_by;    // sm90: blocks (of a cluster, neighbouring heads) that load K and V together
+  int32_t reserved;
 };
 
 // Of every chain that ends: tokens after the last full segment go into the open segment, counters

@@ -93,12 +93,19 @@ struct AttentionJob {
     return {0, head, static_cast<int>(piece.first) + first + row, batch_of(t)};
   }
 
-  // Weights of the branches, and what they leave to do.
-  __device__ __forceinline__ void weigh_branches(const InfiniProblem& p, const InfiniCall& call) {
-    gate = memory ? Gate{1.0f, 0.0f} : gate_of(p, pointer<const float>(call.gate)[head], piece.empty);
+  // Weights of the branches, and what they leave to do. `shared_by` heads that load together do what
+  // any of them must.
+  __device__ __forceinline__ void weigh_branches(const InfiniProblem& p, const InfiniCall& call,
+                                                 int shared_by) {
+    const auto gate_of_head = [&](int h) {
+      return memory ? Gate{1.0f, 0.0f}
+                    : gate_of(p, pointer<const float>(call.gate)[h], piece.empty);
+    };
+    gate = gate_of_head(head);
+    const Gate other = shared_by > 1 ? gate_of_head(head ^ 1) : gate;
     const bool asked = !memory && (call.lse.data || call.a_dot.data);
-    attends = asked || gate.local != 0.0f;
-    retrieves = !piece.empty && gate.memory != 0.0f;
+    attends = asked || gate.local != 0.0f || other.local != 0.0f;
+    retrieves = !piece.empty && (gate.memory != 0.0f || other.memory != 0.0f);
     rotates = attends && call.rope.rows > 0;
     reloads = attends && retrieves && (rotates || (call.a_dot.data && !memory));
   }

@@ -15,7 +15,7 @@ struct AttentionProducer {
   Cursor<1> query;  // of all groups
   Cursor<kStages> key, value;
   Cursor<Shared::kJobs> jobs;
-  TailCleaner tail{shared.tail()};
+  TailCleaner<kStages> tail{shared.tail()};
 
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
 
@@ -45,7 +45,7 @@ struct AttentionProducer {
     if (leader()) {
       const uint32_t full = ring.full(key.stage());
       ptx::mbarrier_arrive_expect_tx(full, Shared::KeyTile::bytes);
-      shared.keys(key.stage()).load(&maps[map], box, full);
+      shared.keys(key.stage()).load_for(shared.shared_by, &maps[map], box, full);
     }
     key.advance();
   }
@@ -55,8 +55,8 @@ struct AttentionProducer {
     const Ring<kStages> ring = shared.value_ring();
     const auto tile = shared.values(value.stage());
     ring.acquire(value);
-    tail.fill(ring.full(value.stage()), tile.bytes, tile, valid,
-              [&](uint32_t full) { tile.load(&maps[map], box, full); });
+    tail.fill(ring, value, tile.bytes, tile, valid,
+              [&](uint32_t full) { tile.load_for(shared.shared_by, &maps[map], box, full); });
     value.advance();
   }
 
@@ -78,7 +78,7 @@ struct AttentionProducer {
         Box box = job.snapshot;
         box.row += row;
         ptx::mbarrier_arrive_expect_tx(full, Shared::MemoryTile::bytes);
-        shared.memory(value.stage()).load(&maps[kMapSnapshot], box, full);
+        shared.memory(value.stage()).load_for(shared.shared_by, &maps[kMapSnapshot], box, full);
       }
       value.advance();
     }

@@ -33,6 +33,7 @@ struct AttentionShared {
   static constexpr int kJobs = 2;
   static constexpr int kJobsAt = kBarriersAt + 192;
 
+  int shared_by = 1;  // blocks of a cluster that share keys, values and memory: see Ring
   uint32_t base = ptx::shared_address(dynamic_shared());
 
   __device__ __forceinline__ QueryTile queries(int group) const {
@@ -52,10 +53,10 @@ struct AttentionShared {
     return {base + kBarriersAt + group * Ring<1>::bytes};
   }
   __device__ __forceinline__ Ring<kStages> key_ring() const {
-    return {base + kBarriersAt + kGroups * Ring<1>::bytes};
+    return {base + kBarriersAt + kGroups * Ring<1>::bytes, shared_by};
   }
   __device__ __forceinline__ Ring<kStages> value_ring() const {
-    return {key_ring().barriers + Ring<kStages>::bytes};
+    return {key_ring().barriers + Ring<kStages>::bytes, shared_by};
   }
   __device__ __forceinline__ Ring<kJobs> job_ring() const {
     return {value_ring().barriers + Ring<kStages>::bytes};
@@ -64,7 +65,9 @@ struct AttentionShared {
   __device__ __forceinline__ uint32_t tail() const {
     return job_ring().barriers + Ring<kJobs>::bytes;
   }
-  static_assert(kGroups * Ring<1>::bytes + 2 * Ring<kStages>::bytes + Ring<kJobs>::bytes + 8 <= 192);
+  static_assert(kGroups * Ring<1>::bytes + 2 * Ring<kStages>::bytes + Ring<kJobs>::bytes +
+                    TailCleaner<kStages>::bytes <=
+                192);
 
   __device__ __forceinline__ AttentionJob& job(int stage) const {
     return reinterpret_cast<AttentionJob*>(dynamic_shared() + kJobsAt)[stage];
@@ -77,7 +80,7 @@ struct AttentionShared {
     key_ring().init(4 * kGroups);
     value_ring().init(4 * kGroups);
     job_ring().init(4 * kGroups);
-    ptx::mbarrier_init(tail(), 1);
+    TailCleaner<kStages>{tail()}.init();
     ptx::fence_mbarrier_init();
   }
 };

@@ -71,6 +71,22 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, int parit
       : "memory");
 }
 
+// `barrier` may lie in another block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// What other blocks of the cluster did before they arrived is visible as well.
+__device__ __forceinline__ void mbarrier_wait_parity_cluster(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -96,6 +112,19 @@ __device__ __forceinline__ void cp_async_bulk_tensor_load_4d(uint32_t to, const 
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
+      : "memory");
+}
+
+// The same box into the same place of every block of the cluster named in `blocks`; it completes on
+// the same barrier of each.
+__device__ __forceinline__ void cp_async_bulk_tensor_multicast_4d(uint32_t to, const TensorMap* map,
+                                                                  int c0, int c1, int c2, int c3,
+                                                                  uint32_t barrier,
+                                                                  uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -170,6 +199,13 @@ __device__ __forceinline__ void barrier_cluster_arrive() {
 
 __device__ __forceinline__ void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Everything before it in all blocks of the cluster (threads that have ended apart) comes before
+// what follows.
+__device__ __forceinline__ void meet_cluster() {
+  barrier_cluster_arrive();
+  barrier_cluster_wait();
 }
 
 // ---- wgmma --------------------------------------------------------------------------------------

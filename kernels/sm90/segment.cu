@@ -91,7 +91,7 @@ struct Segment {
     job.first = (tiles - 1 - id % half / group) * Shape::rows;
     job.rows = min(Shape::rows, job.piece.len - job.first);
     job.blocks.template set<Shape::keys>(job.piece, job.first, job.rows);
-    job.weigh_branches(p.problem, p.call);
+    job.weigh_branches(p.problem, p.call, 1);
     const int token = static_cast<int>(job.piece.first), slot = job.piece.slot;
     job.v = {0, job.kv_head, token, job.batch_of(p.call.v)};
     job.k = job.rotates ? Box{0, job.kv_head, 0, static_cast<int>(blockIdx.y)}
@@ -130,8 +130,8 @@ struct Segment {
       }
       // The cluster's barriers wait for every thread that has not ended.
       if (pass + 1 < Shared::kPasses) {
-        meet_cluster();
-        meet_cluster();
+        ptx::meet_cluster();
+        ptx::meet_cluster();
       }
     }
   }
@@ -170,15 +170,10 @@ struct Segment {
     if (updates()) {
       update({p, shared, consumer.query, consumer.key, consumer.value});
     } else {
-      meet_cluster();
+      ptx::meet_cluster();
       append();
     }
     if (rank() == 0 && threadIdx.x == 0) finish_sequence();
-  }
-
-  static __device__ __forceinline__ void meet_cluster() {
-    ptx::barrier_cluster_arrive();
-    ptx::barrier_cluster_wait();
   }
 
   __device__ __forceinline__ void update(MemoryUpdate<T, Dk, Dv> update) const {
@@ -191,9 +186,9 @@ struct Segment {
 #pragma unroll 1
     for (int pass = 0; pass < Shared::kPasses; ++pass) {
       update.run(pass);
-      meet_cluster();  // all sums lie in shared memory; nobody reads the memory any more
+      ptx::meet_cluster();  // all sums lie in shared memory; nobody reads the memory any more
       update.finish(pass);
-      meet_cluster();  // nobody reads the sums any more
+      ptx::meet_cluster();  // nobody reads the sums any more
       ptx::fence_proxy_async_shared();
       const int group = update.group();
       shared.query_ring(group).release(update.query);
@@ -227,7 +222,7 @@ struct Segment {
 template <class T, int Dk, int Dv>
 __device__ __forceinline__ void segment(const ptx::TensorMap* maps, const InfiniSegment& p) {
   using Block = Segment<T, Dk, Dv>;
-  const Block block{maps, p};
+  const Block block{maps, p, {}};
   if (threadIdx.x == 0) {
     block.shared.init();
     block.find_work();
@@ -236,7 +231,7 @@ __device__ __forceinline__ void segment(const ptx::TensorMap* maps, const Infini
   if (block.piece().len == 0) return;  // the whole cluster does
   if (p.call.rope.rows > 0) {
     block.rotate_keys();
-    block.meet_cluster();
+    ptx::meet_cluster();
   }
   if (threadIdx.x >= Block::kThreads) {
     ptx::setmaxnreg_dec<Block::Shape::producer_registers>();

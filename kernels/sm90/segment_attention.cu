@@ -21,7 +21,7 @@ __device__ __forceinline__ void find_job(const InfiniSegmentAttention& p, int id
   job.rows = min(kRows, piece.len - place.first);
   job.memory = place.memory;
   job.blocks.template set<GroupAttentionTile<Dk, Dv>::keys>(piece, job.first, job.rows);
-  job.weigh_branches(p.problem, p.call);
+  job.weigh_branches(p.problem, p.call, p.shared_by);
   const int token = static_cast<int>(piece.first);
   job.v = {0, place.kv_head, token, job.batch_of(p.call.v)};
   job.k = job.rotates ? Box{0, place.kv_head, 0, place.piece}
@@ -36,11 +36,10 @@ template <class T, int Dk, int Dv>
 __device__ __forceinline__ void segment_attention(const ptx::TensorMap* maps,
                                                   const InfiniSegmentAttention& p) {
   using Shape = GroupAttentionTile<Dk, Dv>;
-  const AttentionShared<T, Dk, Dv> shared;
+  const AttentionShared<T, Dk, Dv> shared{p.shared_by};
   if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // uniform, for the compiler
-  if (group == Shape::groups) {
+  ptx::meet_cluster();
+  if (threadIdx.x >= 128 * Shape::groups) {
     ptx::setmaxnreg_dec<Shape::producer_registers>();
     if (threadIdx.x % 128 >= 32) return;
     AttentionProducer<T, Dk, Dv> producer{maps, shared};
@@ -60,6 +59,7 @@ __device__ __forceinline__ void segment_attention(const ptx::TensorMap* maps,
     }
     consumer.end_turns();
   }
+  ptx::meet_cluster();  // nobody copies to this block, or arrives at its barriers, any more
 }
 
 }  // namespace infini

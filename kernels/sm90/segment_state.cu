@@ -44,12 +44,12 @@ struct SegmentState {
   }
 
   __device__ __forceinline__ void produce(const ptx::TensorMap* maps) {
-    TailCleaner cleaner{tail()};
+    TailCleaner<Shape::stages> cleaner{tail()};
 #pragma unroll 1
     for (int i = 0; i < tiles.count(); ++i, at.advance()) {
       const TokenTile tile = tiles.at(i);
       ring().acquire(at);
-      cleaner.fill(ring().full(at.stage()), kStageBytes, values(), tile.valid, [&](uint32_t full) {
+      cleaner.fill(ring(), at, kStageBytes, values(), tile.valid, [&](uint32_t full) {
         keys().load(&maps[tile.open ? kMapOpenK : kMapK], token_box(p.k, piece, kv_head, tile, 0),
                     full);
         values().load(&maps[tile.open ? kMapOpenV : kMapV],
@@ -135,7 +135,7 @@ __device__ __forceinline__ void segment_state(const ptx::TensorMap* maps,
   Block block{p, piece, kv_head, slice * Block::kColumns, {piece, first, end}};
   if (threadIdx.x == 0) {
     block.ring().init(4 * Shape::groups);
-    ptx::mbarrier_init(block.tail(), 1);
+    TailCleaner<Shape::stages>{block.tail()}.init();
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

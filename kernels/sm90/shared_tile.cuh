@@ -67,6 +67,23 @@ struct SwizzledTile {
     load_rows<Rows>(map, box, barrier);
   }
 
+  // The same for all of `shared_by` blocks of a cluster (1 or 2), each of which brings its part of
+  // the rows: a box has Rows / shared_by of them.
+  __device__ __forceinline__ void load_for(int shared_by, const ptx::TensorMap* map, const Box& box,
+                                           uint32_t barrier) const {
+    if (shared_by == 1) {
+      load(map, box, barrier);
+      return;
+    }
+    const int row = ptx::cluster_ctarank() * (Rows / 2);
+#pragma unroll
+    for (int strip = 0; strip < strips; ++strip) {
+      ptx::cp_async_bulk_tensor_multicast_4d(base + strip * strip_bytes + row * 128, map,
+                                             box.channel + strip * 64, box.head, box.row + row,
+                                             box.batch, barrier, 0b11);
+    }
+  }
+
   // The same in boxes of BoxRows rows.
   template <int BoxRows>
   __device__ __forceinline__ void load_rows(const ptx::TensorMap* map, const Box& box,

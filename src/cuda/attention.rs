@@ -22,13 +22,16 @@ pub(super) struct AttentionOperands<'a> {
     pub rotated: Option<(u64, usize)>,
     /// Snapshots of M: [records][Hkv][Dk][Dv].
     pub snapshot: (u64, usize),
+    /// Blocks that load keys, values and snapshots together, each its part of the rows.
+    pub shared_by: usize,
 }
 
 impl AttentionOperands<'_> {
     /// Those of segment_attention, each with the rows of a box.
     pub fn sources(&self, kernel: &Kernel) -> Vec<(Source, usize)> {
-        let (p, call, state, keys) = (self.p, self.call, self.state, kernel.keys);
+        let (p, call, state) = (self.p, self.call, self.state);
         let (dk, dv) = (p.key_dim(), p.value_dim());
+        let (keys, memory) = (kernel.keys / self.shared_by, kernel.keys.min(dk) / self.shared_by);
         let o = self.tensor("o", call.o, p.heads(), dv);
         let or_o = |name, tensor: InfiniTensor| match tensor.data {
             0 => o,
@@ -48,7 +51,7 @@ impl AttentionOperands<'_> {
             (self.tensor("v", call.v, p.kv_heads(), dv), keys),
             (self.open(open_k, dk), keys),
             (self.open(state.open_v, dv), keys),
-            (self.array("the snapshots", snapshot, records, dk, dv), keys.min(dk)),
+            (self.array("the snapshots", snapshot, records, dk, dv), memory),
             (o, OUTPUTS),
             (or_o("a_dot", call.a_dot), OUTPUTS),
             (or_o("a_mem", call.a_mem), OUTPUTS),

@@ -242,6 +242,8 @@ impl Planner<'_> {
     fn segment_attention(&self, run: &Run, table: InfiniRun, plan: &mut Plan) -> Result<()> {
         let (p, target) = (&self.call.problem, self.phases.target);
         let pieces = run.pieces.len();
+        // Neighbouring query heads of a group read the same keys, values and memory.
+        let shared_by = if p.group().is_multiple_of(2) { 2 } else { 1 };
         let operands = AttentionOperands {
             p,
             call: &self.params,
@@ -249,9 +251,11 @@ impl Planner<'_> {
             lead: self.phases.lead,
             rotated: self.call.rotation().map(|_| (self.arrays.rotated, pieces)),
             snapshot: (self.arrays.snapshot, pieces),
+            shared_by,
         };
         let sources = |kernel: &Kernel| operands.sources(kernel);
-        let chosen = Chosen::new("segment_attention", p, target, sources)?.persistent(target);
+        let chosen = Chosen::new("segment_attention", p, target, sources)?;
+        let chosen = chosen.persistent(target, shared_by);
         let kernel = chosen.kernel;
         let tiles = longest(run).div_ceil(kernel.rows);
         let params = InfiniSegmentAttention {
@@ -265,6 +269,8 @@ impl Planner<'_> {
             z: self.phases.arrays.z,
             tiles: tiles as i32,
             piece_group: piece_group(p),
+            shared_by: shared_by as i32,
+            reserved: 0,
         };
         let halves = 1 + usize::from(self.call.a_mem());
         let blocks = [run.pieces.len(), p.heads(), halves];

@@ -117,6 +117,7 @@ fn choose(
         lead: call.lead(),
         rotated: call.rotation().map(|_| (launch.rotated, count)),
         snapshot: (launch.state.snapshot, launch.state.slots as usize),
+        shared_by: 1,
     };
     Chosen::new("segment", &call.problem, target, |kernel| operands.with_raw_keys(kernel))
 }

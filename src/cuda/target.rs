@@ -83,10 +83,13 @@ impl Chosen {
         })
     }
 
-    /// Newer kernels go through the work with as many blocks as the target holds at a time.
-    pub fn persistent(mut self, target: Target) -> Self {
+    /// Newer kernels go through the work with as many blocks as the target holds at a time, in clusters
+    /// of `cluster`.
+    pub fn persistent(mut self, target: Target, cluster: usize) -> Self {
         if self.kernel.arch > Arch::Sm80 {
-            self.most_blocks = target.multiprocessors.max(1) * self.kernel.blocks_per_sm as usize;
+            let clusters = target.multiprocessors * self.kernel.blocks_per_sm as usize / cluster;
+            self.most_blocks = clusters.max(1) * cluster;
+            self.cluster = cluster as u32;
         }
         self
     }
