@@ -42,7 +42,10 @@ fn multicast() {
             ..TensorMap::dense(Dtype::F32, vec![64, 32], vec![64, 16 / cluster as u32])
         };
         let args = [Arg::TensorMap(map), out.into()];
-        clean(&mut device, &module, "cluster_multicast", launch(blocks, cluster), &args);
+        let launch = launch(blocks, cluster);
+        let report = clean(&mut device, &module, "cluster_multicast", launch, &args);
+        let read = report.buffers.iter().find(|b| b.name == "in").map(|b| b.traffic.read);
+        assert_eq!(read, Some(2 * 1024 * 4), "what goes to several blocks is read once");
         let want = |i: usize| {
             let block = i / 1024;
             data[block / cluster * 1024 + i % 1024] + block as f32

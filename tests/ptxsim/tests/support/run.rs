@@ -1,6 +1,6 @@
 //! Launches that must be clean.
 
-use ptxsim::{Arch, Arg, Device, Launch, Module};
+use ptxsim::{Arch, Arg, Device, Launch, Module, Report};
 
 use super::tools;
 
@@ -33,9 +33,16 @@ pub fn compiled(file: &str, arch_name: &str) -> (Module, Device) {
 
 /// Runs a kernel under several schedules; whatever is reported fails the test.
 #[track_caller]
-pub fn clean(device: &mut Device, module: &Module, kernel: &str, launch: Launch, args: &[Arg]) {
+pub fn clean(
+    device: &mut Device,
+    module: &Module,
+    kernel: &str,
+    launch: Launch,
+    args: &[Arg],
+) -> Report {
     let report = device
         .explore(module, kernel, &launch, args, SCHEDULES)
         .unwrap_or_else(|e| panic!("{kernel}: {e}"));
     assert!(report.is_clean(), "{kernel}:\n{report}");
+    report
 }
