@@ -8,8 +8,12 @@ use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
 use super::target::Chosen;
-use super::{Arch, Call, Mirror, Operand, Target};
+use super::{Arch, Call, Mirror, Operand, Target, find};
 use crate::{Error, Problem, Result};
+
+/// Share of the multiprocessors that one sequence must give blocks for the Hopper kernel to be chosen:
+/// the portable one spreads over all of them, at half the rate or so.
+const FILL: (usize, usize) = (2, 5);
 
 /// Plans a call of [`prefill`](crate::prefill) in which no sequence goes beyond its current segment:
 /// at most N − `open_len` new tokens each. One launch, and one more where a batch has padding.
@@ -104,14 +108,17 @@ fn launch(
     plan.launch(chosen, [attention + update, count, 1], launch, why)
 }
 
+/// The Hopper kernel, whose clusters have a KV head of a sequence each, where they fill enough of the
+/// device: whatever the batch, so that a sequence's bits do not depend on it.
 fn choose(
     call: &Resolved<'_>,
     launch: &InfiniSegment,
     count: usize,
     target: Target,
 ) -> Result<Chosen> {
+    let p = &call.problem;
     let operands = AttentionOperands {
-        p: &call.problem,
+        p,
         call: &launch.call,
         state: &launch.state,
         lead: call.lead(),
@@ -119,5 +126,12 @@ fn choose(
         snapshot: (launch.state.snapshot, launch.state.slots as usize),
         shared_by: 1,
     };
-    Chosen::new("segment", &call.problem, target, |kernel| operands.with_raw_keys(kernel))
+    let chosen = Chosen::new("segment", p, target, |kernel| operands.with_raw_keys(kernel))?;
+    let (blocks, all) = (p.kv_heads() * Chunks::of_segment(p).count, target.multiprocessors);
+    if chosen.kernel.arch > Arch::Sm80 && blocks * FILL.1 < all * FILL.0 {
+        let reason = format!("{blocks} blocks per sequence for {all} multiprocessors");
+        let portable = find("segment", p, Arch::Sm80)?;
+        return Ok(Chosen { passed_over: Some(reason), ..portable.into() });
+    }
+    Ok(chosen)
 }
