@@ -239,8 +239,8 @@ struct InfiniSegmentAttention {
   InfiniAddress snapshot_scale;  // f32 [piece_count][Hkv][Dv / 32]
   InfiniAddress z;               // f32 [piece_count][Hkv][Dk]
   int32_t tiles;                 // query tiles of the longest piece
-  int32_t piece_group;  // pieces whose tiles run together
-  int32_t shared_by;    // sm90: blocks (of a cluster, neighbouring heads) that load K and V together
+  int32_t piece_group;           // pieces whose tiles run together
+  int32_t shared_by;  // sm90: blocks (of a cluster, neighbouring heads) that load K and V together
   int32_t reserved;
 };
 
@@ -279,9 +279,9 @@ struct InfiniSegment {
   struct InfiniState state;
   struct InfiniExchange exchange;
   InfiniAddress rotated;  // sm90 with rotation: T [sequences][Hkv][N][Dk], rotated new keys
-  int32_t tiles;      // query tiles of the longest sequence
-  int32_t chunks;     // update chunks of a segment, 0 when no sequence completes one
-  int32_t chunk_len;  // tokens per update chunk, a multiple of 64
+  int32_t tiles;          // query tiles of the longest sequence
+  int32_t chunks;         // update chunks of a segment, 0 when no sequence completes one
+  int32_t chunk_len;      // tokens per update chunk, a multiple of 64
   int32_t reserved;
   struct InfiniSequences sequences;
 };

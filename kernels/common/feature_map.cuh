@@ -93,8 +93,8 @@ __device__ __forceinline__ int z_channel(int index) {
   return i / 4 * 8 + half * 4 + i % 4;
 }
 
-// σ of a chunk of a row, of e^-shift of it, rounded; adds its product with z to `dot`. z [C] lies in
-// shared memory in the order of z_channel.
+// σ of a chunk of a row, of e^-shift of it, rounded; adds its product with z to `dot`. z [C] lies
+// in shared memory in the order of z_channel.
 template <class Tile>
 __device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int row, int chunk,
                                            float shift, float& dot) {

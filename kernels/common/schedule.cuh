@@ -27,8 +27,8 @@ __device__ __forceinline__ TilePlace tile_place(const InfiniSegmentAttention& p,
   const int pieces = min(p.piece_group, p.run.piece_count - before);
   const int head = id % heads;
   id /= heads;
-  return {before + id % pieces, head, head / p.problem.group,
-          (p.tiles - 1 - id / pieces) * rows, memory};
+  return {before + id % pieces, head, head / p.problem.group, (p.tiles - 1 - id / pieces) * rows,
+          memory};
 }
 
 }  // namespace infini

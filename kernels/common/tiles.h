@@ -122,8 +122,8 @@ struct GroupAttentionTile {
 };
 
 // A product over tokens, sigma(K)t X [Rows x Columns], Rows channels of K: consumer warpgroups of
-// `row_tiles` x 64 of them, all columns of X in their registers; tiles of `tokens` tokens of `Loaded`
-// channels in all.
+// `row_tiles` x 64 of them, all columns of X in their registers; tiles of `tokens` tokens of
+// `Loaded` channels in all.
 template <int Rows, int Columns, int Loaded>
 struct GroupUpdateTile {
   static constexpr int groups = Rows >= 128 ? 2 : 1;

@@ -114,9 +114,10 @@ struct Update {
         load(stage ^ 1, start + kTokens);
       }
       ptx::cp_async_commit_group();
-      map_keys<Threads>(p, key_tile(stage), z, end - start, [&](int row, float den, bool first_lane) {
-        if (first_lane) factor[row] = inverse(den);
-      });
+      map_keys<Threads>(p, key_tile(stage), z, end - start,
+                        [&](int row, float den, bool first_lane) {
+                          if (first_lane) factor[row] = inverse(den);
+                        });
       __syncthreads();  // the tile is mapped
       prepare(stage);
       if (sum) add_sums(stage);

@@ -38,18 +38,14 @@ struct AttentionConsumer {
   using Weights = uint32_t[kKeys / 16][4];  // A fragments
 
   static __device__ __forceinline__ int group() { return ptx::tid_x() / 128; }
-  static __device__ __forceinline__ int warp_row() {
-    return ptx::tid_x() / 32 % 4 * 16;
-  }
+  static __device__ __forceinline__ int warp_row() { return ptx::tid_x() / 32 % 4 * 16; }
   static __device__ __forceinline__ int row(int h) {
     return warp_row() + ptx::tid_x() % 32 / 4 + h * 8;
   }
 
   // ---- turns
 
-  __device__ __forceinline__ void take_turn() const {
-    ptx::bar_sync(kTurnBarrier + group(), 256);
-  }
+  __device__ __forceinline__ void take_turn() const { ptx::bar_sync(kTurnBarrier + group(), 256); }
   __device__ __forceinline__ void pass_turn() const {
     ptx::bar_arrive(kTurnBarrier + (group() + 1) % kGroups, 256);
   }
@@ -151,9 +147,9 @@ struct AttentionConsumer {
     for (int i = 0; i < Dv / 2; ++i) o[i] *= factor[i / 2 % 2];
   }
 
-  // The assembler would move the wait for the products up, before the softmax that is to overlap with
-  // them; it does not move it over a branch that depends on the softmax. (This one is never taken:
-  // sums of exponentials are not negative.)
+  // The assembler would move the wait for the products up, before the softmax that is to overlap
+  // with them; it does not move it over a branch that depends on the softmax. (This one is never
+  // taken: sums of exponentials are not negative.)
   static __device__ __forceinline__ void keep_before(const float (&total)[2]) {
     if (total[0] + total[1] < 0.0f) __trap();
   }

@@ -93,8 +93,8 @@ struct AttentionJob {
     return {0, head, static_cast<int>(piece.first) + first + row, batch_of(t)};
   }
 
-  // Weights of the branches, and what they leave to do. `shared_by` heads that load together do what
-  // any of them must.
+  // Weights of the branches, and what they leave to do. `shared_by` heads that load together do
+  // what any of them must.
   __device__ __forceinline__ void weigh_branches(const InfiniProblem& p, const InfiniCall& call,
                                                  int shared_by) {
     const auto gate_of_head = [&](int h) {

@@ -2,9 +2,8 @@
 //
 //   query tiles  [groups][64 x Dk]      by tensor copies; rotated, then staging of the outputs
 //   key ring     [stages][keys x Dk]
-//   value ring   [stages][keys x Dv]    after the last values: the snapshot of M, keys rows at a time
-//   mbarriers    rings of queries, keys, values, jobs (full, empty); tail
-//   jobs         [2]
+//   value ring   [stages][keys x Dv]    after the last values: the snapshot of M, keys rows at a
+//   time mbarriers    rings of queries, keys, values, jobs (full, empty); tail jobs         [2]
 #pragma once
 
 #include "common/tiles.h"
@@ -86,8 +85,8 @@ struct AttentionShared {
 };
 
 // Named barriers; 0 is that of __syncthreads.
-constexpr int kTurnBarrier = 1;   // + group: the group may issue its products
-constexpr int kGroupBarrier = 5;  // + group: the warps of a group meet
+constexpr int kTurnBarrier = 1;      // + group: the group may issue its products
+constexpr int kGroupBarrier = 5;     // + group: the warps of a group meet
 constexpr int kConsumerBarrier = 9;  // the consumers of the block meet
 
 }  // namespace infini

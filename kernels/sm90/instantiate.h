@@ -22,19 +22,19 @@ struct alignas(64) Mapped {
 #define INFINI_SM90_KERNEL(name, call, Params, count, Launch)                          \
   extern "C" __global__ void __launch_bounds__(Launch::threads, Launch::blocks_per_sm) \
       name(const __grid_constant__ infini::Mapped<Params, count> p) {                  \
-    infini::call(p.maps, p.p);                           \
+    infini::call(p.maps, p.p);                                                         \
   }
 
-#define INFINI_SM90_HEAD_(operation, Params, count, Launch, T, dtype, dk, dv)                      \
-  INFINI_SM90_KERNEL(INFINI_SM90_JOIN(operation, dtype, INFINI_NAME_##dk##_##dv),                 \
-                     INFINI_COMMAS(operation<infini::T, dk, dv>), Params, count,                  \
+#define INFINI_SM90_HEAD_(operation, Params, count, Launch, T, dtype, dk, dv)     \
+  INFINI_SM90_KERNEL(INFINI_SM90_JOIN(operation, dtype, INFINI_NAME_##dk##_##dv), \
+                     INFINI_COMMAS(operation<infini::T, dk, dv>), Params, count,  \
                      INFINI_COMMAS(infini::Launch<dk, dv>))
 #define INFINI_SM90_HEAD(operation, Params, count, Launch, dk, dv)        \
   INFINI_SM90_HEAD_(operation, Params, count, Launch, Bf16, bf16, dk, dv) \
   INFINI_SM90_HEAD_(operation, Params, count, Launch, F16, f16, dk, dv)
 
-#define INFINI_SM90_KEY_(operation, Params, count, Launch, T, dtype, dk)                        \
-  INFINI_SM90_KERNEL(INFINI_SM90_JOIN(operation, dtype, d##dk),                                \
+#define INFINI_SM90_KEY_(operation, Params, count, Launch, T, dtype, dk) \
+  INFINI_SM90_KERNEL(INFINI_SM90_JOIN(operation, dtype, d##dk),          \
                      INFINI_COMMAS(operation<infini::T, dk>), Params, count, infini::Launch<dk>)
 #define INFINI_SM90_KEY(operation, Params, count, Launch, dk)        \
   INFINI_SM90_KEY_(operation, Params, count, Launch, Bf16, bf16, dk) \

@@ -58,7 +58,8 @@ struct Segment {
                        p.problem.delta && !piece.empty, matrix};
   }
 
-  // New keys, rotated, a warp per token; zeros behind them, up to the end of the last block of keys.
+  // New keys, rotated, a warp per token; zeros behind them, up to the end of the last block of
+  // keys.
   __device__ __forceinline__ void rotate_keys() const {
     const int rows = (piece().len + Shape::keys - 1) / Shape::keys * Shape::keys;
     T* to = segment_rows<T>(p.rotated, p.problem, blockIdx.y, kv_head(), Dk);
@@ -198,7 +199,8 @@ struct Segment {
 
   // The cluster's new tokens into the open segment, a share per block.
   __device__ __forceinline__ void append() const {
-    const int share = (piece().len + blocks() - 1) / blocks(), first = min(rank() * share, piece().len);
+    const int share = (piece().len + blocks() - 1) / blocks(),
+              first = min(rank() * share, piece().len);
     append_tokens<kThreads, T>(p.problem, p.call, p.state, piece(), kv_head(), first,
                                min(first + share, piece().len));
   }

@@ -1,16 +1,17 @@
 // Phase 5 of prefill on Hopper: local attention, retrieval and gate of every piece.
 //
 // Tile: GroupAttentionTile<Dk, Dv>: 128 query rows of one query head, 64 per consumer warpgroup;
-// blocks of 128 keys (64 at d = 256). A producer warp keeps the rings full (attention_producer.cuh),
-// the consumers multiply and weigh (attention_consumer.cuh). Persistent blocks, one per SM, in the
-// order of common/schedule.cuh; pairs of blocks (clusters) share what neighbouring heads both read.
+// blocks of 128 keys (64 at d = 256). A producer warp keeps the rings full
+// (attention_producer.cuh), the consumers multiply and weigh (attention_consumer.cuh). Persistent
+// blocks, one per SM, in the order of common/schedule.cuh; pairs of blocks (clusters) share what
+// neighbouring heads both read.
 //
 // Shared memory, mbarriers and named barriers: attention_shared.cuh; docs/segment_attention.md has
 // them in tables. Cluster barriers: after the mbarriers are initialised, and at the end.
 //
 // Per tile that sees n keys: 4 * 128 n D flops of the local branch and 2 * 128 Dk Dv of the
-// retrieval, all wgmma; reads 128 Dk + (n (Dk + Dv) + Dk Dv) / 2 elements of a pair's share, all but
-// the queries mostly from L2.
+// retrieval, all wgmma; reads 128 Dk + (n (Dk + Dv) + Dk Dv) / 2 elements of a pair's share, all
+// but the queries mostly from L2.
 #include "common/schedule.cuh"
 #include "sm90/attention_consumer.cuh"
 #include "sm90/attention_producer.cuh"

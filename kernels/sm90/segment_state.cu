@@ -1,4 +1,5 @@
-// Phase 1 of prefill on Hopper: B = sigma(K)t V and the column sums of sigma(K) of every full piece.
+// Phase 1 of prefill on Hopper: B = sigma(K)t V and the column sums of sigma(K) of every full
+// piece.
 //
 // Tile: GroupStateTile<Dk, Dv>: all channels of K and up to 128 columns of V; a producer warp keeps
 // a ring of four tiles of 64 tokens full. Grid (splits, Hkv * Dv / columns, pieces).
@@ -36,9 +37,7 @@ struct SegmentState {
 
   __device__ __forceinline__ KeyTile keys() const { return {base + at.stage() * kStageBytes}; }
   __device__ __forceinline__ ValueTile values() const { return {keys().base + KeyTile::bytes}; }
-  __device__ __forceinline__ Ring<Shape::stages> ring() const {
-    return {base + Shape::ring_bytes};
-  }
+  __device__ __forceinline__ Ring<Shape::stages> ring() const { return {base + Shape::ring_bytes}; }
   __device__ __forceinline__ uint32_t tail() const {
     return ring().barriers + Ring<Shape::stages>::bytes;
   }

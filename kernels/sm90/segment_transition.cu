@@ -40,12 +40,8 @@ struct SegmentTransition {
   __device__ __forceinline__ KeyTile keys(int stage) const {
     return {base + stage * KeyTile::bytes};
   }
-  __device__ __forceinline__ float* factors() const {
-    return z + Dk + at.stage() * Shape::tokens;
-  }
-  __device__ __forceinline__ Ring<Shape::stages> ring() const {
-    return {base + Shape::ring_bytes};
-  }
+  __device__ __forceinline__ float* factors() const { return z + Dk + at.stage() * Shape::tokens; }
+  __device__ __forceinline__ Ring<Shape::stages> ring() const { return {base + Shape::ring_bytes}; }
 
   __device__ __forceinline__ void produce(const ptx::TensorMap* maps) {
 #pragma unroll 1
@@ -55,8 +51,9 @@ struct SegmentTransition {
       if (threadIdx.x % 32 == 0) {
         const uint32_t full = ring().full(at.stage());
         ptx::mbarrier_arrive_expect_tx(full, KeyTile::bytes);
-        keys(at.stage()).load(&maps[tile.open ? kMapOpenK : kMapK],
-                              token_box(p.k, piece, kv_head, tile, 0), full);
+        keys(at.stage())
+            .load(&maps[tile.open ? kMapOpenK : kMapK], token_box(p.k, piece, kv_head, tile, 0),
+                  full);
       }
     }
   }
@@ -111,7 +108,8 @@ struct SegmentTransition {
   }
 
   // The warp's 16 rows of G, scaled so that their largest element lies in [1, 2).
-  __device__ __forceinline__ void store(const float (&d)[Dk / 2], int warp_row, float shrink) const {
+  __device__ __forceinline__ void store(const float (&d)[Dk / 2], int warp_row,
+                                        float shrink) const {
     float top = 0.0f;
 #pragma unroll
     for (float x : d) top = fmaxf(top, fabsf(x));

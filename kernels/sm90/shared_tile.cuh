@@ -39,8 +39,7 @@ struct SwizzledTile {
   // Operand of wgmma whose k runs along the columns, from `column` on (16 of them); its other index
   // along the rows.
   __device__ __forceinline__ uint64_t along_columns(int column) const {
-    return ptx::descriptor_128(base, 16, 1024) +
-           (column / 64 * strip_bytes + column % 64 * 2) / 16;
+    return ptx::descriptor_128(base, 16, 1024) + (column / 64 * strip_bytes + column % 64 * 2) / 16;
   }
 
   // Operand of wgmma whose k runs along the rows, from `row` on (16 of them); its other index along
@@ -114,8 +113,8 @@ struct Stage {
   SwizzledTile<T, Rows, Columns> tile;
   int row;  // the warp's first
 
-  // Accumulators of the warp's rows, as `value(i)` makes them of accumulator i; rows of half h whose
-  // `keep[h]` is set stay as they are.
+  // Accumulators of the warp's rows, as `value(i)` makes them of accumulator i; rows of half h
+  // whose `keep[h]` is set stay as they are.
   template <class Value>
   __device__ __forceinline__ void put(Value value, const bool (&keep)[2]) const {
     const int lane = ptx::tid_x() % 32;

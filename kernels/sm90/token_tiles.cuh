@@ -1,5 +1,5 @@
-// Tokens of a segment in the tiles in which they come: those of the open segment, then the new ones.
-// No tile has both, for they come by different tensor maps.
+// Tokens of a segment in the tiles in which they come: those of the open segment, then the new
+// ones. No tile has both, for they come by different tensor maps.
 #pragma once
 
 #include "common/piece.cuh"

@@ -96,8 +96,8 @@ extern "C" __global__ void __launch_bounds__(128)
   ptx::wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    ptx::Wgmma<__half, 64>::ss<1, 1>(acc, operand<1>(memory, kk), operand<1>(memory + kTileBytes, kk),
-                                   kk > 0);
+    ptx::Wgmma<__half, 64>::ss<1, 1>(acc, operand<1>(memory, kk),
+                                     operand<1>(memory + kTileBytes, kk), kk > 0);
   }
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -115,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(128)
   ptx::wgmma_fence();  // the accumulators were written by ordinary instructions
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    ptx::Wgmma<__half, 64>::ss<0, 0>(acc, operand<0>(memory, kk), operand<0>(memory + kTileBytes, kk),
-                                   1);
+    ptx::Wgmma<__half, 64>::ss<0, 0>(acc, operand<0>(memory, kk),
+                                     operand<0>(memory + kTileBytes, kk), 1);
     if (kk == 1) ptx::wgmma_commit_group();
   }
   ptx::wgmma_commit_group();
