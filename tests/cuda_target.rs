@@ -152,7 +152,8 @@ fn maps_of_a_call() {
     let launch: InfiniSegmentAttention = params(&plan, "segment_attention", 0);
     let (d, n) = (D as u64, N as u64);
     let q = rows(Operand::Q, [2, 300, 4, d], 64);
-    let o = rows(Operand::O, [2, 300, 4, d], 64);
+    // A warp sends its own rows.
+    let o = rows(Operand::O, [2, 300, 4, d], 16);
     let keys = |rows_of_box| {
         let InfiniState { open_k, open_v, .. } = launch.state;
         [
@@ -188,9 +189,9 @@ fn maps_of_a_packed_call_with_rotation_and_all_outputs() {
         array(launch.state.open_k_rotated, [2, 2, n, 256], 64),
         array(launch.state.open_v, [2, 2, n, 256], 64),
         array(launch.snapshot, [pieces, 2, 256, 256], 64),
-        rows(Operand::O, [1, 300, 4, 256], 64),
-        rows(Operand::ADot, [1, 300, 4, 256], 64),
-        rows(Operand::AMem, [1, 300, 4, 256], 64),
+        rows(Operand::O, [1, 300, 4, 256], 16),
+        rows(Operand::ADot, [1, 300, 4, 256], 16),
+        rows(Operand::AMem, [1, 300, 4, 256], 16),
     ];
     assert_eq!(maps(&plan, "segment_attention"), expected);
     // Memories are made of unrotated keys.
@@ -205,7 +206,7 @@ fn boxes_of_snapshots_have_no_more_rows_than_these() {
     let plan = plan(&p, &call(&p, &[1, 300]), 1);
     let maps = launch(&plan, "segment_attention").maps;
     let rows: Vec<u32> = maps.iter().map(|map| map.rows).collect();
-    assert_eq!(rows, [64, 128, 128, 128, 128, 64, 64, 64, 64]);
+    assert_eq!(rows, [64, 128, 128, 128, 128, 64, 16, 16, 16]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What every kernel executes and moves, counted by the simulator at one shape: tensor-core flops
 //! against the formula, shared-memory wavefronts added by bank conflicts, bytes moved against
-//! distinct bytes, and the resource that limits it. INFINI_ATTN_BLESS=1 writes the table of
+//! distinct bytes, and the resource that limits it. INFINI_ATTN_BLESS=1 writes the tables of
 //! docs/counts.md; a difference is only reported, since compilers differ.
 #![cfg(feature = "cuda")]
 
@@ -44,6 +44,14 @@ impl Shape {
         let b = Problem::builder().heads(self.heads).kv_heads(1).key_dim(self.dk);
         let b = b.value_dim(self.dv).segment_len(self.n).update(update).dtype(DType::BF16);
         b.build().expect("valid")
+    }
+
+    /// Tokens of one sequence, with rotation.
+    fn call(self, tokens: usize) -> Call<'static> {
+        let (q, o) = (rows(tokens, self.heads, self.dk), rows(tokens, self.heads, self.dv));
+        let (k, v) = (self.keys(tokens), self.values(tokens));
+        let table = || floats(&[16 * self.n, self.dk / 2]);
+        Call::new(q, k, v, floats(&[self.heads]), o).rope(DeviceRope::new(table(), table()))
     }
 
     fn keys(self, tokens: usize) -> DeviceTensor {
@@ -153,8 +161,38 @@ fn launches() -> &'static [Counted] {
         let mut counter = Counter { sim: Simulator::new(), of: "", launches: vec![] };
         streaming(&mut counter, SHAPE).expect("plans");
         maps(&mut counter, SHAPE).expect("plans");
+        counter.launches.extend(on_sm90(SHAPE).expect("plans"));
         counter.launches
     })
+}
+
+/// What [`on_sm90`] counts besides [`SHAPE`]: other dimensions.
+fn wider_and_narrower() -> &'static [(usize, Vec<Counted>)] {
+    static ALL: OnceLock<Vec<(usize, Vec<Counted>)>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let at = |d| (d, on_sm90(Shape { dk: d, dv: d, ..SHAPE }).expect("plans"));
+        [64, 256].map(at).into()
+    })
+}
+
+/// The plans of [`streaming`] that have kernels of compute capability 9.0, and those kernels. Races
+/// are looked for by tests/cuda_sim.rs; counts are the same without.
+fn on_sm90(shape: Shape) -> Result<Vec<Counted>> {
+    const TARGET: Target = Target { arch: Arch::Sm90, multiprocessors: 132 };
+    let mut counter =
+        Counter { sim: Simulator::of(TARGET.arch).checks(false), of: "", launches: vec![] };
+    let p = shape.problem(Update::Delta);
+    let options = PrefillOptions { target: TARGET, ..PrefillOptions::default() };
+    let mut pool = Pool::new(&mut counter, &p);
+    let plan = plan_prefill(&p, &shape.call(5 * shape.n / 2), &pool.mirror, &options)?;
+    pool.run(&mut counter, "prefill on sm90", &plan);
+    pool.run(&mut counter, "", &plan_flush(&p, &pool.mirror, &[0])?);
+    let plan = plan_segment(&p, &shape.call(shape.n), &pool.mirror, &TARGET)?;
+    if plan.launches().any(|l| l.kernel.arch == TARGET.arch) {
+        pool.run(&mut counter, "segment on sm90", &plan);
+    }
+    counter.launches.retain(|c| c.kernel.arch == TARGET.arch);
+    Ok(counter.launches)
 }
 
 /// Two and a half segments by prefill, then decode, flush, a segment, a padded batch; with rotation,
@@ -162,13 +200,7 @@ fn launches() -> &'static [Counted] {
 fn streaming(counter: &mut Counter, shape: Shape) -> Result<()> {
     let (p, n) = (shape.problem(Update::Delta), shape.n);
     let mut pool = Pool::new(counter, &p);
-    let table = || floats(&[16 * n, shape.dk / 2]);
-    let call = |tokens| {
-        let (q, o) = (rows(tokens, shape.heads, shape.dk), rows(tokens, shape.heads, shape.dv));
-        let call =
-            Call::new(q, shape.keys(tokens), shape.values(tokens), floats(&[shape.heads]), o);
-        call.rope(DeviceRope::new(table(), table()))
-    };
+    let call = |tokens| shape.call(tokens);
     let plan = plan_prefill(&p, &call(5 * n / 2), &pool.mirror, &PrefillOptions::default())?;
     pool.run(counter, "prefill", &plan);
     let plan = plan_decode(&p, &call(1), &pool.mirror, &DecodeOptions::default())?;
@@ -251,6 +283,54 @@ fn tensor_flops_are_those_of_the_formulas() {
     check("decode", "decode", tile);
 }
 
+/// On compute capability 9.0: the kernels of a dimension, with the keys of an attention block.
+fn hopper() -> impl Iterator<Item = (u64, u64, Vec<&'static Counted>)> {
+    let here = launches().iter().filter(|c| c.kernel.arch == Arch::Sm90).collect();
+    let others = wider_and_narrower().iter().map(|(d, all)| (*d, all.iter().collect()));
+    let all = [(D, here)].into_iter().chain(others);
+    all.map(|(d, launches)| (d as u64, if d == 256 { 64 } else { 128 }, launches))
+}
+
+#[test]
+fn tensor_flops_of_sm90_are_those_of_the_formulas() {
+    let (n, h) = (N as u64, HEADS as u64);
+    for (d, keys, launches) in hopper() {
+        let check = |operation, want: u64| {
+            let found = launches.iter().filter(|c| c.kernel.operation == operation);
+            let found = found.filter(|c| c.of == "prefill on sm90");
+            let got: u64 = found.map(|c| c.report.tensor_flops()).sum();
+            assert_eq!(got, want, "{operation} at d = {d}");
+        };
+        check("segment_state", 2 * 2 * n * d * d);
+        check("segment_transition", 2 * n * d * d);
+        let seen = |tile: u64| (128 * tile).next_multiple_of(keys);
+        let local = |tokens: u64| (1..=tokens / 128).map(|tile| 4 * 128 * seen(tile) * d).sum();
+        let local = |tokens: u64| -> u64 { local(tokens) };
+        let retrieval = |tokens: u64| 2 * tokens * d * d;
+        let attention = h * (2 * local(n) + local(n / 2) + retrieval(n) + retrieval(n / 2));
+        check("segment_attention", attention);
+    }
+}
+
+#[test]
+fn products_of_sm90_are_those_of_warpgroups() {
+    for c in hopper().flat_map(|(.., launches)| launches) {
+        let lines = c.report.lines.iter().filter(|l| l.mnemonic.starts_with("wgmma.mma_async"));
+        let flops: u64 = lines.map(|l| l.flops).sum();
+        let (symbol, all) = (c.kernel.symbol, c.report.tensor_flops());
+        assert!(100 * flops >= 99 * all && all > 0, "{symbol}: {flops} of {all} flops by wgmma");
+    }
+}
+
+/// Seconds of each resource that a multiprocessor has of its own, and of device memory.
+#[test]
+fn attention_on_sm90_is_limited_by_the_tensor_cores() {
+    let [attention] = of("segment_attention", "prefill on sm90")[..] else { panic!("one launch") };
+    let b = &attention.report.bound;
+    let others = [b.issue, b.special, b.shared, b.memory];
+    assert!(others.iter().all(|seconds| b.tensor > *seconds), "{b:?}");
+}
+
 #[test]
 fn shared_memory_is_free_of_conflicts_at_every_shape() {
     let mut counter = Counter { sim: Simulator::new(), of: "", launches: vec![] };
@@ -260,7 +340,8 @@ fn shared_memory_is_free_of_conflicts_at_every_shape() {
         let shape = Shape { dk: kernel.key_dim, dv: kernel.value_dim, heads: 2, n: 192 };
         streaming(&mut counter, shape).expect("plans");
     }
-    for c in counter.launches.iter().chain(launches()) {
+    let wider_and_narrower = wider_and_narrower().iter().flat_map(|(_, launches)| launches);
+    for c in counter.launches.iter().chain(launches()).chain(wider_and_narrower) {
         let excess = c.report.lines.iter().filter(|l| l.shared.excess > 0);
         let lines: Vec<_> = excess.map(|l| (&l.source, &l.mnemonic, l.shared)).collect();
         assert!(lines.is_empty(), "{} of {}: {lines:?}", c.kernel.symbol, c.of);
@@ -273,6 +354,8 @@ fn bytes_move_once() {
     for (operation, plan, again) in [
         ("segment_state", "prefill", 0),
         ("segment_transition", "prefill", 0),
+        ("segment_state", "prefill on sm90", 0),
+        ("segment_transition", "prefill on sm90", 0),
         // G by every slice of 32 columns, in 16 bits.
         ("memory_scan", "prefill", (d / 32 - 1) * 2 * d * d),
         ("decode", "decode", 0),
@@ -294,7 +377,7 @@ fn bytes_move_once() {
     }
 }
 
-/// Every launch that is not the same as one before: the table of docs/counts.md.
+/// Every launch that is not the same as one before: the first table of docs/counts.md.
 fn table() -> String {
     let mut rows = vec![];
     let mut seen = BTreeSet::new();
@@ -322,27 +405,56 @@ fn table() -> String {
     rows.join("\n")
 }
 
-/// Between the markers of docs/counts.md.
+/// segment_attention on compute capability 9.0 by dimension: the second table of docs/counts.md.
+fn attention_table() -> String {
+    let mut rows: Vec<_> = hopper()
+        .map(|(d, keys, launches)| {
+            let attention = launches.iter().find(|c| c.kernel.operation == "segment_attention");
+            let c = attention.expect("one launch");
+            let b = &c.report.bound;
+            let all = [b.tensor, b.issue, b.special, b.shared, b.l2, b.memory];
+            let most = all.into_iter().fold(0.0, f64::max);
+            let part = |s: f64| format!(" {:.2} ({:.0} %) |", s * 1e6, 100.0 * s / most);
+            let parts: String = all.into_iter().map(part).collect();
+            let mflop = c.report.tensor_flops() / 1_000_000;
+            (d, format!("| {d} | {keys} | {mflop} | {} |{parts}", c.report.instructions()))
+        })
+        .collect();
+    rows.sort();
+    rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>().join("\n")
+}
+
+/// Before the rows of the n-th table of a document, the rows, and what follows.
+fn parts(text: &str, n: usize) -> [&str; 3] {
+    const MARK: &str = " --- |\n";
+    let start = text.match_indices(MARK).nth(n).expect("a table").0 + MARK.len();
+    let end = text[start..].find("\n\n").map_or(text.len(), |at| start + at + 1);
+    [&text[..start], &text[start..end], &text[end..]]
+}
+
 #[test]
 fn the_document_has_these_counts() {
-    const MARK: &str = " --- |\n";
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/counts.md");
-    let text = std::fs::read_to_string(path).expect("docs/counts.md");
-    let (before, rest) = text.split_once(MARK).expect("a table");
-    let (rows, after) = rest.split_once("\n\n").unwrap_or((rest.trim_end(), ""));
-    let table = table();
+    let mut text = std::fs::read_to_string(path).expect("docs/counts.md");
+    let tables = [table(), attention_table()];
     if std::env::var_os("INFINI_ATTN_BLESS").is_some() {
-        let after = if after.is_empty() { String::new() } else { format!("\n{after}") };
-        std::fs::write(path, format!("{before}{MARK}{table}\n{after}")).expect("written");
+        for (n, table) in tables.iter().enumerate() {
+            let [before, _, after] = parts(&text, n);
+            text = format!("{before}{table}\n{after}");
+        }
+        std::fs::write(path, text).expect("written");
         return;
     }
     let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
-    for row in lines(&table).difference(&lines(rows)) {
-        say(format_args!("docs/counts.md has other counts (or none), now: {row}"));
+    for (n, table) in tables.iter().enumerate() {
+        let [_, rows, _] = parts(&text, n);
+        for row in lines(table).difference(&lines(rows)) {
+            say(format_args!("docs/counts.md has other counts (or none), now: {row}"));
+        }
+        let kernels = |text: &str| {
+            let first = |row: &str| row.split(" | ").take(2).map(str::to_owned).collect::<Vec<_>>();
+            text.lines().map(first).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(kernels(rows), kernels(table), "rows of docs/counts.md and what ran");
     }
-    let kernels = |text: &str| {
-        let first = |row: &str| row.split(" | ").take(2).map(str::to_owned).collect::<Vec<_>>();
-        text.lines().map(first).collect::<BTreeSet<_>>()
-    };
-    assert_eq!(kernels(rows), kernels(&table), "kernels of docs/counts.md and those that ran");
 }

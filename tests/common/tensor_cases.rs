@@ -2,6 +2,7 @@
 //! gates, ...) joined pairwise, in every shape that kernels are compiled for, at sizes that the
 //! simulator runs quickly.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use infini_attn::{DType, Denominator, EmptyMemory, Problem, Update};
@@ -24,11 +25,43 @@ const MOST_CALLS: usize = 12;
 
 /// Every pair of levels in at least one case; the shapes take turns.
 pub fn pairwise(shapes: &[Shape], budget: u64) -> Vec<Case> {
-    let table = cases();
-    let levels = Levels::of(&table);
+    every_nth(1, shapes, budget)
+}
+
+/// One in `n` of the pairwise cases; the shapes take turns among them.
+pub fn every_nth(n: usize, shapes: &[Shape], budget: u64) -> Vec<Case> {
+    let (levels, rows) = pairwise_rows();
+    let chosen = rows.iter().enumerate().step_by(n).zip(shapes.iter().cycle());
+    chosen.map(|((i, row), &shape)| levels.case(i, row, shape, budget)).collect()
+}
+
+/// A few of the pairwise cases in which every level occurs; the shapes take turns among them.
+pub fn every_level(shapes: &[Shape], budget: u64) -> Vec<Case> {
+    let (levels, rows) = pairwise_rows();
+    let mut open: BTreeSet<[usize; 2]> = BTreeSet::new();
+    for (f, count) in levels.counts().into_iter().enumerate() {
+        open.extend((0..count).map(|i| [f, i]));
+    }
+    let mut chosen = vec![];
+    while !open.is_empty() {
+        // The one with most that is missing; of several that with least work.
+        let cases = rows.iter().enumerate().map(|(i, row)| {
+            let case = levels.case(i, row, shapes[chosen.len() % shapes.len()], budget);
+            let missing = (0..FACTORS).filter(|&f| open.contains(&[f, row[f]])).count();
+            (missing, Reverse(work(&case)), row, case)
+        });
+        let best = cases.max_by_key(|(missing, work, ..)| (*missing, *work));
+        let (_, _, row, case) = best.expect("a row");
+        (0..FACTORS).for_each(|f| _ = open.remove(&[f, row[f]]));
+        chosen.push(case);
+    }
+    chosen
+}
+
+fn pairwise_rows() -> (Levels, Vec<Row>) {
+    let levels = Levels::of(&cases());
     let rows = levels.rows(&mut StdRng::seed_from_u64(10));
-    let derive = |(i, row): (usize, &Row)| levels.case(i, row, shapes[i % shapes.len()], budget);
-    rows.iter().enumerate().map(derive).collect()
+    (levels, rows)
 }
 
 /// Every case of the table in every shape.

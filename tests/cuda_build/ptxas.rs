@@ -84,9 +84,10 @@ pub fn files() -> BTreeMap<&'static str, Arch> {
     KERNELS.iter().map(|kernel| (kernel.file, kernel.arch)).collect()
 }
 
-/// Whether a message tells that warpgroup products wait for each other.
+/// Whether a message (C7508 to C7519) tells that warpgroup products wait for each other, or that
+/// registers stay where they are.
 fn serialises(line: &str) -> bool {
-    line.contains("wgmma")
+    line.contains("(C75") || line.contains("wgmma") || line.contains("setmaxnreg")
 }
 
 /// The nvcc of the build, or NVCC.

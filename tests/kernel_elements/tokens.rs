@@ -24,9 +24,9 @@ fn rows<T: Element>(shape: &[usize], how: Arrangement, seed: u64) -> Strided<T> 
     x
 }
 
-/// A [records, Hkv, N, width] array of canaries.
-fn canaries<T: Element>(records: usize, width: usize) -> Strided<T> {
-    Strided::with_margin(&[records, KV_HEADS, N, width], Arrangement::Contiguous, CANARY, MARGIN)
+/// A [records, Hkv, n, width] array of canaries.
+fn canaries<T: Element>(records: usize, n: usize, width: usize) -> Strided<T> {
+    Strided::with_margin(&[records, KV_HEADS, n, width], Arrangement::Contiguous, CANARY, MARGIN)
 }
 
 /// Address of the first element of a contiguous array.
@@ -88,19 +88,44 @@ impl Tables {
     }
 }
 
-/// Two pieces of batch 1 and a short one of batch 0, not in order.
-fn pieces() -> Vec<InfiniPiece> {
-    let piece = |batch, first, position, len, cached| InfiniPiece {
-        first,
-        position,
-        slot: 2 - batch,
-        batch,
-        len,
-        cached,
-        full: i32::from((cached + len) as usize == N),
-        empty: 1,
-    };
-    vec![piece(1, 2, 9, 9, 4), piece(1, 11, 18, 13, 0), piece(0, 1, 0, 5, 0)]
+/// Pieces of two batches in segments of `n` tokens.
+struct Pieces {
+    n: usize,
+    /// Tokens of a batch.
+    tokens: usize,
+    all: Vec<InfiniPiece>,
+}
+
+impl Pieces {
+    /// Two pieces of batch 1 and a short one of batch 0, not in order.
+    fn short() -> Self {
+        let all = [(1, 2, 9, 9, 4), (1, 11, 18, 13, 0), (0, 1, 0, 5, 0)];
+        Self { n: N, tokens: 24, all: all.map(|piece| Self::piece(N, piece)).into() }
+    }
+
+    /// Those that end before, at and behind 128 keys, one that leaves less than 128 rows free, and
+    /// one that fills its segment.
+    fn long() -> Self {
+        let lens = [(0, 127), (127, 128), (255, 129), (384, 257), (641, 300)];
+        let all = lens.map(|(first, len)| Self::piece(300, (0, first, 0, len, 0))).into();
+        Self { n: 300, tokens: 941, all }
+    }
+
+    fn piece(
+        n: usize,
+        (batch, first, position, len, cached): (i32, i64, i64, i32, i32),
+    ) -> InfiniPiece {
+        InfiniPiece {
+            first,
+            position,
+            slot: 2 - batch,
+            batch,
+            len,
+            cached,
+            full: i32::from((cached + len) as usize == n),
+            empty: 1,
+        }
+    }
 }
 
 fn run_of(sim: &mut Simulator, pieces: &[InfiniPiece], chains: &[InfiniChain]) -> InfiniRun {
@@ -112,33 +137,34 @@ fn run_of(sim: &mut Simulator, pieces: &[InfiniPiece], chains: &[InfiniChain]) -
     }
 }
 
-/// The keys of [`pieces`] through rotate_keys. `positions`: the caller's, for 24 tokens of 2 batches.
+/// The keys of pieces through rotate_keys. `positions`: the caller's, for the tokens of 2 batches.
 fn check_rotation<T: Element>(
+    Pieces { n, tokens, all: pieces }: Pieces,
     dk: usize,
     tables: &Tables,
     how: Arrangement,
     positions: Option<Vec<i64>>,
     outside: bool,
 ) {
-    let pieces = pieces();
     let mut sim = simulator();
-    let k = rows::<T>(&[2, 24, KV_HEADS, dk], how, 1);
+    let k = rows::<T>(&[2, tokens, KV_HEADS, dk], how, 1);
     let k = OnDevice::rows(&mut sim, "k", k);
-    let rotated = OnDevice::rows(&mut sim, "rotated", canaries::<T>(pieces.len(), dk));
+    let rotated = OnDevice::rows(&mut sim, "rotated", canaries::<T>(pieces.len(), n, dk));
     let status = sim.upload("status", &[0u32]);
     let mut rope = tables.upload(&mut sim);
     if let Some(positions) = &positions {
-        (rope.positions, rope.positions_batch) = (sim.upload("positions", positions), 24);
+        (rope.positions, rope.positions_batch) =
+            (sim.upload("positions", positions), tokens as i64);
     }
     let params = InfiniRotateKeys {
-        problem: problem([dk, 64], [4, KV_HEADS], N),
+        problem: problem([dk, 64], [4, KV_HEADS], n),
         k: k.tensor,
         rope,
         run: run_of(&mut sim, &pieces, &[]),
         status,
         rotated: start(&rotated),
     };
-    let grid = [N.div_ceil(8), KV_HEADS, pieces.len()];
+    let grid = [n.div_ceil(8), KV_HEADS, pieces.len()];
     let report = launch(&mut sim, &symbol::<T>("rotate_keys"), grid, &params);
     assert_moved_once(&report, &["k", "rotated"]);
 
@@ -147,16 +173,19 @@ fn check_rotation<T: Element>(
     let half_step =
         if T::DTYPE == infini_attn::DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
     for (i, piece) in pieces.iter().enumerate() {
-        for j in 0..N {
+        for j in 0..n {
             for h in 0..KV_HEADS {
                 let got = widen(got.row(&[i, h, j]));
-                if j >= piece.len as usize {
-                    assert!(got.iter().all(|&x| x == canary), "row {j} of piece {i}");
+                let len = piece.len as usize;
+                if j >= len {
+                    // The rest of the last block that a tensor copy brings.
+                    let rest = if j < len.next_multiple_of(128) { 0.0 } else { canary };
+                    assert!(got.iter().all(|&x| x == rest), "row {j} of piece {i}: {got:?}");
                     continue;
                 }
                 let token = piece.first as usize + j;
                 let position = match &positions {
-                    Some(given) => given[piece.batch as usize * 24 + token],
+                    Some(given) => given[piece.batch as usize * tokens + token],
                     None => piece.position + j as i64,
                 };
                 let row = widen(k.host.row(&[piece.batch as usize, token, h]));
@@ -183,13 +212,20 @@ fn keys_rotate() {
     {
         for gaps in [[4, 8], [1, 4], [8, 3]] {
             let tables = Tables::new(half, interleaved, gaps);
-            check_rotation::<bf16>(64, &tables, how, None, false);
+            check_rotation::<bf16>(Pieces::short(), 64, &tables, how, None, false);
         }
     }
     for (half, interleaved, how) in
         [(48, false, Reversed), (5, false, Gaps), (47, true, Contiguous), (0, false, Gaps)]
     {
-        check_rotation::<f16>(96, &Tables::new(half, interleaved, [8, 4]), how, None, false);
+        check_rotation::<f16>(
+            Pieces::short(),
+            96,
+            &Tables::new(half, interleaved, [8, 4]),
+            how,
+            None,
+            false,
+        );
     }
 }
 
@@ -197,10 +233,25 @@ fn keys_rotate() {
 fn positions_are_looked_up_and_checked() {
     let tables = Tables::new(20, false, [1, 3]);
     let mut given: Vec<i64> = (0..48).map(|i| (i * 7) % Tables::ROWS as i64).collect();
-    check_rotation::<f16>(64, &tables, Arrangement::Gaps, Some(given.clone()), false);
+    check_rotation::<f16>(
+        Pieces::short(),
+        64,
+        &tables,
+        Arrangement::Gaps,
+        Some(given.clone()),
+        false,
+    );
     // Token 14 of batch 1 and token 1 of batch 0; the last row of the tables is inside.
     (given[24 + 14], given[1], given[2]) = (-1, Tables::ROWS as i64, Tables::ROWS as i64 - 1);
-    check_rotation::<bf16>(64, &tables, Arrangement::Gaps, Some(given), true);
+    check_rotation::<bf16>(Pieces::short(), 64, &tables, Arrangement::Gaps, Some(given), true);
+}
+
+#[test]
+fn rows_behind_the_last_key_are_zero_as_far_as_copies_bring_them() {
+    let pieces = Pieces::long();
+    let positions = (0..2 * pieces.tokens).map(|i| (i % Tables::ROWS) as i64).collect();
+    let tables = Tables::new(32, false, [4, 8]);
+    check_rotation::<bf16>(pieces, 64, &tables, Arrangement::Gaps, Some(positions), false);
 }
 
 /// Three chains: one whose last piece waits behind 4 cached tokens, one that fills its segment, one
@@ -248,7 +299,7 @@ fn check_append<T: Element>(dims: [usize; 2], rotation: bool, how: Arrangement) 
     let rotated = rows::<T>(&[pieces.len(), KV_HEADS, N, dk], contiguous, 3);
     let rotated = OnDevice::rows(&mut sim, "rotated", rotated);
     let open = [("open_k", dk), ("open_k_rotated", dk), ("open_v", dv)]
-        .map(|(name, width)| OnDevice::rows(&mut sim, name, canaries::<T>(SLOTS, width)));
+        .map(|(name, width)| OnDevice::rows(&mut sim, name, canaries::<T>(SLOTS, N, width)));
     let stale = InfiniCounters { tokens: 7, committed: 1, taken: 3, ..Zeroable::zeroed() };
     let counters = sim.upload("counters", &[stale; SLOTS]);
 
