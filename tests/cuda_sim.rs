@@ -51,17 +51,30 @@ fn prefill() {
 /// times as long, few in which all levels occur.
 #[test]
 fn prefill_on_sm90() {
+    run_on(Arch::Sm90, Entry::Prefill, cases_on_sm90(3));
+}
+
+/// Half as many cases at the smaller dimensions as of prefill, whose attention it is.
+#[test]
+fn segment_on_sm90() {
+    let cases = cases_on_sm90(6).into_iter().map(Case::within_segments);
+    run_on(Arch::Sm90, Entry::Segment, cases.collect());
+}
+
+fn cases_on_sm90(nth: usize) -> Vec<Case> {
     let (large, small): (Vec<_>, Vec<_>) =
         shapes_of(Arch::Sm90).into_iter().partition(|(_, dk, _)| *dk == 256);
     let mut cases = every_level(&large, BUDGET);
-    cases.extend(every_nth(3, &small, BUDGET));
-    run_on(Arch::Sm90, Entry::Prefill, cases);
+    cases.extend(every_nth(nth, &small, BUDGET));
+    cases
 }
 
 #[test]
-#[ignore = "an hour"]
+#[ignore = "hours"]
 fn every_case_in_every_shape_on_sm90() {
-    run_on(Arch::Sm90, Entry::Prefill, full(&shapes_of(Arch::Sm90), BUDGET));
+    let all = full(&shapes_of(Arch::Sm90), BUDGET);
+    run_on(Arch::Sm90, Entry::Prefill, all.clone());
+    run_on(Arch::Sm90, Entry::Segment, all.into_iter().map(Case::within_segments).collect());
 }
 
 #[test]

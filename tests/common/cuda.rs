@@ -199,7 +199,11 @@ fn plan<T: Element>(
     // Many multiprocessors make many splits.
     let target = Target { arch: state.arch, multiprocessors: draw(2, &[1, 16, 132]) as usize };
     match entry {
-        Entry::Segment => plan_segment(p, &device, &state.mirror, &target),
+        Entry::Segment => {
+            // The newer kernel serves devices that a sequence fills.
+            let target = Target { multiprocessors: 1, ..target };
+            plan_segment(p, &device, &state.mirror, &target)
+        }
         Entry::Decode => {
             let runs = [Runs::Once, Runs::Replay][draw(1, &[0, 1]) as usize];
             let options = DecodeOptions { runs, split_len: draw(2, &[64, 256]) as usize };
