@@ -47,17 +47,17 @@ fn prefill() {
     run(Entry::Prefill, pairwise(&shapes(), BUDGET));
 }
 
-/// A third of the pairwise cases at the smaller dimensions; at the largest, where a case takes several
+/// A fifth of the pairwise cases at the smaller dimensions; at the largest, where a case takes several
 /// times as long, few in which all levels occur.
 #[test]
 fn prefill_on_sm90() {
-    run_on(Arch::Sm90, Entry::Prefill, cases_on_sm90(3));
+    run_on(Arch::Sm90, Entry::Prefill, cases_on_sm90(5));
 }
 
 /// Half as many cases at the smaller dimensions as of prefill, whose attention it is.
 #[test]
 fn segment_on_sm90() {
-    let cases = cases_on_sm90(6).into_iter().map(Case::within_segments);
+    let cases = cases_on_sm90(10).into_iter().map(Case::within_segments);
     run_on(Arch::Sm90, Entry::Segment, cases.collect());
 }
 

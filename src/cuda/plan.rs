@@ -186,6 +186,9 @@ impl Plan {
         let [x, y, z] = grid;
         let grid = [x.min(most_blocks), y, z].map(|blocks| blocks as u32);
         let mut why = why.into();
+        if cluster > 1 {
+            why += &format!("; clusters of {cluster}");
+        }
         if let Some(reason) = passed_over {
             why += &format!("; portable: {reason}");
         }
