@@ -206,7 +206,8 @@ fn boxes_of_snapshots_have_no_more_rows_than_these() {
     let plan = plan(&p, &call(&p, &[1, 300]), 1);
     let maps = launch(&plan, "segment_attention").maps;
     let rows: Vec<u32> = maps.iter().map(|map| map.rows).collect();
-    assert_eq!(rows, [64, 128, 128, 128, 128, 64, 16, 16, 16]);
+    // Of a pair of blocks that share them each brings half.
+    assert_eq!(rows, [64, 64, 64, 64, 64, 32, 16, 16, 16]);
 }
 
 #[test]
@@ -235,13 +236,41 @@ fn persistent_blocks_are_as_many_as_find_work() {
         (tiles, launch(&plan, "segment_attention").grid)
     };
     assert_eq!(blocks(300, 132), (1, [3 * 4, 1, 1]));
-    assert_eq!(blocks(300, 5), (1, [5, 1, 1]));
-    assert_eq!(blocks(300, 0), (1, [1, 1, 1]));
+    // In pairs.
+    assert_eq!(blocks(300, 5), (1, [4, 1, 1]));
+    assert_eq!(blocks(300, 0), (1, [2, 1, 1]));
 }
 
 #[test]
-fn one_launch_segments_are_portable() {
-    let p = square(D);
-    let plan = plan_segment(&p, &call(&p, &[1, 100]), &mirror(&p, 1), &TARGET).expect("valid");
-    assert_eq!(launch(&plan, "segment").kernel.arch, Arch::Sm80);
+fn neighbouring_heads_of_a_group_share_what_they_load() {
+    for (heads, kv_heads, cluster) in [(4, 2, 2), (4, 1, 2), (3, 1, 1), (2, 2, 1)] {
+        let p = problem(|b| b.key_dim(D).value_dim(D).heads(heads).kv_heads(kv_heads));
+        let plan = plan(&p, &call(&p, &[1, 300]), 1);
+        let attention = launch(&plan, "segment_attention");
+        let shared_by = params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).shared_by;
+        assert_eq!((attention.cluster, shared_by), (cluster as u32, cluster));
+        assert_eq!(attention.maps[1].rows, 128 / cluster as u32);
+    }
+}
+
+#[test]
+fn a_cluster_has_a_head_of_a_segment_where_it_fills_the_device() {
+    let p = problem(|b| b.key_dim(D).value_dim(D).segment_len(2048));
+    let segment = |p: &Problem, target: &Target| {
+        plan_segment(p, &call(p, &[1, 100]), &mirror(p, 1), target).expect("valid")
+    };
+    let full = Target { multiprocessors: 40, ..TARGET };
+    let plan = segment(&p, &full);
+    let launched = launch(&plan, "segment");
+    assert_eq!(launched.kernel.arch, Arch::Sm90);
+    assert_eq!((launched.grid, launched.cluster, launched.maps.len()), ([2 * 8, 1, 1], 8, 11));
+    assert_eq!(plan.workspace_bytes(), 0);
+    let plan = segment(&p, &TARGET);
+    let launched = launch(&plan, "segment");
+    assert_eq!((launched.kernel.arch, launched.cluster), (Arch::Sm80, 1));
+    let reason = "portable: 16 blocks per sequence for 132 multiprocessors";
+    assert!(launched.why.contains(reason), "{}", launched.why);
+    let narrow = problem(|b| b.key_dim(96).value_dim(96));
+    let plan = segment(&narrow, &full);
+    assert!(launch(&plan, "segment").why.contains("no sm90 kernel for d = 96"), "{plan}");
 }
