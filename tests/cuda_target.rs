@@ -240,6 +240,20 @@ fn persistent_blocks_are_as_many_as_find_work() {
 }
 
 #[test]
+fn as_many_pieces_run_together_as_stay_in_l2() {
+    let group = |n, change: fn(infini_attn::ProblemBuilder) -> infini_attn::ProblemBuilder| {
+        let p = problem(|b| change(b.key_dim(D).value_dim(D).segment_len(n)));
+        let plan = plan(&p, &call(&p, &[1, 2 * n]), 1);
+        params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).piece_group
+    };
+    // Of 2 heads, keys and values of 512 bytes a token; 32 MiB in all.
+    assert_eq!(group(2048, |b| b), 16);
+    assert_eq!(group(2048, |b| b.heads(8).kv_heads(8)), 4);
+    assert_eq!(group(3000, |b| b), 10);
+    assert_eq!(group(40_000, |b| b), 1);
+}
+
+#[test]
 fn one_launch_segments_are_portable() {
     let p = square(D);
     let plan = plan_segment(&p, &call(&p, &[1, 100]), &mirror(&p, 1), &TARGET).expect("valid");
