@@ -78,7 +78,8 @@ fn new_kernels_are_chosen_where_there_are_any() {
         assert!(!text.contains("portable"), "{text}");
         for launch in plan.launches() {
             assert_eq!(launch.maps.is_empty(), launch.kernel.arch == Arch::Sm80);
-            assert_eq!(launch.cluster, 1);
+            let pairs = launch.kernel.operation == "segment_attention";
+            assert_eq!(launch.cluster, 1 + u32::from(pairs));
         }
     }
 }
@@ -163,8 +164,9 @@ fn maps_of_a_call() {
             array(open_v, [3, 2, n, d], rows_of_box),
         ]
     };
-    let [k, v, open_k, open_v] = keys(128);
-    let snapshot = array(launch.snapshot, [6, 2, d, d], 128);
+    // Of a pair of blocks each brings half.
+    let [k, v, open_k, open_v] = keys(64);
+    let snapshot = array(launch.snapshot, [6, 2, d, d], 64);
     let expected = [q, k, v, open_k, open_v, snapshot, o, o, o];
     assert_eq!(maps(&plan, "segment_attention"), expected);
     assert_eq!(maps(&plan, "segment_state"), keys(64));
@@ -184,11 +186,11 @@ fn maps_of_a_packed_call_with_rotation_and_all_outputs() {
     let (pieces, n) = (4, N as u64);
     let expected = [
         rows(Operand::Q, [1, 300, 4, 256], 64),
-        array(launch.rotated, [pieces, 2, n, 256], 64),
-        rows(Operand::V, [1, 300, 2, 256], 64),
-        array(launch.state.open_k_rotated, [2, 2, n, 256], 64),
-        array(launch.state.open_v, [2, 2, n, 256], 64),
-        array(launch.snapshot, [pieces, 2, 256, 256], 64),
+        array(launch.rotated, [pieces, 2, n, 256], 32),
+        rows(Operand::V, [1, 300, 2, 256], 32),
+        array(launch.state.open_k_rotated, [2, 2, n, 256], 32),
+        array(launch.state.open_v, [2, 2, n, 256], 32),
+        array(launch.snapshot, [pieces, 2, 256, 256], 32),
         rows(Operand::O, [1, 300, 4, 256], 16),
         rows(Operand::ADot, [1, 300, 4, 256], 16),
         rows(Operand::AMem, [1, 300, 4, 256], 16),
@@ -273,4 +275,18 @@ fn a_cluster_has_a_head_of_a_segment_where_it_fills_the_device() {
     let narrow = problem(|b| b.key_dim(96).value_dim(96));
     let plan = segment(&narrow, &full);
     assert!(launch(&plan, "segment").why.contains("no sm90 kernel for d = 96"), "{plan}");
+}
+
+#[test]
+fn as_many_pieces_run_together_as_stay_in_l2() {
+    let group = |n, change: fn(infini_attn::ProblemBuilder) -> infini_attn::ProblemBuilder| {
+        let p = problem(|b| change(b.key_dim(D).value_dim(D).segment_len(n)));
+        let plan = plan(&p, &call(&p, &[1, 2 * n]), 1);
+        params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).piece_group
+    };
+    // Of 2 heads, keys and values of 512 bytes a token; 32 MiB in all.
+    assert_eq!(group(2048, |b| b), 16);
+    assert_eq!(group(2048, |b| b.heads(8).kv_heads(8)), 4);
+    assert_eq!(group(3000, |b| b), 10);
+    assert_eq!(group(40_000, |b| b), 1);
 }

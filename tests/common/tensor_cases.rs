@@ -2,7 +2,6 @@
 //! gates, ...) joined pairwise, in every shape that kernels are compiled for, at sizes that the
 //! simulator runs quickly.
 
-use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use infini_attn::{DType, Denominator, EmptyMemory, Problem, Update};
@@ -44,14 +43,13 @@ pub fn every_level(shapes: &[Shape], budget: u64) -> Vec<Case> {
     }
     let mut chosen = vec![];
     while !open.is_empty() {
-        // The one with most that is missing; of several that with least work.
+        // The one with most that is missing for its work; a case of none takes time as well.
         let cases = rows.iter().enumerate().map(|(i, row)| {
             let case = levels.case(i, row, shapes[chosen.len() % shapes.len()], budget);
-            let missing = (0..FACTORS).filter(|&f| open.contains(&[f, row[f]])).count();
-            (missing, Reverse(work(&case)), row, case)
+            let missing = (0..FACTORS).filter(|&f| open.contains(&[f, row[f]])).count() as u64;
+            ((missing << 40) / (50_000_000 + work(&case)), row, case)
         });
-        let best = cases.max_by_key(|(missing, work, ..)| (*missing, *work));
-        let (_, _, row, case) = best.expect("a row");
+        let (_, row, case) = cases.max_by_key(|(worth, ..)| *worth).expect("a row");
         (0..FACTORS).for_each(|f| _ = open.remove(&[f, row[f]]));
         chosen.push(case);
     }
