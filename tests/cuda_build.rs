@@ -94,6 +94,7 @@ fn parameter_bytes() -> BTreeMap<&'static str, usize> {
 fn tensor_maps(kernel: &Kernel) -> usize {
     match (kernel.arch, kernel.operation) {
         (Arch::Sm80, _) => 0,
+        (_, "segment") => 11,
         (_, "segment_attention") => 9,
         (_, "segment_state") => 4,
         (_, "segment_transition") => 2,

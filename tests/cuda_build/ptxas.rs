@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{env, fs};
 
 use infini_attn::cuda::{Arch, KERNELS, Kernel, ptx};
@@ -97,12 +98,16 @@ pub fn nvcc() -> Option<PathBuf> {
 }
 
 /// The messages of ptxas for a file, and its cubin; kept by its content.
-pub fn assemble(nvcc: &Path, file: &str, arch: Arch, text: &str) -> (String, PathBuf) {
+pub fn assemble(nvcc: &Path, file: &'static str, arch: Arch, text: &str) -> (String, PathBuf) {
     let mut hasher = DefaultHasher::new();
     (nvcc, text).hash(&mut hasher);
     let name = format!("{}-{:016x}", file.replace('/', "-"), hasher.finish());
     let stem = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptxas").join(name);
     let [source, cubin, log] = ["ptx", "cubin", "log"].map(|e| stem.with_extension(e));
+    // Two tests ask for the files of sm90.
+    static BUSY: Mutex<BTreeMap<&str, Arc<Mutex<()>>>> = Mutex::new(BTreeMap::new());
+    let lock = BUSY.lock().unwrap_or_else(PoisonError::into_inner).entry(file).or_default().clone();
+    let _held = lock.lock();
     if let Ok(known) = fs::read_to_string(&log) {
         return (known, cubin);
     }
