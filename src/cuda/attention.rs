@@ -18,9 +18,9 @@ pub(super) struct AttentionOperands<'a> {
     pub state: &'a InfiniState,
     /// Batches and tokens of the call's tensors.
     pub lead: [usize; 2],
-    /// Rotated new keys, where the call rotates: [records][Hkv][N][Dk].
+    /// Rotated new keys, where the call rotates: address and records, `[records][Hkv][N][Dk]`.
     pub rotated: Option<(u64, usize)>,
-    /// Snapshots of M: [records][Hkv][Dk][Dv].
+    /// Snapshots of M: `[records][Hkv][Dk][Dv]`.
     pub snapshot: (u64, usize),
     /// Blocks that load keys, values and snapshots together, each its part of the rows.
     pub shared_by: usize,
