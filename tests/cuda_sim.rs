@@ -3,11 +3,12 @@
 
 mod common;
 
-use common::cases::Case;
+use common::cases::{Batch, Case};
 use common::cuda::{Entry, Simulated};
 use common::driver::{Summary, run_cases};
 use common::tensor_cases::{Shape, every_level, every_nth, full, pairwise, work};
 use infini_attn::cuda::{Arch, KERNELS};
+use infini_attn::{DType, Update};
 
 /// Multiply-adds of a case: a fraction of a second of the simulator.
 const BUDGET: u64 = 12_000_000;
@@ -57,6 +58,22 @@ fn prefill_on_sm90() {
 fn segment_on_sm90() {
     let cases = cases_on_sm90(8).into_iter().map(Case::within_segments);
     run_on(Arch::Sm90, Entry::Segment, cases.collect());
+}
+
+/// Segments so long that clusters of 8, 4 and 2 blocks share their update; the second finds a memory.
+#[test]
+fn long_segments_on_sm90() {
+    let some = |(dtype, d): (DType, usize)| {
+        let mut case = pairwise(&[(dtype, d, d)], BUDGET).swap_remove(0);
+        let p = case.problem.to_builder().heads(1).kv_heads(1).segment_len(1024);
+        case.problem = p.update(Update::Delta).build().expect("valid");
+        (case.batch, case.slots, case.flush_after) = (Batch::Full, None, vec![]);
+        case.calls = vec![vec![1024]; 2];
+        case.name = format!("{dtype} d = {d}, two segments of 1024");
+        case
+    };
+    let cases = [(DType::BF16, 64), (DType::BF16, 128), (DType::F16, 256)].map(some);
+    run_on(Arch::Sm90, Entry::Segment, cases.into());
 }
 
 /// One in `nth` of the pairwise cases at the smaller dimensions, without the longest; at the largest,

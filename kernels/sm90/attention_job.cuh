@@ -69,7 +69,8 @@ struct KeyBlocks {
   }
 };
 
-// It lies in shared memory: the producer writes it, and it takes no registers through main loops.
+// A tile of query rows. It lies in shared memory: the producer writes it, and it takes no registers
+// through main loops.
 struct AttentionJob {
   InfiniPiece piece;
   int head, kv_head;
