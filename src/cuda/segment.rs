@@ -83,27 +83,28 @@ fn launch(
             .part(&[count, p.kv_heads(), p.segment_len(), p.key_dim()], p.dtype().bytes())?;
     }
     let chosen = choose(call, &launch, count, target)?;
-    let kernel = chosen.kernel;
-    let tiles = call.longest().div_ceil(kernel.rows);
-    launch.tiles = tiles as i32;
-    let tokens = format!("{} tokens each", chunks.len);
+    let tiles = call.longest().div_ceil(chosen.kernel.rows);
     let attention = tiles * p.heads() * (1 + usize::from(call.a_mem()));
-    if kernel.arch > Arch::Sm80 {
+    launch.tiles = tiles as i32;
+    if chosen.kernel.arch > Arch::Sm80 {
         *workspace = rotated;
-        let why = match completes {
-            true => format!("query tiles: {attention}; a block updates with {tokens}"),
-            false => format!("query tiles: {attention}; no segment is completed"),
+        let why = match updating {
+            0 => format!("query tiles: {attention}; no segment is completed"),
+            _ => format!("query tiles: {attention}; a block updates with {} tokens", chunks.len),
         };
         let chosen = Chosen { cluster: chunks.count as u32, ..chosen };
         return plan.launch(chosen, [p.kv_heads() * chunks.count, count, 1], launch, why);
     }
-    launch.rotated = 0;
     let partials = Chunks { count: updating, ..chunks }.partials(p, count, workspace)?;
+    launch.rotated = 0;
     launch.exchange = state.layout().exchange(partials);
-    let update = updating * p.kv_heads() * (p.value_dim() / kernel.columns);
-    let why = match completes {
-        true => format!("blocks that attend: {attention}, that update: {update}, {tokens}"),
-        false => format!("blocks that attend: {attention}; no segment is completed"),
+    let update = updating * p.kv_heads() * (p.value_dim() / chosen.kernel.columns);
+    let why = match updating {
+        0 => format!("blocks that attend: {attention}; no segment is completed"),
+        _ => format!(
+            "blocks that attend: {attention}, that update: {update}, {} tokens each",
+            chunks.len
+        ),
     };
     plan.launch(chosen, [attention + update, count, 1], launch, why)
 }

@@ -14,7 +14,8 @@ const MAGIC: [u8; 8] = *b"ptxsimTM";
 const MAX_RANK: usize = 5;
 /// Shared memory a block can have.
 const MAX_BOX_BYTES: u64 = 227 << 10;
-const DTYPES: [Dtype; 11] = [
+/// All element types; the first ten in the order of the driver's numbers.
+pub const DTYPES: [Dtype; 11] = [
     Dtype::U8,
     Dtype::U16,
     Dtype::U32,

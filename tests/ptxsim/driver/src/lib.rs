@@ -24,7 +24,7 @@ use machine::{
 };
 use ptxsim::Launch;
 use ptxsim::layout::Swizzle;
-use ptxsim::tensor_map::{Dtype, ENCODED_BYTES, OobFill, TensorMap};
+use ptxsim::tensor_map::{DTYPES as ALL_DTYPES, Dtype, ENCODED_BYTES, OobFill, TensorMap};
 
 /// The one context.
 const CONTEXT: usize = 0xc0;
@@ -65,19 +65,8 @@ const ERRORS: [(Code, &CStr); 11] = [
     (CAPTURED_EVENT, c"the event was recorded in a capture"),
 ];
 
-/// Element types and swizzles of tensor maps, by number.
-const DTYPES: [Dtype; 10] = [
-    Dtype::U8,
-    Dtype::U16,
-    Dtype::U32,
-    Dtype::S32,
-    Dtype::U64,
-    Dtype::S64,
-    Dtype::F16,
-    Dtype::F32,
-    Dtype::F64,
-    Dtype::Bf16,
-];
+/// Element types of tensor maps that have a number here, and swizzles by number.
+const DTYPES: &[Dtype] = ALL_DTYPES.split_at(10).0;
 const SWIZZLES: [Swizzle; 4] = [Swizzle::None, Swizzle::B32, Swizzle::B64, Swizzle::B128];
 
 /// How a kernel is launched (CUlaunchConfig).
