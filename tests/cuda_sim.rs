@@ -11,7 +11,7 @@ use infini_attn::cuda::{Arch, KERNELS};
 use infini_attn::{DType, Update};
 
 /// Multiply-adds of a case: a fraction of a second of the simulator.
-const BUDGET: u64 = 12_000_000;
+const BUDGET: u64 = 4_000_000;
 
 /// Shapes that every device has kernels for.
 fn shapes() -> Vec<Shape> {
@@ -50,17 +50,17 @@ fn prefill() {
 
 #[test]
 fn prefill_on_sm90() {
-    run_on(Arch::Sm90, Entry::Prefill, cases_on_sm90(4));
+    run_on(Arch::Sm90, Entry::Prefill, cases_on_sm90(8));
 }
 
 /// Half as many cases at the smaller dimensions as of prefill, whose attention it is.
 #[test]
 fn segment_on_sm90() {
-    let cases = cases_on_sm90(8).into_iter().map(Case::within_segments);
+    let cases = cases_on_sm90(16).into_iter().map(Case::within_segments);
     run_on(Arch::Sm90, Entry::Segment, cases.collect());
 }
 
-/// Segments so long that clusters of 8, 4 and 2 blocks share their update; the second finds a memory.
+/// Segments so long that clusters of 8 and 2 blocks share their update; the second finds a memory.
 #[test]
 fn long_segments_on_sm90() {
     let some = |(dtype, d): (DType, usize)| {
@@ -72,7 +72,7 @@ fn long_segments_on_sm90() {
         case.name = format!("{dtype} d = {d}, two segments of 1024");
         case
     };
-    let cases = [(DType::BF16, 64), (DType::BF16, 128), (DType::F16, 256)].map(some);
+    let cases = [(DType::BF16, 64), (DType::F16, 256)].map(some);
     run_on(Arch::Sm90, Entry::Segment, cases.into());
 }
 
@@ -95,21 +95,22 @@ fn every_case_in_every_shape_on_sm90() {
     run_on(Arch::Sm90, Entry::Segment, all.into_iter().map(Case::within_segments).collect());
 }
 
+/// A third of the cases, in all shapes, as of decode: prefill runs every pair.
 #[test]
 fn segment() {
-    let cases = pairwise(&shapes(), BUDGET).into_iter().map(Case::within_segments);
+    let cases = pairwise(&shapes(), BUDGET).into_iter().step_by(3).map(Case::within_segments);
     run(Entry::Segment, cases.collect());
 }
 
 #[test]
 fn decode() {
-    run(Entry::Decode, short(pairwise(&shapes(), BUDGET / 3)));
+    run(Entry::Decode, short(pairwise(&shapes(), BUDGET)).into_iter().step_by(3).collect());
 }
 
 #[test]
 fn entries_take_turns() {
     let many = |c: &Case| c.calls.len() > 1;
-    run(Entry::Mixed, pairwise(&shapes(), BUDGET / 2).into_iter().filter(many).collect());
+    run(Entry::Mixed, pairwise(&shapes(), BUDGET).into_iter().filter(many).collect());
 }
 
 #[test]
