@@ -2,8 +2,9 @@
 //
 //   query tiles  [groups][64 x Dk]      by tensor copies; rotated, then staging of the outputs
 //   key ring     [stages][keys x Dk]
-//   value ring   [stages][keys x Dv]    after the last values: the snapshot of M, keys rows at a
-//   time mbarriers    rings of queries, keys, values, jobs (full, empty); tail jobs         [2]
+//   value ring   [stages][keys x Dv]    after the last values: blocks of M's snapshot
+//   mbarriers    rings of queries, keys, values and jobs (full, empty); those of tails
+//   jobs         [2]
 #pragma once
 
 #include "common/tiles.h"

@@ -5,8 +5,7 @@
 // `columns` of M at a time (a pass), 64 of them per consumer warpgroup; at Dv = 64 the groups share
 // them and take every other 64 tokens. Per tile of keys and values:
 //   1. all consumers map the keys in place, one factor 1 / (sigma(k) z) per token
-//   2. under the delta rule, per 64 tokens (32 at Dk = 256): Rt = Mt sigma(K)t, weighed in
-//   registers
+//   2. under the delta rule, per 64 tokens (32 at Dk = 256): Rt = Mt sigma(K)t, then weighed
 //   3. dMt += Vt sigma(K) - Rt sigma(K)
 // Then dM goes to shared memory as f32 [Dk][columns], and after a barrier of the cluster block r
 // adds 32 columns of all blocks to M, in the order of the blocks.

@@ -13,7 +13,8 @@
 // The first block of the last cluster of a sequence, known by a ticket, moves the counters.
 //
 // Shared memory: that of attention, then the vectors of the update. Barriers: those of attention;
-// kConsumerBarrier; three of the cluster at most (two more per pass at Dv = 256).
+// kConsumerBarrier; of the cluster one to rotate and two per pass of the update (two passes at
+// Dv = 256), or one to append.
 //
 // Flops and bytes: those of segment_attention and of the update; K and V are read once from device
 // memory, again from L2 by every query tile and by the update. dM never leaves the cluster.
