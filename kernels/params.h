@@ -168,6 +168,7 @@ struct InfiniRotateKeys {
   struct InfiniRun run;
   InfiniAddress status;
   InfiniAddress rotated;  // T [piece_count][Hkv][N][Dk]
+  int64_t block;          // rows behind the last key become 0 up to a multiple of this
 };
 
 // B and column sums of sigma(K) of every full piece, in `splits` parts of `split_len` tokens.

@@ -6,7 +6,9 @@
 #[path = "common/plans.rs"]
 mod plans;
 
-use infini_attn::cuda::params::{InfiniSegmentAttention, InfiniSegmentState, InfiniState};
+use infini_attn::cuda::params::{
+    InfiniRotateKeys, InfiniSegmentAttention, InfiniSegmentState, InfiniState,
+};
 use infini_attn::cuda::{
     Arch, Call, DeviceRope, DeviceTensor, KeySumsMirror, Operand, Plan, PlannedLaunch,
     PrefillOptions, Target, TensorMap, plan_prefill, plan_segment, plan_segment_map,
@@ -200,6 +202,24 @@ fn maps_of_a_packed_call_with_rotation_and_all_outputs() {
     let state: InfiniSegmentState = params(&plan, "segment_state", 0);
     let keys = maps(&plan, "segment_state");
     assert_eq!((keys[0].data, keys[2].data), (state.k.data, state.state.open_k));
+}
+
+#[test]
+fn rotated_keys_are_padded_to_what_attention_reads_at_a_time() {
+    let rotation = |d, target| {
+        let p = square(d);
+        let rope = DeviceRope::new(f32s(&[512, 16]), f32s(&[512, 16]));
+        let (call, options) =
+            (call(&p, &[1, 100]).rope(rope), PrefillOptions { target, ..OPTIONS });
+        let plan = plan_prefill(&p, &call, &mirror(&p, 1), &options).expect("valid");
+        let block = params::<InfiniRotateKeys>(&plan, "rotate_keys", 0).block;
+        (block, launch(&plan, "rotate_keys").grid[0])
+    };
+    let portable = Target { arch: Arch::Sm80, ..TARGET };
+    // A block of eight rows each.
+    assert_eq!([64, 128, 256].map(|d| rotation(d, TARGET)), [(128, 16), (128, 16), (64, 16)]);
+    assert_eq!(rotation(96, TARGET), (1, 13));
+    assert_eq!(rotation(128, portable), (1, 13));
 }
 
 #[test]

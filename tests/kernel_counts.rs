@@ -257,9 +257,31 @@ fn of(operation: &str, plan: &str) -> Vec<&'static Counted> {
     found
 }
 
+/// Of a query head: tiles of 128 rows see all keys up to their end; what is masked is computed as
+/// well.
+fn local(tokens: u64, d: u64) -> u64 {
+    (1..=tokens / 128).map(|tile| 4 * 128 * (128 * tile) * d).sum()
+}
+
+fn retrieval(tokens: u64, d: u64) -> u64 {
+    2 * tokens * d * d
+}
+
+/// Two and a half segments of all query heads; the first finds no memory.
+fn prefill_attention(d: u64) -> u64 {
+    let n = N as u64;
+    let branches = 2 * local(n, d) + local(n / 2, d) + retrieval(n, d) + retrieval(n / 2, d);
+    HEADS as u64 * branches
+}
+
+/// Three products: with V, with M, and of what M gives.
+fn update(tokens: u64, d: u64) -> u64 {
+    6 * tokens * d * d
+}
+
 #[test]
 fn tensor_flops_are_those_of_the_formulas() {
-    let (n, d, h) = (N as u64, D as u64, HEADS as u64);
+    let (n, d) = (N as u64, D as u64);
     let check = |operation, plan, want: u64| {
         let got: u64 = of(operation, plan).iter().map(|c| c.report.tensor_flops()).sum();
         assert_eq!(got, want, "{operation} of {plan}");
@@ -268,33 +290,26 @@ fn tensor_flops_are_those_of_the_formulas() {
     check("segment_state", "prefill", 2 * 2 * n * d * d);
     check("segment_transition", "prefill", 2 * n * d * d);
     check("memory_scan", "prefill", 2 * d * d * d);
-    // Tiles of 128 rows see all keys up to their end; what is masked is computed as well.
-    let local =
-        |tokens: u64| (1..=tokens / 128).map(|tile| 4 * 128 * (128 * tile) * d).sum::<u64>();
-    let retrieval = |tokens: u64| 2 * tokens * d * d;
-    let attention = h * (2 * local(n) + local(n / 2) + retrieval(n) + retrieval(n / 2));
-    check("segment_attention", "prefill", attention);
-    // Three products: with V, with M, and of what M gives.
-    let update = |tokens: u64| 6 * tokens * d * d;
-    check("commit", "flush", update((n / 2 + 1).next_multiple_of(64)));
-    check("segment", "segment", h * (local(n) + retrieval(n)) + update(n));
+    check("segment_attention", "prefill", prefill_attention(d));
+    check("commit", "flush", update((n / 2 + 1).next_multiple_of(64), d));
+    check("segment", "segment", HEADS as u64 * (local(n, d) + retrieval(n, d)) + update(n, d));
     // The one warp of a tile whose 16 rows hold the four.
     let tile = 16 * ((n / 2 + 1).next_multiple_of(64) * 4 * d + 2 * d * d);
     check("decode", "decode", tile);
 }
 
-/// On compute capability 9.0: the kernels of a dimension, with the keys of an attention block.
-fn hopper() -> impl Iterator<Item = (u64, u64, Vec<&'static Counted>)> {
+/// On compute capability 9.0: the kernels of a dimension.
+fn hopper() -> impl Iterator<Item = (u64, Vec<&'static Counted>)> {
     let here = launches().iter().filter(|c| c.kernel.arch == Arch::Sm90).collect();
     let others = wider_and_narrower().iter().map(|(d, all)| (*d, all.iter().collect()));
     let all = [(D, here)].into_iter().chain(others);
-    all.map(|(d, launches)| (d as u64, if d == 256 { 64 } else { 128 }, launches))
+    all.map(|(d, launches)| (d as u64, launches))
 }
 
 #[test]
 fn tensor_flops_of_sm90_are_those_of_the_formulas() {
-    let (n, h) = (N as u64, HEADS as u64);
-    for (d, keys, launches) in hopper() {
+    let n = N as u64;
+    for (d, launches) in hopper() {
         let check = |operation, want: u64| {
             let found = launches.iter().filter(|c| c.kernel.operation == operation);
             let got: u64 = found.map(|c| c.report.tensor_flops()).sum();
@@ -302,20 +317,14 @@ fn tensor_flops_of_sm90_are_those_of_the_formulas() {
         };
         check("segment_state", 2 * 2 * n * d * d);
         check("segment_transition", 2 * n * d * d);
-        let seen = |tile: u64| (128 * tile).next_multiple_of(keys);
-        let local = |tokens: u64| (1..=tokens / 128).map(|tile| 4 * 128 * seen(tile) * d).sum();
-        let local = |tokens: u64| -> u64 { local(tokens) };
-        let retrieval = |tokens: u64| 2 * tokens * d * d;
-        let attention = h * (2 * local(n) + local(n / 2) + retrieval(n) + retrieval(n / 2));
-        check("segment_attention", attention);
-        // Three products: with V, with M, and of what M gives.
-        check("segment", h * (local(n) + retrieval(n)) + 6 * n * d * d);
+        check("segment_attention", prefill_attention(d));
+        check("segment", HEADS as u64 * (local(n, d) + retrieval(n, d)) + update(n, d));
     }
 }
 
 #[test]
 fn products_of_sm90_are_those_of_warpgroups() {
-    for c in hopper().flat_map(|(.., launches)| launches) {
+    for c in hopper().flat_map(|(_, launches)| launches) {
         let lines = c.report.lines.iter().filter(|l| l.mnemonic.starts_with("wgmma.mma_async"));
         let flops: u64 = lines.map(|l| l.flops).sum();
         let (symbol, all) = (c.kernel.symbol, c.report.tensor_flops());
@@ -407,7 +416,7 @@ fn table() -> String {
 /// segment_attention on compute capability 9.0 by dimension: the second table of docs/counts.md.
 fn attention_table() -> String {
     let mut rows: Vec<_> = hopper()
-        .map(|(d, keys, launches)| {
+        .map(|(d, launches)| {
             let attention = launches.iter().find(|c| c.kernel.operation == "segment_attention");
             let c = attention.expect("one launch");
             let b = &c.report.bound;
@@ -415,7 +424,7 @@ fn attention_table() -> String {
             let most = all.into_iter().fold(0.0, f64::max);
             let part = |s: f64| format!(" {:.2} ({:.0} %) |", s * 1e6, 100.0 * s / most);
             let parts: String = all.into_iter().map(part).collect();
-            let mflop = c.report.tensor_flops() / 1_000_000;
+            let (keys, mflop) = (c.kernel.keys, c.report.tensor_flops() / 1_000_000);
             (d, format!("| {d} | {keys} | {mflop} | {} |{parts}", c.report.instructions()))
         })
         .collect();

@@ -23,6 +23,14 @@
 
 namespace infini {
 
+// What the queries of a piece find: M's snapshot and z of one KV head.
+template <class T>
+struct Memory {
+  const T* snapshot;   // [Dk][Dv]
+  const float* scale;  // [Dv / 32]
+  const float* z;      // [Dk]
+};
+
 template <class T, int Dk, int Dv, class Shape>
 struct Attention {
   static constexpr int kRowTiles = Shape::row_tiles;

@@ -8,14 +8,6 @@ namespace infini {
 
 constexpr float kLn2 = 0.693147181f;
 
-// What the queries of a piece find: M's snapshot and z of one KV head.
-template <class T>
-struct Memory {
-  const T* snapshot;   // [Dk][Dv]
-  const float* scale;  // [Dv / 32]
-  const float* z;      // [Dk]
-};
-
 // Weights of the two branches.
 struct Gate {
   float memory, local;

@@ -52,16 +52,31 @@ __device__ __forceinline__ InfiniPiece piece_of(const InfiniProblem& p, const In
   return piece;
 }
 
-// Whether this block is the last of `blocks` to come here; the ticket is 0 before and after. What
-// the others wrote before they came is visible to the last. Every thread of the block takes part.
+// Moves the counters of a piece's slot to its end.
+__device__ __forceinline__ void advance_counters(const InfiniProblem& p, const InfiniState& state,
+                                                 const InfiniPiece& piece, bool rotated) {
+  InfiniCounters& c = pointer<InfiniCounters>(state.counters)[piece.slot];
+  c.tokens += piece.len;
+  c.committed += piece.full ? p.segment_len : 0;
+  c.open_len = piece.full ? 0 : piece.cached + piece.len;
+  c.rotated = rotated;
+  c.taken = 0;
+}
+
+// Whether this thread is the last of `count` to come here; the ticket is 0 before and after. What
+// the others wrote before they came is visible to the last.
+__device__ __forceinline__ bool last_thread(uint32_t* ticket, uint32_t count) {
+  __threadfence();  // what this one wrote comes before its ticket,
+  const bool last = atomicInc(ticket, count - 1) == count - 1;
+  __threadfence();  // and what it reads after the tickets before it
+  return last;
+}
+
+// The same of a block. Every thread of it takes part.
 __device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // what this block wrote comes before its ticket,
-    last = atomicInc(ticket, blocks - 1) == blocks - 1;
-    __threadfence();  // and what it reads after the tickets before it
-  }
+  if (threadIdx.x == 0) last = last_thread(ticket, blocks);
   __syncthreads();
   return last;
 }

@@ -1,5 +1,5 @@
 // Rotates the new keys of every piece into the workspace, once for all query tiles and heads that
-// will read them. Tensor copies bring blocks of up to 128 rows: those behind the last key are zero.
+// will read them. Tensor copies bring whole blocks of rows: those behind the last key are zero.
 //
 // Grid (ceil(N / 8), Hkv, pieces), a warp per token. No shared memory. Reads and writes each key
 // once, and its row of the tables.
@@ -13,7 +13,8 @@ template <class T>
 __device__ __forceinline__ void rotate_keys(const InfiniRotateKeys& p, unsigned char*) {
   const InfiniPiece& piece = pointer<const InfiniPiece>(p.run.pieces)[blockIdx.z];
   const int token = blockIdx.x * 8 + threadIdx.x / 32, kv_head = blockIdx.y;
-  if (token >= min(p.problem.segment_len, (piece.len + 127) / 128 * 128)) return;
+  const int block = static_cast<int>(p.block), rows = (piece.len + block - 1) / block * block;
+  if (token >= min(p.problem.segment_len, rows)) return;
   const int dk = p.problem.key_dim, lane = threadIdx.x % 32;
   T* to = segment_rows<T>(p.rotated, p.problem, blockIdx.z, kv_head, dk) + int64_t{token} * dk;
   if (token >= piece.len) {

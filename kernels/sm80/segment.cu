@@ -112,12 +112,7 @@ struct Segment {
       return;
     }
     if (threadIdx.x == 0 && piece.len > 0) {
-      InfiniCounters& c = pointer<InfiniCounters>(p.state.counters)[piece.slot];
-      c.tokens += piece.len;
-      c.committed += piece.full ? p.problem.segment_len : 0;
-      c.open_len = piece.full ? 0 : piece.cached + piece.len;
-      c.rotated = p.call.rope.rows > 0;
-      c.taken = 0;
+      advance_counters(p.problem, p.state, piece, p.call.rope.rows > 0);
     }
   }
 };

@@ -122,13 +122,12 @@ struct MemoryUpdate {
   __device__ __forceinline__ void retrieve(uint32_t (&a)[kStep / 16][4], int token,
                                            float memory_scale) {
     const auto keys = shared.keys(key.stage());
-    const uint32_t m = shared.snapshot().base + strip() * shared.snapshot().strip_bytes;
+    const auto m = shared.snapshot().strip(strip());
     float r[kStep / 2];
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < Dk; kk += 16) {
-      const uint64_t mt = ptx::descriptor_128(m, 1024, 1024) + kk * 128 / 16;
-      ptx::Wgmma<T, kStep>::template ss<1, 0>(r, mt, keys.along_columns(kk) + token * 128 / 16,
+      ptx::Wgmma<T, kStep>::template ss<1, 0>(r, m.along_rows(kk), keys.along_columns(kk, token),
                                               kk > 0);
     }
     ptx::wgmma_commit_group();
@@ -150,8 +149,7 @@ struct MemoryUpdate {
   __device__ __forceinline__ void add(float (&d)[Dk / 2], int token, int first_strip, bool delta,
                                       float memory_scale) {
     const auto keys = shared.keys(key.stage());
-    const auto values = shared.values(value.stage());
-    const uint32_t v = values.base + (first_strip + strip()) * values.strip_bytes;
+    const auto v = shared.values(value.stage()).strip(first_strip + strip());
     if (delta) {
       uint32_t a[kStep / 16][4];
       retrieve(a, token, memory_scale);
@@ -166,8 +164,7 @@ struct MemoryUpdate {
 #pragma unroll
     for (int kk = 0; kk < kStep / 16; ++kk) {
       const int row = token + kk * 16;
-      const uint64_t vt = ptx::descriptor_128(v, 1024, 1024) + row * 128 / 16;
-      ptx::Wgmma<T, Dk>::template ss<1, 1>(d, vt, keys.along_rows(row), 1);
+      ptx::Wgmma<T, Dk>::template ss<1, 1>(d, v.along_rows(row), keys.along_rows(row), 1);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>(d);

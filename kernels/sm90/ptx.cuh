@@ -28,14 +28,6 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]
                : "memory");
 }
 
-// True in one lane of the (converged) warp.
-__device__ __forceinline__ bool elect_sync() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(elected));
-  return elected != 0;
-}
-
 template <int Registers>
 __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -101,10 +93,6 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
 
 // ---- tensor copies ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_bulk_tensor_load_4d(uint32_t to, const TensorMap* map,
                                                              int c0, int c1, int c2, int c3,
                                                              uint32_t barrier) {
@@ -140,11 +128,6 @@ __device__ __forceinline__ void cp_async_bulk_tensor_store_4d(const TensorMap* m
 
 __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-template <int Pending>
-__device__ __forceinline__ void cp_async_bulk_wait_group() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 template <int Pending>
@@ -187,10 +170,6 @@ __device__ __forceinline__ float4 ld_shared_cluster_v4(uint32_t address) {
                : "r"(address)
                : "memory");
   return x;
-}
-
-__device__ __forceinline__ void st_shared_cluster(uint32_t address, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void barrier_cluster_arrive() {

@@ -209,16 +209,8 @@ struct Segment {
   // Moves the counters when all KV heads of the sequence are done.
   __device__ __forceinline__ void finish_sequence() const {
     uint32_t* ticket = pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.y;
-    const uint32_t heads = p.problem.kv_heads;
-    __threadfence();
-    if (atomicInc(ticket, heads - 1) != heads - 1) return;
-    __threadfence();
-    InfiniCounters& c = pointer<InfiniCounters>(p.state.counters)[piece().slot];
-    c.tokens += piece().len;
-    c.committed += piece().full ? p.problem.segment_len : 0;
-    c.open_len = piece().full ? 0 : piece().cached + piece().len;
-    c.rotated = p.call.rope.rows > 0;
-    c.taken = 0;
+    if (!last_thread(ticket, p.problem.kv_heads)) return;
+    advance_counters(p.problem, p.state, piece(), p.call.rope.rows > 0);
   }
 };
 

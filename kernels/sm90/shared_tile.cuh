@@ -36,10 +36,16 @@ struct SwizzledTile {
     return base + chunk / 8 * strip_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
 
+  // 64 of its columns.
+  __device__ __forceinline__ SwizzledTile<T, Rows, 64> strip(int index) const {
+    return {base + index * strip_bytes};
+  }
+
   // Operand of wgmma whose k runs along the columns, from `column` on (16 of them); its other index
-  // along the rows.
-  __device__ __forceinline__ uint64_t along_columns(int column) const {
-    return ptx::descriptor_128(base, 16, 1024) + (column / 64 * strip_bytes + column % 64 * 2) / 16;
+  // along the rows, from `row` on (a multiple of 8).
+  __device__ __forceinline__ uint64_t along_columns(int column, int row = 0) const {
+    return ptx::descriptor_128(base, 16, 1024) +
+           (column / 64 * strip_bytes + column % 64 * 2) / 16 + row * 128 / 16;
   }
 
   // Operand of wgmma whose k runs along the rows, from `row` on (16 of them); its other index along

@@ -82,8 +82,7 @@ impl AttentionOperands<'_> {
         Source::array(name, data, [records, self.p.kv_heads(), rows, width])
     }
 
-    fn open(&self, data: u64, width: usize) -> Source {
-        let slots = self.state.slots as usize;
-        self.array("the open segments", data, slots, self.p.segment_len(), width)
+    fn open(&self, part: u64, width: usize) -> Source {
+        Source::open(self.p, self.state, part, width)
     }
 }

@@ -206,9 +206,7 @@ impl Phases {
 
     /// A part of the state's open segments for a tensor map; none where there is no state.
     pub fn open(&self, part: u64, channels: usize) -> Option<Source> {
-        let (slots, n) = (self.state.slots as usize, self.p.segment_len());
-        let shape = [slots, self.p.kv_heads(), n, channels];
-        (part != 0).then(|| Source::array("the open segments", part, shape))
+        (part != 0).then(|| Source::open(&self.p, &self.state, part, channels))
     }
 
     /// z before every piece from `start`, [slots, Hkv, Dk], and after the run in `end`.

@@ -209,7 +209,9 @@ impl Planner<'_> {
             return Ok(());
         }
         let p = &self.call.problem;
-        let rows = longest(run).next_multiple_of(128).min(p.segment_len());
+        // What attention reads at a time by tensor copies, if it does.
+        let block = find("segment_attention", p, self.phases.target.arch)?.keys.max(1);
+        let rows = longest(run).next_multiple_of(block).min(p.segment_len());
         let grid = [rows.div_ceil(8), p.kv_heads(), run.pieces.len()];
         let params = InfiniRotateKeys {
             problem: self.problem,
@@ -218,6 +220,7 @@ impl Planner<'_> {
             run: table,
             status: self.phases.state.status,
             rotated: self.arrays.rotated,
+            block: block as i64,
         };
         plan.launch(self.kernel("rotate_keys")?, grid, params, "keys of the local branch")
     }

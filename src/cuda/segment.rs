@@ -12,7 +12,7 @@ use super::{Arch, Call, Mirror, Operand, Target, find};
 use crate::{Error, Problem, Result};
 
 /// Share of the multiprocessors that one sequence must give blocks for the Hopper kernel to be chosen:
-/// the portable one spreads over all of them, at half the rate or so.
+/// the portable one spreads over all of them. A guess until it is measured.
 const FILL: (usize, usize) = (2, 5);
 
 /// Plans a call of [`prefill`](crate::prefill) in which no sequence goes beyond its current segment:
@@ -77,6 +77,7 @@ fn launch(
         reserved: 0,
         sequences,
     };
+    // Only the newer kernel takes it, and its tensor maps need the address before the choice.
     let mut rotated = *workspace;
     if target.arch > Arch::Sm80 && call.rotation().is_some() {
         launch.rotated = rotated

@@ -5,8 +5,8 @@
 //! of one head in a number of rows, swizzled in 128 bytes; zeros outside of the tensor.
 
 use super::Addresses;
-use super::params::InfiniTensor;
-use crate::DType;
+use super::params::{InfiniState, InfiniTensor};
+use crate::{DType, Problem};
 
 /// Bytes of an encoded tensor map.
 pub const MAP_BYTES: usize = 128;
@@ -73,6 +73,12 @@ impl Source {
         let head = rows as i64 * token;
         let tensor = InfiniTensor { data, batch: heads as i64 * head, token, head };
         Self { name, tensor, extents: [channels, heads, rows, batches] }
+    }
+
+    /// A part of the state's open segments: [slots, Hkv, N, channels].
+    pub fn open(p: &Problem, state: &InfiniState, part: u64, channels: usize) -> Self {
+        let shape = [state.slots as usize, p.kv_heads(), p.segment_len(), channels];
+        Self::array("the open segments", part, shape)
     }
 
     /// Its map, or why the copy engine does not reach it.

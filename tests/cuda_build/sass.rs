@@ -49,7 +49,8 @@ fn kernels_of_sm90_use_its_instructions_and_no_local_memory() {
         let attention = |k: &&Kernel| k.file == file && ATTENTION.contains(&k.operation);
         for kernel in KERNELS.iter().filter(attention) {
             let found = overlapped(&functions[kernel.symbol]);
-            let wanted = keys_of_a_block(kernel) / 2;
+            // A thread weighs half as many scores between two products as a block has keys.
+            let wanted = kernel.keys / 2;
             if found.len() < MAIN_LOOPS || found.iter().any(|exponentials| *exponentials < wanted) {
                 problems.push(format!(
                     "{}: {found:?} exponentials while products run; {MAIN_LOOPS} loops or more, \
@@ -60,11 +61,6 @@ fn kernels_of_sm90_use_its_instructions_and_no_local_memory() {
         }
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
-}
-
-/// Keys of a block: a thread weighs half as many scores between two products.
-fn keys_of_a_block(kernel: &Kernel) -> usize {
-    if kernel.value_dim > 128 { 64 } else { 128 }
 }
 
 /// The exponentials behind every wait for all products but the youngest, up to the wait for that one:

@@ -93,6 +93,8 @@ struct Pieces {
     n: usize,
     /// Tokens of a batch.
     tokens: usize,
+    /// Rows that are read at a time.
+    block: usize,
     all: Vec<InfiniPiece>,
 }
 
@@ -100,7 +102,7 @@ impl Pieces {
     /// Two pieces of batch 1 and a short one of batch 0, not in order.
     fn short() -> Self {
         let all = [(1, 2, 9, 9, 4), (1, 11, 18, 13, 0), (0, 1, 0, 5, 0)];
-        Self { n: N, tokens: 24, all: all.map(|piece| Self::piece(N, piece)).into() }
+        Self { n: N, tokens: 24, block: 1, all: all.map(|piece| Self::piece(N, piece)).into() }
     }
 
     /// Those that end before, at and behind 128 keys, one that leaves less than 128 rows free, and
@@ -108,7 +110,7 @@ impl Pieces {
     fn long() -> Self {
         let lens = [(0, 127), (127, 128), (255, 129), (384, 257), (641, 300)];
         let all = lens.map(|(first, len)| Self::piece(300, (0, first, 0, len, 0))).into();
-        Self { n: 300, tokens: 941, all }
+        Self { n: 300, tokens: 941, block: 128, all }
     }
 
     fn piece(
@@ -139,7 +141,7 @@ fn run_of(sim: &mut Simulator, pieces: &[InfiniPiece], chains: &[InfiniChain]) -
 
 /// The keys of pieces through rotate_keys. `positions`: the caller's, for the tokens of 2 batches.
 fn check_rotation<T: Element>(
-    Pieces { n, tokens, all: pieces }: Pieces,
+    Pieces { n, tokens, block, all: pieces }: Pieces,
     dk: usize,
     tables: &Tables,
     how: Arrangement,
@@ -163,6 +165,7 @@ fn check_rotation<T: Element>(
         run: run_of(&mut sim, &pieces, &[]),
         status,
         rotated: start(&rotated),
+        block: block as i64,
     };
     let grid = [n.div_ceil(8), KV_HEADS, pieces.len()];
     let report = launch(&mut sim, &symbol::<T>("rotate_keys"), grid, &params);
@@ -178,8 +181,8 @@ fn check_rotation<T: Element>(
                 let got = widen(got.row(&[i, h, j]));
                 let len = piece.len as usize;
                 if j >= len {
-                    // The rest of the last block that a tensor copy brings.
-                    let rest = if j < len.next_multiple_of(128) { 0.0 } else { canary };
+                    // The rest of the last block.
+                    let rest = if j < len.next_multiple_of(block) { 0.0 } else { canary };
                     assert!(got.iter().all(|&x| x == rest), "row {j} of piece {i}: {got:?}");
                     continue;
                 }

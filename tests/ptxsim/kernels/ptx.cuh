@@ -89,8 +89,21 @@ __device__ __forceinline__ float tanh_approx(float x) {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
+// True in one lane of the (converged) warp.
+__device__ __forceinline__ bool elect_sync() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
+  return elected != 0;
+}
+
 __device__ __forceinline__ void mbarrier_inval(uint32_t barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+template <int Pending>
+__device__ __forceinline__ void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_bulk_load(uint32_t to, const void* from, int bytes,
@@ -113,6 +126,10 @@ __device__ __forceinline__ void cp_reduce_async_bulk_add_f32(void* to, uint32_t 
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
       "r"(from), "r"(bytes)
       : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_bulk_tensor_load_1d(uint32_t to, const TensorMap* map,
@@ -188,6 +205,10 @@ __device__ __forceinline__ void cp_reduce_async_bulk_tensor_add_2d(const TensorM
       "[%0, {%1, %2}], [%3];" ::"l"(map),
       "r"(c0), "r"(c1), "r"(from)
       : "memory");
+}
+
+__device__ __forceinline__ void st_shared_cluster(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void griddepcontrol_wait() {

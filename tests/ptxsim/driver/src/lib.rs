@@ -3,10 +3,10 @@
 //! compute capability 9.0.
 //!
 //! The part of the driver's interface that cudarc's safe layer uses: contexts, memory, modules (PTX,
-//! or fatbins that hold PTX), launches, streams, events, capture and graphs; and tensor maps. Whatever the simulator
-//! finds in a launch goes to stderr and fails the launch and every call after it. Streams do their
-//! work at once, so that a missing wait between streams goes unnoticed; a capture across streams is
-//! refused.
+//! or fatbins that hold PTX), launches, streams, events, capture and graphs; and tensor maps.
+//! Whatever the simulator finds in a launch goes to stderr and fails the launch and every call after
+//! it. Streams do their work at once, so that a missing wait between streams goes unnoticed; a
+//! capture across streams is refused.
 #![allow(non_snake_case)] // the names are the driver's
 #![allow(clippy::missing_safety_doc)] // the contracts are the driver's as well
 
@@ -37,13 +37,9 @@ fn attribute(number: c_uint) -> c_int {
     match number {
         13 => (arch().rates().clock / 1e3) as c_int, // kHz
         16 => arch().multiprocessors() as c_int,
-        38 => {
-            if arch().is_hopper() {
-                50 << 20
-            } else {
-                40 << 20
-            }
-        } // L2, bytes
+        // L2, bytes
+        38 if arch().is_hopper() => 50 << 20,
+        38 => 40 << 20,
         75 => capability / 10,
         76 => capability % 10,
         115 => 1, // memory pools
@@ -213,9 +209,9 @@ driver! {
         dims: *const u64, strides: *const u64, extents: *const u32, steps: *const u32,
         interleave: c_uint, swizzle: c_uint, _promotion: c_uint, nan: c_uint
     ) = {
-        let rank = (rank as usize).clamp(1, 5);
+        let (rank, valid) = (rank as usize, interleave == 0 && (1..=5).contains(&rank));
         let known = DTYPES.get(dtype as usize).zip(SWIZZLES.get(swizzle as usize));
-        let encoded = known.filter(|_| interleave == 0).ok_or(INVALID_VALUE);
+        let encoded = known.filter(|_| valid).ok_or(INVALID_VALUE);
         give(map, encoded.and_then(|(dtype, swizzle)| {
             let dims = from_raw_parts(dims, rank).to_vec();
             let dense = TensorMap::dense(*dtype, dims, from_raw_parts(extents, rank).to_vec());

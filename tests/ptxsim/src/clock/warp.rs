@@ -173,7 +173,7 @@ impl WarpClock {
     /// Whether every lane knows all of the actor's lanes up to that time.
     #[cfg(test)]
     pub(crate) fn all_know(&self, actor: Actor, clock: u32) -> bool {
-        self.common.generic.known_lanes(actor, clock) == super::ALL_LANES
+        self.common.generic.known_lanes(actor, clock) == ALL_LANES
     }
 
     #[inline]

@@ -343,9 +343,13 @@ impl Copy {
                 lanes(mask & 0xffff).map(|rank| (local(to, rank), local(at, rank))).collect()
             }
         };
-        for (i, (to, at)) in targets.into_iter().enumerate() {
-            // What goes to several blocks is read once.
-            let count = i == 0;
+        // What goes to several blocks is read once.
+        for run in runs {
+            if let Some(region) = run.global {
+                cx.count_range(region, run.bytes, Mode::Read);
+            }
+        }
+        for (to, at) in targets {
             let Some(place) = find_async(cx, l, Window::Shared, at) else { continue };
             let Some(Region::Shared { block, address }) =
                 cx.locate(l as u32, Window::Shared, to, bytes, align)
@@ -357,11 +361,10 @@ impl Copy {
                 cx.report_lane(Kind::InvalidOperand, l as u32, text);
                 continue;
             }
-            self.start_load(cx, l, runs, bytes, (block, address), place, count);
+            self.start_load(cx, l, runs, bytes, (block, address), place);
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn start_load(
         &self,
         cx: &mut Cx<'_, '_>,
@@ -370,7 +373,6 @@ impl Copy {
         bytes: u32,
         (block, address): (usize, u32),
         place: At,
-        count: bool,
     ) {
         let cell = cell(cx.gang, place);
         let phase = cell.state.issue_tx(bytes.into());
@@ -389,9 +391,6 @@ impl Copy {
         for run in runs {
             if let Some(region) = run.global {
                 cx.touch(region, run.bytes, Mode::Read, actor, "bulk copy from");
-                if count {
-                    cx.count_range(region, run.bytes, Mode::Read);
-                }
             }
             if self.source.is_none() {
                 moves.extend(run.placed(block, address, true));
