@@ -5,6 +5,8 @@ mod common;
 use common::backend::Cpu;
 use common::cases::{Case, cases};
 use common::driver::{Summary, run_cases};
+use common::extremes::extremes;
+use infini_attn::DType;
 
 fn run(backend: Cpu, wanted: impl Fn(&Case) -> bool) -> Summary {
     let table: Vec<Case> = cases().into_iter().filter(wanted).collect();
@@ -35,6 +37,13 @@ fn decode_runs_the_table_in_short_calls() {
     assert_eq!(table.len(), 701);
     let summary = run_cases(&Cpu::Decode, &table).finish("decode in short calls");
     assert_eq!((summary.ran, summary.refused.len()), (table.len(), 0));
+}
+
+#[test]
+fn beyond_the_table() {
+    let cases = [DType::F32, DType::BF16].map(|dtype| extremes((dtype, 64, 64))).concat();
+    let summary = run_cases(&Cpu::Prefill, &cases).finish("prefill beyond the table");
+    assert_eq!(summary.ran, cases.len());
 }
 
 #[test]

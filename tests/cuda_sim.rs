@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::cases::{Batch, Case};
+use common::cases::Case;
 use common::cuda::{Entry, Simulated};
 use common::driver::{Summary, run_cases};
+use common::extremes::{extremes, long_segments};
 use common::tensor_cases::{Shape, every_level, every_nth, full, pairwise, work};
+use infini_attn::DType;
 use infini_attn::cuda::{Arch, KERNELS};
-use infini_attn::{DType, Update};
 
 /// Multiply-adds of a case: a fraction of a second of the simulator.
 const BUDGET: u64 = 4_000_000;
@@ -60,20 +61,20 @@ fn segment_on_sm90() {
     run_on(Arch::Sm90, Entry::Segment, cases.collect());
 }
 
-/// Segments so long that clusters of 8 and 2 blocks share their update; the second finds a memory.
+/// In clusters of 8 and 2 blocks.
 #[test]
 fn long_segments_on_sm90() {
-    let some = |(dtype, d): (DType, usize)| {
-        let mut case = pairwise(&[(dtype, d, d)], BUDGET).swap_remove(0);
-        let p = case.problem.to_builder().heads(1).kv_heads(1).segment_len(1024);
-        case.problem = p.update(Update::Delta).build().expect("valid");
-        (case.batch, case.slots, case.flush_after) = (Batch::Full, None, vec![]);
-        case.calls = vec![vec![1024]; 2];
-        case.name = format!("{dtype} d = {d}, two segments of 1024");
-        case
-    };
-    let cases = [(DType::BF16, 64), (DType::F16, 256)].map(some);
+    let cases = [(DType::BF16, 64, 64), (DType::F16, 256, 256)].map(long_segments);
     run_on(Arch::Sm90, Entry::Segment, cases.into());
+}
+
+#[test]
+fn beyond_the_table() {
+    for arch in [Arch::Sm80, Arch::Sm90] {
+        let cases = [64, 128].map(|d| extremes((DType::BF16, d, d))).concat();
+        run_on(arch, Entry::Prefill, cases.clone());
+        run_on(arch, Entry::Segment, cases.into_iter().map(Case::within_segments).collect());
+    }
 }
 
 /// One in `nth` of the pairwise cases at the smaller dimensions, without the longest; at the largest,

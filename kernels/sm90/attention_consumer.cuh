@@ -260,17 +260,13 @@ struct AttentionConsumer {
     for (int h = 0; h < 2; ++h) den[h] = denominator(p, lanes_sum<4>(den[h]), shift[h]);
   }
 
-  // O += sigma(Q) snapshot; what that makes of `local` rows does not matter.
-  __device__ __forceinline__ void retrieve(const float (&shift)[2], const bool (&local)[2]) {
+  // O += sigma(Q) snapshot.
+  __device__ __forceinline__ void retrieve(const float (&shift)[2]) {
 #pragma unroll 1
     for (int first = 0; first < Dk; first += kMemoryRows) {
       uint32_t a[kMemoryRows / 16][4];
 #pragma unroll
-      for (int kk = 0; kk < kMemoryRows / 16; ++kk) {
-        map_queries(a[kk], first + kk * 16, shift);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[kk][i] = local[i % 2] ? 0 : a[kk][i];
-      }
+      for (int kk = 0; kk < kMemoryRows / 16; ++kk) map_queries(a[kk], first + kk * 16, shift);
       const auto m = shared.memory(value.stage());
       shared.value_ring().wait(value);
       ptx::settle(a);
@@ -345,7 +341,7 @@ struct AttentionConsumer {
       for (float& w : weight) w = w == 0.0f ? 0.0f : __fdividef(job.gate.memory, w);
       __syncwarp();  // all lanes have read the queries of rows that are staged now
     }
-    // Rows that retrieve nothing must not meet the memory at all: it may hold NaN.
+    // Rows that retrieve nothing are staged before they meet the memory: it may hold NaN.
     const bool local[2] = {weight[0] == 0.0f, weight[1] == 0.0f};
     if (__any_sync(0xffffffff, local[0] || local[1])) {
       stage().put([&](int i) { return weighed(o[i], share[i / 2 % 2]); }, {!local[0], !local[1]});
@@ -369,7 +365,7 @@ struct AttentionConsumer {
         }
       }
     }
-    retrieve(shift, local);
+    retrieve(shift);
 #pragma unroll
     for (int i = 0; i < Dv / 2; i += 16) {
 #pragma unroll

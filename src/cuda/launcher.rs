@@ -107,8 +107,8 @@ mod tests {
         let plain = launch(&[], &[9; 40]).parameter(encode).expect("encoded");
         assert_eq!(*plain, [9; 40]);
         let maps = [map(3), map(4)];
-        let bytes = launch(&maps, &[9; 40]).parameter(encode).expect("encoded");
-        let expected = [vec![3; 128], vec![4; 128], vec![9; 40], vec![0; 24]].concat();
+        let bytes = launch(&maps, &[9; 8]).parameter(encode).expect("encoded");
+        let expected = [vec![3; 128], vec![4; 128], vec![9; 8], vec![0; 56]].concat();
         assert_eq!(*bytes, expected);
         assert_eq!(launch(&maps, &[9; 64]).parameter(encode).expect("encoded").len(), 320);
     }

@@ -94,12 +94,14 @@ impl Backend for Simulated {
         state.calls += 1;
         let canaries = out.clone();
         state.run(&plan, call, gate, out)?;
+        state.restore();
         state.check(problem);
 
         let (first, after) = (out.bits(), state.bytes());
         let mut again = canaries;
         state.write(&before);
         state.another_order(|state| state.run(&plan, call, gate, &mut again))?;
+        state.restore();
         let same = state.bytes() == after && again.bits() == first;
         if !same {
             state.findings.push(format!("another order of blocks leaves other bits\n{plan}"));
@@ -118,6 +120,7 @@ impl Backend for Simulated {
         // SAFETY: both allocations have the sizes the plan asks for, and only it uses them.
         let result = unsafe { plan.run(&addresses, &mut state.sim) };
         state.sim.device.free(workspace);
+        state.restore();
         state.check(problem);
         result
     }
@@ -308,6 +311,10 @@ impl DeviceState {
 
     /// NaN in every row of an open segment that holds no token.
     fn poison(&mut self) {
+        for (at, bytes) in self.empty_parts() {
+            let filled = self.sim.device.fill(at, bytes, 0xff);
+            self.note("empty memory", filled);
+        }
         let (p, at) = (*self.mirror.problem(), self.parts());
         let n = p.segment_len();
         for (part, width) in
@@ -326,6 +333,31 @@ impl DeviceState {
                     self.note("open segment", filled);
                 }
             }
+        }
+    }
+
+    /// M, z and snapshot of slots without a committed segment: address and bytes.
+    fn empty_parts(&self) -> Vec<(u64, u64)> {
+        let (p, at) = (self.mirror.problem(), self.parts());
+        let z = p.kv_heads() * p.key_dim();
+        let m = z * p.value_dim();
+        let parts =
+            [(at.memory, 4 * m), (at.normalizer, 4 * z), (at.snapshot, p.dtype().bytes() * m)];
+        let slots = 0..self.mirror.layout().slots();
+        let empty = slots.filter(|slot| self.mirror.committed(*slot) == 0);
+        let of = |slot| parts.map(|(part, bytes)| (part + (slot * bytes) as u64, bytes as u64));
+        empty.flat_map(of).collect()
+    }
+
+    /// Memories of empty slots as they were before [`Self::poison`]; nothing but 0 was written there.
+    fn restore(&mut self) {
+        for (at, bytes) in self.empty_parts() {
+            let found: Vec<u8> = self.sim.read(at, bytes as usize);
+            if !found.iter().all(|byte| *byte == found[0] && [0, 0xff].contains(byte)) {
+                self.findings.push("the memory of an empty slot was written to".into());
+            }
+            let filled = self.sim.device.fill(at, bytes, 0);
+            self.note("empty memory", filled);
         }
     }
 

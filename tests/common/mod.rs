@@ -12,6 +12,7 @@ pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod device;
 pub mod driver;
+pub mod extremes;
 pub mod metric;
 pub mod model;
 pub mod plain;

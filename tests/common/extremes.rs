@@ -1,0 +1,52 @@
+//! Cases beyond the table: what streams as short as its own, or inputs as tame, do not reach.
+
+use infini_attn::{DType, Update};
+
+use super::cases::{Batch, Case, Gate, NORMAL, Values};
+
+/// (dtype, Dk, Dv).
+type Shape = (DType, usize, usize);
+
+/// Four heads on one KV head, segments of 128 tokens, two calls: one segment, half of one.
+fn base(name: &str, (dtype, dk, dv): Shape, update: Update) -> Case {
+    Case::base(format!("{name}, {dtype} {dk}x{dv}"))
+        .with(|b| b.heads(4).kv_heads(1).segment_len(128))
+        .with(|b| b.dtype(dtype).key_dim(dk).value_dim(dv).update(update))
+        .in_calls(&[128, 64])
+}
+
+/// Weights of the two branches, values and denominators at the ends of f32's range, which the element
+/// type must have.
+pub fn extremes(shape: Shape) -> [Case; 3] {
+    let huge = Values { scale: 1.0, shift: [0.0, 0.0, 1e9] };
+    let tiny = Values { scale: 0.1, shift: [0.0, -86.0, 0.0] };
+    let case = |name, update, gate: &'static [f32], values| {
+        let mut case = base(name, shape, update);
+        (case.gate, case.values) = (Gate::Of(gate), values);
+        case
+    };
+    [
+        // The quotient of the branches' weights overflows.
+        case("gates of 80", Update::Delta, &[80.0, -80.0, -80.0, 80.0], NORMAL),
+        // Heads that share what they load, and one of a pair retrieves nothing.
+        case("closed beside open", Update::Linear, &[f32::NEG_INFINITY, 0.0], huge),
+        // Denominators far below the least that counts, whatever they are scaled by.
+        case("keys of e^-86", Update::Delta, &[0.0], tiny),
+    ]
+}
+
+/// Segments so long that a cluster of blocks shares their update; the last finds a memory and comes
+/// in two calls.
+pub fn long_segments(shape: Shape) -> Case {
+    let case = base("segments of 1024", shape, Update::Delta);
+    case.with(|b| b.heads(1).segment_len(1024)).in_calls(&[1024, 300, 724])
+}
+
+impl Case {
+    /// One sequence, in calls of so many tokens.
+    fn in_calls(mut self, tokens: &[usize]) -> Self {
+        self.calls = tokens.iter().map(|tokens| vec![*tokens]).collect();
+        self.batch = Batch::Full;
+        self
+    }
+}
