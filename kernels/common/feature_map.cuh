@@ -1,6 +1,7 @@
 // σ(x) = ELU(x) + 1 and the retrieval's denominator, on tiles in shared memory.
 #pragma once
 
+#include "common/snapshot.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 
@@ -91,6 +92,22 @@ template <int Columns>
 __device__ __forceinline__ int z_channel(int index) {
   const int half = index / (Columns / 2), i = index % (Columns / 2);
   return i / 4 * 8 + half * 4 + i % 4;
+}
+
+// The power of two that brings z's largest channel into [1, 2): what keys of any size retrieve is
+// then found with a denominator that neither under- nor overflows. Each warp finds it for itself.
+template <int Dk>
+__device__ __forceinline__ float normaliser_scale(const float* z) {
+  float top = 0.0f;
+#pragma unroll
+  for (int i = threadIdx.x % 32; i < Dk; i += 32) top = fmaxf(top, fabsf(z[i]));
+  return snapshot_scale(lanes_max<32>(top));
+}
+
+// The same for updates: only z that is too small is scaled, and where no epsilon has its units.
+template <int Dk>
+__device__ __forceinline__ float retrieval_scale(const InfiniProblem& p, const float* z) {
+  return p.denominator == INFINI_DENOMINATOR_EXACT ? fmaxf(1.0f, normaliser_scale<Dk>(z)) : 1.0f;
 }
 
 // σ of a chunk of a row, of e^-shift of it, rounded; adds its product with z to `dot`. z [C] lies

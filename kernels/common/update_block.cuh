@@ -27,13 +27,15 @@ __device__ __forceinline__ void update_block(const InfiniProblem& p, const Infin
   Update<T, Dk, Columns, Threads, Accumulated> update(shared, task.key);
   const bool delta = p.delta && !task.empty;
   const float* z = pointer<const float>(state.normalizer) + task.matrix * Dk;
+  const float scale = delta ? retrieval_scale<Dk>(p, z) : 0.0f;
   for (int i = threadIdx.x; i < Dk; i += Threads) {
-    update.z[i] = delta ? z[z_channel<Dk>(i)] : 0.0f;
+    update.z[i] = delta ? z[z_channel<Dk>(i)] * scale : 0.0f;
   }
   if (delta) {
     update.load_memory(pointer<const T>(state.snapshot) + task.matrix * (Dk * Dv),
                        pointer<const float>(state.snapshot_scale) + task.matrix * (Dv / 32), Dv,
                        task.column);
+    update.memory_scale *= scale;
   }
   update.template run<true>(
       p, task.source.k, task.first, task.end, delta, task.column == 0 && task.key == 0,

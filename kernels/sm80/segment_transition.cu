@@ -86,9 +86,7 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
   const int64_t record = int64_t{blockIdx.z} * p.problem.kv_heads + kv_head;
   const float* z = pointer<const float>(p.z) + record * Dk;
   typename Block::Product update(shared);
-  float top = 0.0f;
-  for (int i = threadIdx.x; i < Dk; i += kThreads) top = fmaxf(top, fabsf(z[i]));
-  const float shrink = snapshot_scale(block_max<kThreads>(top));
+  const float shrink = normaliser_scale<Dk>(z);
   for (int i = threadIdx.x; i < Dk; i += kThreads) {
     update.z[i] = z[z_channel<Dk>(i)] * shrink;
   }
@@ -98,10 +96,7 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
   const SegmentRows<T> k = keys_of<T>(p.problem, p.k, p.state, piece, kv_head);
   update.template run<false>(
       problem, k, 0, piece.cached + piece.len, false, false, [](int, int) {},
-      [&](float den) {
-        // The policy's threshold is in units of z itself.
-        return fabsf(den / shrink) < kSmallestNormal ? 0.0f : 1.0f / den;
-      },
+      [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; },
       [&](int stage) { Block::weigh(update, stage, column); });
 
   const float scale = Block::store(update, pointer<T>(p.g) + record * (Dk * Dk), column);

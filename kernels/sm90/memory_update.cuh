@@ -25,6 +25,7 @@ struct UpdateChunk {
   int kv_head, first, end;  // tokens of the segment
   bool delta;               // there is a memory to correct
   int64_t matrix;           // slot and head of M
+  float scale;              // of z in shared memory
 };
 
 template <class T, int Dk, int Dv>
@@ -177,7 +178,7 @@ struct MemoryUpdate {
     const float* scale = pointer<const float>(p.state.snapshot_scale) + chunk.matrix * (Dv / 32);
     // Columns of this warp share one scale.
     const int column = pass * kColumns + strip() * 64 + warp_row();
-    const float memory_scale = -inverse_scale(scale[column / INFINI_SCALE_COLUMNS]);
+    const float memory_scale = -inverse_scale(scale[column / INFINI_SCALE_COLUMNS]) * chunk.scale;
     float d[Dk / 2];
 #pragma unroll
     for (float& x : d) x = 0.0f;

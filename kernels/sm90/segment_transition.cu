@@ -59,12 +59,10 @@ struct SegmentTransition {
   }
 
   // The tile in place; a factor per token, 0 for those from `valid` on.
-  __device__ __forceinline__ void map_tile(const InfiniProblem& problem, float shrink, int valid) {
+  __device__ __forceinline__ void map_tile(const InfiniProblem& problem, int valid) {
     float* factor = factors();
     map_keys<kThreads>(problem, keys(at.stage()), z, valid, [&](int r, float den, bool first) {
-      // The policy's threshold is in units of z itself.
-      const bool absent = fabsf(den / shrink) < kSmallestNormal;
-      if (first) factor[r] = absent || r >= valid ? 0.0f : 1.0f / den;
+      if (first) factor[r] = den == 0.0f || r >= valid ? 0.0f : 1.0f / den;
     });
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1, kThreads);
@@ -90,7 +88,7 @@ struct SegmentTransition {
 #pragma unroll 1
     for (int i = 0; i < tiles.count(); ++i, at.advance()) {
       ring().wait(at);
-      map_tile(problem, shrink, tiles.at(i).valid);
+      map_tile(problem, tiles.at(i).valid);
       uint32_t a[Shape::tokens / 16][4];
 #pragma unroll
       for (int kk = 0; kk < Shape::tokens / 16; ++kk) weigh(a[kk], kk * 16, row + warp_row);
@@ -139,9 +137,7 @@ __device__ __forceinline__ void segment_transition(const ptx::TensorMap* maps,
   Block block{p, piece, kv_head, row, {piece, 0, p.problem.segment_len}};
   const int64_t record = int64_t{blockIdx.z} * p.problem.kv_heads + kv_head;
   const float* z = pointer<const float>(p.z) + record * Dk;
-  float top = 0.0f;
-  for (int i = threadIdx.x % 32; i < Dk; i += 32) top = fmaxf(top, fabsf(z[i]));
-  const float shrink = snapshot_scale(lanes_max<32>(top));
+  const float shrink = normaliser_scale<Dk>(z);
   for (int i = threadIdx.x; i < Dk; i += Shape::threads) block.z[i] = z[z_channel<Dk>(i)] * shrink;
   if (threadIdx.x == 0) {
     block.ring().init(4 * Shape::groups);

@@ -7,12 +7,12 @@ use super::cases::{Batch, Case, Gate, NORMAL, Values};
 /// (dtype, Dk, Dv).
 type Shape = (DType, usize, usize);
 
-/// Four heads on one KV head, segments of 128 tokens, two calls: one segment, half of one.
+/// Four heads on one KV head, segments of 128 tokens, two calls: two segments, half of one.
 fn base(name: &str, (dtype, dk, dv): Shape, update: Update) -> Case {
     Case::base(format!("{name}, {dtype} {dk}x{dv}"))
         .with(|b| b.heads(4).kv_heads(1).segment_len(128))
         .with(|b| b.dtype(dtype).key_dim(dk).value_dim(dv).update(update))
-        .in_calls(&[128, 64])
+        .in_calls(&[256, 64])
 }
 
 /// Weights of the two branches, values and denominators at the ends of f32's range, which the element
@@ -27,7 +27,7 @@ pub fn extremes(shape: Shape) -> [Case; 3] {
     };
     [
         // The quotient of the branches' weights overflows.
-        case("gates of 80", Update::Delta, &[80.0, -80.0, -80.0, 80.0], NORMAL),
+        case("gates of 86", Update::Delta, &[86.0, -86.0, -86.0, 86.0], NORMAL),
         // Heads that share what they load, and one of a pair retrieves nothing.
         case("closed beside open", Update::Linear, &[f32::NEG_INFINITY, 0.0], huge),
         // Denominators far below the least that counts, whatever they are scaled by.
