@@ -1,11 +1,9 @@
 //! Cases beyond the table: what streams as short as its own, or inputs as tame, do not reach.
 
-use infini_attn::{DType, Update};
+use infini_attn::Update;
 
-use super::cases::{Batch, Case, Gate, NORMAL, Values};
-
-/// (dtype, Dk, Dv).
-type Shape = (DType, usize, usize);
+use super::cases::{Case, Gate, NORMAL, Values};
+use super::tensor_cases::Shape;
 
 /// Four heads on one KV head, segments of 128 tokens, two calls: two segments, half of one.
 fn base(name: &str, (dtype, dk, dv): Shape, update: Update) -> Case {
@@ -17,9 +15,10 @@ fn base(name: &str, (dtype, dk, dv): Shape, update: Update) -> Case {
 
 /// Weights of the two branches, values and denominators at the ends of f32's range, which the element
 /// type must have.
-pub fn extremes(shape: Shape) -> [Case; 3] {
+pub fn extremes(shape: Shape) -> [Case; 4] {
     let huge = Values { scale: 1.0, shift: [0.0, 0.0, 1e9] };
     let tiny = Values { scale: 0.1, shift: [0.0, -86.0, 0.0] };
+    let none = Values { scale: 0.1, shift: [0.0, -89.0, 0.0] };
     let case = |name, update, gate: &'static [f32], values| {
         let mut case = base(name, shape, update);
         (case.gate, case.values) = (Gate::Of(gate), values);
@@ -30,8 +29,9 @@ pub fn extremes(shape: Shape) -> [Case; 3] {
         case("gates of 86", Update::Delta, &[86.0, -86.0, -86.0, 86.0], NORMAL),
         // Heads that share what they load, and one of a pair retrieves nothing.
         case("closed beside open", Update::Linear, &[f32::NEG_INFINITY, 0.0], huge),
-        // Denominators far below the least that counts, whatever they are scaled by.
+        // Denominators that only a scaled row has, and none at all.
         case("keys of e^-86", Update::Delta, &[0.0], tiny),
+        case("keys of 0", Update::Delta, &[0.0], none),
     ]
 }
 
@@ -46,7 +46,6 @@ impl Case {
     /// One sequence, in calls of so many tokens.
     fn in_calls(mut self, tokens: &[usize]) -> Self {
         self.calls = tokens.iter().map(|tokens| vec![*tokens]).collect();
-        self.batch = Batch::Full;
         self
     }
 }
