@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `params.rs` | launch parameters of kernels/params.h | bindgen |
 //! | `kernels.rs` | the table of kernels, from the lines that kernels/describe.cpp prints | `table` |
+//! | `table.txt` | the same for programs that replace kernels when they run | `table` |
 //! | `<arch>/<file>.ptx`, `.fatbin` | every kernels/sm80/*.cu, kernels/sm90/*.cu | nvcc |
 //! | `manifest` | which sources all that was made from | `prebuilt` |
 //!

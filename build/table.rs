@@ -5,7 +5,9 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use crate::cuda::Result;
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::cuda::{Result, read, write};
 use crate::tools;
 
 /// One line of describe.cpp.
@@ -89,11 +91,15 @@ pub fn generate(
 ) -> Result<String> {
     let lines = describe(host_compiler, kernels, out)?;
     let mut source = documentation(&lines);
-    source += "pub static KERNELS: &[Kernel] = &[\n";
+    source += "pub static KERNELS: LazyLock<&[Kernel]> = LazyLock::new(|| table(EMBEDDED));\n\
+               static EMBEDDED: &[Kernel] = &[\n";
     for line in &lines {
         source += &line.rust()?;
     }
     source += "];\n";
+    let params = format!("{:032x}", xxh3_128(read(&out.join("params.rs"))?.as_bytes()));
+    _ = writeln!(source, "static PARAMS: &str = {params:?};");
+    write(&out.join("table.txt"), &text(&lines, &params))?;
     let (mut fatbins, mut texts) = (String::new(), String::new());
     for file in files {
         _ = writeln!(
@@ -113,6 +119,18 @@ pub fn generate(
         );
     }
     Ok(source)
+}
+
+/// The table for programs that replace kernels when they run: a hash of the launch parameters, which
+/// must be the same, then a line per kernel: symbol, threads, shared_bytes, blocks_per_sm, rows,
+/// columns, keys.
+fn text(lines: &[Line], params: &str) -> String {
+    let mut text = format!("params {params}\n");
+    for line in lines {
+        let numbers = line.numbers[2..].iter().map(|n| format!(" {n}")).collect::<String>();
+        _ = writeln!(text, "{}{numbers}", line.symbol());
+    }
+    text
 }
 
 /// Compiles and runs describe.cpp.

@@ -135,7 +135,7 @@ fn problem(dtype: DType, key_dim: usize, value_dim: usize) -> Problem {
 
 #[test]
 fn every_kernel_is_found() {
-    for kernel in KERNELS {
+    for kernel in KERNELS.iter() {
         // Where a kernel takes anything: something it was not compiled for by name.
         let or_any = |dim| if dim == 0 { 80 } else { dim };
         let dims = (or_any(kernel.key_dim), or_any(kernel.value_dim));

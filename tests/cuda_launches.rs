@@ -24,7 +24,13 @@ fn after(p: &Problem, tokens: &[i32]) -> Mirror {
 }
 
 fn decode(p: &Problem, call: &Call<'_>, state: &Mirror, runs: Runs) -> Plan {
-    plan_decode(p, call, state, &DecodeOptions { runs, split_len: 64 }).expect("valid")
+    plan_decode(
+        p,
+        call,
+        state,
+        &DecodeOptions { runs, target: Target { split_len: 64, ..Target::DEFAULT } },
+    )
+    .expect("valid")
 }
 
 #[test]

@@ -329,7 +329,8 @@ fn workspaces_and_states_hold_their_arrays_and_no_two_overlap() {
                 }
             }
             for runs in [Runs::Once, Runs::Replay, Runs::Table] {
-                let options = DecodeOptions { runs, split_len: 64 };
+                let options =
+                    DecodeOptions { runs, target: Target { split_len: 64, ..Target::DEFAULT } };
                 let call = call(&p, &[3, 16]).rope(rope().positions(&positions[..48]));
                 let plan = plan_decode(&p, &call, &state, &options).expect("valid");
                 assert_laid_out(&p, 3, &plan);

@@ -16,7 +16,7 @@ use infini_attn::cuda::{
 use infini_attn::{DType, Problem, Update};
 use plans::{Step, base, call, f32s, mirror, params, problem, run, tensor};
 
-const TARGET: Target = Target { arch: Arch::Sm90, multiprocessors: 132 };
+const TARGET: Target = Target { arch: Arch::Sm90, ..Target::DEFAULT };
 const OPTIONS: PrefillOptions = PrefillOptions { workspace_bytes: 1 << 30, target: TARGET };
 const D: usize = 128;
 /// Segment length.

@@ -399,7 +399,7 @@ impl Case {
         let gate = DeviceTensor::contiguous(DType::F32, &[s.heads])?;
         let call = Call::new(q, kv, kv, gate, q);
         let options = state.device().prefill_options()?;
-        let replay = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
+        let replay = state.device().decode_options(Runs::Replay)?;
         Ok(match self.operation {
             Operation::Segment => plan_segment(&problem, &call, mirror, &options.target)?,
             Operation::Decode => plan_decode(&problem, &call, mirror, &replay)?,

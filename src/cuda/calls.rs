@@ -9,7 +9,7 @@ use cudarc::driver::{DevicePtr, DeviceRepr};
 use super::buffers::{Operands, TensorView, TensorViewMut};
 use super::plan::Plan;
 use super::typed::{Gate, State};
-use super::{Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Runs};
+use super::{Call, DeviceRope, DeviceTensor, Mirror, Operand, Runs};
 use super::{plan_decode, plan_flush, plan_prefill, plan_segment};
 use crate::call::Lengths;
 use crate::{DType, Element, Error, Problem, Result};
@@ -226,7 +226,7 @@ pub fn decode<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = DecodeOptions::default();
+    let options = state.device().decode_options(Runs::Once)?;
     now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
 }
 
@@ -280,7 +280,7 @@ fn plan_replay<T: Element + DeviceRepr>(
     state: &State,
     outputs: &Outputs<'_, T>,
 ) -> Result<Plan> {
-    let options = DecodeOptions { runs: Runs::Replay, ..DecodeOptions::default() };
+    let options = state.device().decode_options(Runs::Replay)?;
     plan_decode(problem, &describe(inputs, gate, outputs)?, &state.mirror, &options)
 }
 

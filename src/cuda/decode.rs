@@ -8,18 +8,17 @@ use super::phases::TILE;
 use super::plan::{Allocation, Plan};
 use super::sequences::{clear_padding, padding, sequences};
 use super::state::Kind;
-use super::{Arch, Call, Mirror, Operand, Requirement, find};
+use super::{Arch, Call, Mirror, Operand, Requirement, Target, find};
 use crate::call::pieces;
 use crate::{MAX_DECODE_TOKENS, Problem, Result};
 
 /// How a decode call is planned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodeOptions {
     /// Which runs the plan is for. Default: one.
     pub runs: Runs,
-    /// Keys of the open segment that one block attends; rounded up to a multiple of 64. Smaller is
-    /// faster for few sequences, larger moves fewer bytes. Default 256.
-    pub split_len: usize,
+    /// The device it is planned for.
+    pub target: Target,
 }
 
 /// Which runs a decode plan is for.
@@ -35,12 +34,6 @@ pub enum Runs {
     /// [`InfiniSequence`], one per sequence of the call, up to [`MAX_DECODE_TOKENS`] tokens each.
     /// The call's own lengths and slots only tell what it holds now.
     Table,
-}
-
-impl Default for DecodeOptions {
-    fn default() -> Self {
-        Self { runs: Runs::default(), split_len: 256 }
-    }
 }
 
 /// Plans [`decode`](crate::decode) on the device.
@@ -116,7 +109,7 @@ fn launches(
     let table = (options.runs == Runs::Table).then(|| longest(call, options));
     let sequences = sequences(call, table, plan, workspace)?;
     let count = sequences.count as usize;
-    let split_len = options.split_len.clamp(1, p.segment_len()).next_multiple_of(TILE);
+    let split_len = options.target.split_len.clamp(1, p.segment_len()).next_multiple_of(TILE);
     let splits = p.segment_len().div_ceil(split_len);
     let rows = p.group() * longest(call, options);
     let row_tiles = rows.div_ceil(kernel.rows);

@@ -14,8 +14,9 @@ use cudarc::nvrtc::Ptx;
 
 use super::enqueue::CudaLauncher;
 use super::kernels::{self, KERNELS, Kernel};
+use super::observer::Observer;
 use super::plan::Plan;
-use super::{Addresses, Arch, Operand, PrefillOptions, Target};
+use super::{Addresses, Arch, DecodeOptions, Event, Operand, PrefillOptions, Runs, Target};
 use crate::{Error, Result};
 
 /// Least compute capability the kernels run on.
@@ -40,6 +41,9 @@ pub struct Device {
     stream: Arc<CudaStream>,
     loaded: Arc<Loaded>,
     workspace: Arc<Mutex<Workspace>>,
+    /// In place of the device's own.
+    target: Option<Target>,
+    observer: Observer,
 }
 
 /// Memory that calls on one stream use one after another.
@@ -108,7 +112,8 @@ impl Device {
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
         let loaded = Loaded { context, capability, tables: Mutex::default() };
-        Ok(Self { stream, loaded: Arc::new(loaded), workspace: Arc::default() })
+        let (loaded, workspace) = (Arc::new(loaded), Arc::default());
+        Ok(Self { stream, loaded, workspace, target: None, observer: Observer::default() })
     }
 
     /// The same device, its loaded kernels included, with another stream.
@@ -120,7 +125,34 @@ impl Device {
             let expected = "a stream of the device's own context";
             return Err(Error::value("stream", "a stream of another context", expected));
         }
-        Ok(Self { stream, loaded: self.loaded.clone(), workspace: Arc::default() })
+        Ok(Self { stream, workspace: Arc::default(), ..self.clone() })
+    }
+
+    /// The same device, whose calls are planned for another target: to leave multiprocessors to other
+    /// work, or to measure how work is best cut.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for kernels that the device does not run, or no multiprocessor.
+    pub fn with_target(&self, target: Target) -> Result<Self> {
+        if target.arch > self.arch() {
+            let expected = format!("{} at most", self.arch());
+            return Err(Error::value("target.arch", target.arch, expected));
+        }
+        if target.multiprocessors == 0 {
+            return Err(Error::value("target.multiprocessors", 0, "1 or more"));
+        }
+        Ok(Self { target: Some(target), ..self.clone() })
+    }
+
+    /// The same device with an observer, who is told of every launch before it is enqueued, and of
+    /// [`Self::synchronize`] when it is done: for logs that still name the kernel when the device
+    /// hangs. What a captured graph replays is not told.
+    pub fn observed_by(&self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
+        Self { observer: Observer(Some(Arc::new(observer))), ..self.clone() }
+    }
+
+    pub(super) fn tell(&self, event: Event<'_>) {
+        self.observer.tell(event);
     }
 
     /// The stream that all work goes to.
@@ -161,10 +193,17 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`] when the driver does not tell the number of multiprocessors.
     pub fn target(&self) -> Result<Target> {
+        if let Some(target) = self.target {
+            return Ok(target);
+        }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = self.attribute(count)?.max(1);
-        let arch = if self.capability() == SM90_CAPABILITY { Arch::Sm90 } else { Arch::Sm80 };
-        Ok(Target { arch, multiprocessors })
+        Ok(Target { arch: self.arch(), multiprocessors, ..Target::DEFAULT })
+    }
+
+    /// The newest kernels it runs.
+    fn arch(&self) -> Arch {
+        if self.capability() == SM90_CAPABILITY { Arch::Sm90 } else { Arch::Sm80 }
     }
 
     /// How prefills are planned for this device.
@@ -175,6 +214,14 @@ impl Device {
         Ok(PrefillOptions { target: self.target()?, ..PrefillOptions::default() })
     }
 
+    /// How decode calls are planned for this device.
+    ///
+    /// # Errors
+    /// Those of [`Self::target`].
+    pub fn decode_options(&self, runs: Runs) -> Result<DecodeOptions> {
+        Ok(DecodeOptions { runs, target: self.target()? })
+    }
+
     /// Waits until everything enqueued so far is done.
     ///
     /// # Errors
@@ -182,7 +229,9 @@ impl Device {
     /// wait.
     pub fn synchronize(&self) -> Result<()> {
         self.refuse_capture("waiting for the device", "wait after the capture has ended")?;
-        self.stream.synchronize().map_err(|e| driver("synchronize", e))
+        self.stream.synchronize().map_err(|e| driver("synchronize", e))?;
+        self.tell(Event::Waited);
+        Ok(())
     }
 
     /// Loads a plan's kernels and makes room for its workspace, so that its run can be captured.

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaFunction, DriverError, result};
 use super::device::{driver, reason, table_kernel};
 use super::launcher::{Launch, Launcher};
 use super::params::{INFINI_TABLE_BYTES, InfiniTable};
-use super::{Device, MAP_BYTES, TensorMap};
+use super::{Device, Event, MAP_BYTES, TensorMap};
 use crate::{DType, Error, Result};
 
 /// Blocks of a cluster that every kernel may have.
@@ -51,6 +51,7 @@ impl Launcher for CudaLauncher<'_> {
         let Launch { kernel, grid, cluster, .. } = *launch;
         let function = self.device.function(kernel)?;
         self.device.bind()?;
+        self.device.tell(Event::Launch(launch));
         let parameter = launch.parameter(|map| encode(map).map_err(reason))?;
         let mut arguments = [parameter.as_ptr().cast_mut().cast::<c_void>()];
         let stream = self.device.stream().cu_stream();

@@ -1,6 +1,9 @@
 //! The table of compiled kernels.
 
+use std::sync::LazyLock;
+
 use super::Arch;
+use super::replaced::{replaced, table};
 use crate::{DType, Error, Problem, Result};
 
 /// A compiled kernel and what a launch of it needs.
@@ -120,7 +123,12 @@ fn retain(
 /// The fatbin of a file of [`KERNELS`]: cubins of the architectures the crate was built for, and PTX
 /// for all others.
 pub fn fatbin(file: &str) -> Option<&'static [u8]> {
-    embedded_fatbin(file)
+    replaced(file).or_else(|| embedded_fatbin(file))
+}
+
+/// The kernels that were compiled in, and a hash of the launch parameters.
+pub(super) fn embedded() -> (&'static [Kernel], &'static str) {
+    (EMBEDDED, PARAMS)
 }
 
 /// The PTX text of a file of [`KERNELS`], from which its cubins were assembled.

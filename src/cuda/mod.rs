@@ -24,10 +24,12 @@ mod kernels;
 mod launcher;
 mod maps;
 mod merge;
+mod observer;
 pub mod params;
 mod phases;
 mod plan;
 mod prefill;
+mod replaced;
 mod runs;
 mod segment;
 mod sequences;
@@ -55,8 +57,10 @@ pub use maps::{
     plan_key_sums, plan_segment_map,
 };
 pub use merge::{plan_merge_memories, plan_merge_partials};
+pub use observer::Event;
 pub use plan::{Plan, PlannedLaunch};
 pub use prefill::{PrefillOptions, plan_prefill};
+pub use replaced::replace_kernels;
 pub use runs::{
     KeySums, SegmentMap, apply, compose, key_sums, merge_memories, merge_partials, segment_map,
 };

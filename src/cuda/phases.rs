@@ -86,7 +86,7 @@ impl Splits {
     pub fn of(p: &Problem, options: &PrefillOptions) -> Result<Self> {
         const HEADS: usize = 16 * 8;
         let (n, dk, dv) = (p.segment_len(), p.key_dim(), p.value_dim());
-        let Target { arch, multiprocessors } = options.target;
+        let Target { arch, multiprocessors, .. } = options.target;
         let blocks = HEADS * (dv / find("segment_state", p, arch)?.columns);
         let wanted = (2 * multiprocessors + blocks / 2) / blocks;
         let shortest = 4 * dk * dv / (dk + dv);

@@ -114,11 +114,10 @@ fn run(p: &Problem, pieces: &[(Piece, Counters)]) -> Run {
 }
 
 /// Pieces whose tiles run together: as many as leave their keys and values in L2.
-fn piece_group(p: &Problem) -> i32 {
-    const BYTES: usize = 32 << 20;
+fn piece_group(p: &Problem, l2_bytes: usize) -> i32 {
     let row = (p.key_dim() + p.value_dim()) * p.dtype().bytes();
     let bytes = row.saturating_mul(p.kv_heads()).saturating_mul(p.segment_len());
-    (BYTES / bytes.max(1)).clamp(1, i32::MAX as usize) as i32
+    (l2_bytes / bytes.max(1)).clamp(1, i32::MAX as usize) as i32
 }
 
 /// New tokens of the longest piece.
@@ -246,7 +245,7 @@ impl Planner<'_> {
         let (p, target) = (&self.call.problem, self.phases.target);
         let pieces = run.pieces.len();
         // Neighbouring query heads of a group read the same keys, values and memory.
-        let shared_by = if p.group().is_multiple_of(2) { 2 } else { 1 };
+        let shared_by = if p.group().is_multiple_of(2) { target.shared_by.clamp(1, 2) } else { 1 };
         let operands = AttentionOperands {
             p,
             call: &self.params,
@@ -271,7 +270,7 @@ impl Planner<'_> {
             snapshot_scale: self.arrays.snapshot_scale,
             z: self.phases.arrays.z,
             tiles: tiles as i32,
-            piece_group: piece_group(p),
+            piece_group: piece_group(p, target.l2_bytes),
             shared_by: shared_by as i32,
             reserved: 0,
         };

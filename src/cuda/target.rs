@@ -26,18 +26,38 @@ impl fmt::Display for Arch {
     }
 }
 
-/// The device that a plan is made for; [`Device::target`](super::Device::target) gives it.
+/// The device that a plan is made for, and how work is cut for it;
+/// [`Device::target`](super::Device::target) gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     /// The newest kernels it runs. Default: those for every device.
     pub arch: Arch,
     /// Multiprocessors of the device, by which work is split. Default 132.
     pub multiprocessors: usize,
+    /// Blocks of segment_attention on [`Arch::Sm90`] that load keys and values together, where the
+    /// number of query heads per KV head is even: 1 or 2. Default 2.
+    pub shared_by: usize,
+    /// Bytes of L2 that the keys and values of tiles which run together may take. Default 32 MiB.
+    pub l2_bytes: usize,
+    /// Keys of the open segment that one block of decode attends; rounded up to a multiple of 64.
+    /// Smaller is faster for few sequences, larger moves fewer bytes. Default 256.
+    pub split_len: usize,
+}
+
+impl Target {
+    /// The default, for constants.
+    pub const DEFAULT: Self = Self {
+        arch: Arch::Sm80,
+        multiprocessors: 132,
+        shared_by: 2,
+        l2_bytes: 32 << 20,
+        split_len: 256,
+    };
 }
 
 impl Default for Target {
     fn default() -> Self {
-        Self { arch: Arch::Sm80, multiprocessors: 132 }
+        Self::DEFAULT
     }
 }
 

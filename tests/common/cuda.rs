@@ -200,7 +200,12 @@ fn plan<T: Element>(
     }
     let draw = |n: u64, of: &[u64]| of[(state.seed / n) as usize % of.len()];
     // Many multiprocessors make many splits.
-    let target = Target { arch: state.arch, multiprocessors: draw(2, &[1, 16, 132]) as usize };
+    let target = Target {
+        arch: state.arch,
+        multiprocessors: draw(2, &[1, 16, 132]) as usize,
+        split_len: draw(2, &[64, 256]) as usize,
+        ..Target::DEFAULT
+    };
     match entry {
         Entry::Segment => {
             // The newer kernel serves devices that a sequence fills.
@@ -209,7 +214,7 @@ fn plan<T: Element>(
         }
         Entry::Decode => {
             let runs = [Runs::Once, Runs::Replay][draw(1, &[0, 1]) as usize];
-            let options = DecodeOptions { runs, split_len: draw(2, &[64, 256]) as usize };
+            let options = DecodeOptions { runs, target };
             plan_decode(p, &device, &state.mirror, &options)
         }
         _ => {
