@@ -57,6 +57,29 @@ fn the_table_covers_its_axes() {
     has("partial rope", &|c| c.rope.is_some_and(|r| r.channels < c.problem.key_dim()));
 }
 
+/// Errors that follow the tiles of a kernel are told by their period.
+#[test]
+fn failures_tell_where_elements_are_off() {
+    let shape = [256, 2, 32];
+    let want = vec![1.0; 256 * 2 * 32];
+    let told = |wrong: &dyn Fn([usize; 3]) -> bool, value: f64| {
+        let at = |i: usize| [i / 64, i / 32 % 2, i % 32];
+        let got: Vec<f64> =
+            (0..want.len()).map(|i| if wrong(at(i)) { value } else { 1.0 }).collect();
+        relative_rms("x", &got, &want, &shape, 1e-3).unwrap_err()
+    };
+    let second_group = told(&|[t, _, c]| t % 128 >= 64 && c < 8, 2.0);
+    let expected = "2048 of 16384 elements are far off (axis 0: 64-127 of every 128; axis 1: all; \
+                    axis 2: 0-7)";
+    assert!(second_group.ends_with(expected), "{second_group}");
+    let warp = told(&|[t, h, _]| t % 64 == 17 && h == 1, f64::NAN);
+    let expected = "NaN at [17, 1, 0] of [256, 2, 32], 1 expected; 128 of 16384 elements are far off \
+                    (axis 0: 17 of every 64; axis 1: 1; axis 2: all)";
+    assert!(warp.contains(expected), "{warp}");
+    let few = told(&|[t, h, c]| [3, 5, 8, 100, 101, 200].contains(&t) && h == 0 && c == 0, 9.0);
+    assert!(few.contains("(axis 0: 3, 5, 8, 100-101, ...; axis 1: 0; axis 2: 0)"), "{few}");
+}
+
 #[test]
 fn the_metric_fails_on_what_it_must() {
     let want = [1.0, -2.0, 3.0, 4.0];

@@ -9,16 +9,13 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 use infini_attn::cuda::{
-    Addresses, Call, CudaLauncher, DecodeOptions, Device, DeviceTensor, KeySumsMirror, Launch,
-    Launcher, Operand, Plan, Runs, State, plan_apply, plan_compose, plan_decode, plan_flush,
-    plan_key_sums, plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment,
-    plan_segment_map,
+    Addresses, Call, CudaLauncher, Device, DeviceTensor, KeySumsMirror, Launch, Launcher, Operand,
+    Plan, Runs, State, plan_apply, plan_compose, plan_decode, plan_flush, plan_key_sums,
+    plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
 use infini_attn::{DType, Problem};
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
-use rand_distr::{Distribution, StandardNormal};
 
+use crate::noise::Noise;
 use crate::roofline::{Figures, median};
 
 /// Heads, dimensions and lengths of one operation.
@@ -250,9 +247,8 @@ impl Set {
         let s = case.shape;
         let problem = case.problem()?;
         let rows = s.sequences * s.tokens * s.dim;
-        let q = normals(device, 1, rows * s.heads)?;
-        let (k, v) =
-            (normals(device, 2, rows * s.kv_heads)?, normals(device, 3, rows * s.kv_heads)?);
+        let noise = |seed, heads| Noise::new(seed).upload(device, rows * heads);
+        let (q, k, v) = (noise(1, s.heads)?, noise(2, s.kv_heads)?, noise(3, s.kv_heads)?);
         let o = device.stream().alloc_zeros::<bf16>(rows * s.heads)?;
         let beta = if case.operation == Operation::Local { f32::NEG_INFINITY } else { 0.0 };
         let gate = device.upload(&vec![beta; s.heads])?;
@@ -449,23 +445,4 @@ impl Launcher for Only<'_, '_> {
     fn copy(&mut self, to: u64, from: &[u8]) -> infini_attn::Result<()> {
         if self.operations.is_empty() { self.inner.copy(to, from) } else { Ok(()) }
     }
-}
-
-/// N(0, 1) rounded to bf16. A block of a million numbers repeats: more would only take time.
-fn normals(device: &Device, seed: u64, count: usize) -> Result<CudaSlice<bf16>> {
-    let block = (1 << 20).min(count);
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let once: Vec<f32> = StandardNormal.sample_iter(&mut rng).take(block).collect();
-    let once: Vec<bf16> = once.into_iter().map(bf16::from_f32).collect();
-    let mut all = device.stream().alloc_zeros::<bf16>(count)?;
-    device.stream().memcpy_htod(&once, &mut all)?;
-    let mut filled = block;
-    while filled < count {
-        let more = filled.min(count - filled);
-        let (from, mut to) = all.split_at_mut(filled);
-        device.stream().memcpy_dtod(&from.slice(..more), &mut to.slice_mut(..more))?;
-        filled += more;
-    }
-    device.synchronize()?;
-    Ok(all)
 }

@@ -14,7 +14,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::enqueue::CudaLauncher;
 use super::kernels::{self, KERNELS, Kernel};
-use super::observer::Observer;
+use super::observer::Observers;
 use super::plan::Plan;
 use super::{Addresses, Arch, DecodeOptions, Event, Operand, PrefillOptions, Runs, Target};
 use crate::{Error, Result};
@@ -43,7 +43,7 @@ pub struct Device {
     workspace: Arc<Mutex<Workspace>>,
     /// In place of the device's own.
     target: Option<Target>,
-    observer: Observer,
+    observers: Observers,
 }
 
 /// Memory that calls on one stream use one after another.
@@ -113,7 +113,7 @@ impl Device {
         }
         let loaded = Loaded { context, capability, tables: Mutex::default() };
         let (loaded, workspace) = (Arc::new(loaded), Arc::default());
-        Ok(Self { stream, loaded, workspace, target: None, observer: Observer::default() })
+        Ok(Self { stream, loaded, workspace, target: None, observers: Observers::default() })
     }
 
     /// The same device, its loaded kernels included, with another stream.
@@ -144,15 +144,17 @@ impl Device {
         Ok(Self { target: Some(target), ..self.clone() })
     }
 
-    /// The same device with an observer, who is told of every launch before it is enqueued, and of
-    /// [`Self::synchronize`] when it is done: for logs that still name the kernel when the device
+    /// The same device with one more observer, who is told of every launch before it is enqueued, and
+    /// of [`Self::synchronize`] when it is done: for logs that still name the kernel when the device
     /// hangs. What a captured graph replays is not told.
     pub fn observed_by(&self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
-        Self { observer: Observer(Some(Arc::new(observer))), ..self.clone() }
+        let mut observed = self.clone();
+        observed.observers.0.push(Arc::new(observer));
+        observed
     }
 
     pub(super) fn tell(&self, event: Event<'_>) {
-        self.observer.tell(event);
+        self.observers.tell(event);
     }
 
     /// The stream that all work goes to.

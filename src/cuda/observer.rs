@@ -15,20 +15,18 @@ pub enum Event<'a> {
     Waited,
 }
 
-/// None, or one that is told of every [`Event`].
+/// All who are told of every [`Event`].
 #[derive(Clone, Default)]
-pub(super) struct Observer(pub Option<Arc<dyn Fn(&Event<'_>) + Send + Sync>>);
+pub(super) struct Observers(pub Vec<Arc<dyn Fn(&Event<'_>) + Send + Sync>>);
 
-impl Observer {
+impl Observers {
     pub fn tell(&self, event: Event<'_>) {
-        if let Some(observer) = &self.0 {
-            observer(&event);
-        }
+        self.0.iter().for_each(|observer| observer(&event));
     }
 }
 
-impl fmt::Debug for Observer {
+impl fmt::Debug for Observers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Observer" } else { "none" })
+        write!(f, "Observers({})", self.0.len())
     }
 }

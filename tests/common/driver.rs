@@ -44,12 +44,33 @@ impl Summary {
         }
     }
 
-    /// Prints the figures and fails if any case did.
-    pub fn finish(self, backend: &str) -> Self {
+    /// Adds what became of further cases.
+    pub fn absorb(&mut self, other: Self) {
+        self.ran += other.ran;
+        other
+            .refused
+            .into_iter()
+            .for_each(|(reason, n)| *self.refused.entry(reason).or_default() += n);
+        for (tensor, worst) in other.worst {
+            let known = self.worst.entry(tensor).or_default();
+            if worst.0 >= known.0 {
+                *known = worst;
+            }
+        }
+        self.failures.extend(other.failures);
+    }
+
+    /// Prints the figures.
+    pub fn print(&self, backend: &str) {
         println!("{backend}: {} cases ran, refused: {:?}", self.ran, self.refused);
         for ((tensor, dtype), (rms, case)) in &self.worst {
             println!("  {tensor} {dtype}: largest relative RMS error {rms:.1e} ({case})");
         }
+    }
+
+    /// Prints the figures and fails if any case did.
+    pub fn finish(self, backend: &str) -> Self {
+        self.print(backend);
         let failures = &self.failures;
         assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
         self

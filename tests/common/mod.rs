@@ -15,11 +15,15 @@ pub mod driver;
 pub mod extremes;
 pub mod metric;
 pub mod model;
+#[cfg(feature = "cuda")]
+pub mod noise;
 pub mod plain;
 pub mod say;
 #[cfg(feature = "cuda")]
 pub mod simulator;
 pub mod stream;
+#[cfg(feature = "cuda")]
+pub mod switches;
 pub mod tensor_cases;
 pub mod tolerance;
 

@@ -1,0 +1,132 @@
+//! A group of checks, and how one is run.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, bail, ensure};
+use infini_attn::cuda::{Device, Event, Kernel, Target};
+
+use crate::common::cases::Case;
+use crate::common::device::{Entry, OnDevice};
+use crate::common::driver::{Summary, run_cases};
+use crate::common::say::say;
+use crate::common::switches;
+use crate::diagnose;
+
+/// What runs in one process.
+pub struct Group {
+    pub name: String,
+    /// The kernels that it is there for, of one architecture: each must run.
+    pub kernels: Vec<&'static Kernel>,
+    /// How many its calls are planned for, if not for the device's.
+    pub multiprocessors: Option<usize>,
+    pub work: Work,
+}
+
+pub enum Work {
+    /// Cases against the float64 reference.
+    Cases(Entry, Box<dyn Fn(&Device) -> Result<Vec<Case>> + Send + Sync>),
+    /// Anything else.
+    Check(fn(&Device) -> Result<()>),
+}
+
+impl Group {
+    pub fn check(name: &str, check: fn(&Device) -> Result<()>) -> Self {
+        Self { name: name.into(), kernels: vec![], multiprocessors: None, work: Work::Check(check) }
+    }
+
+    pub fn cases(
+        name: String,
+        entry: Entry,
+        cases: impl Fn(&Device) -> Result<Vec<Case>> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            name,
+            kernels: vec![],
+            multiprocessors: None,
+            work: Work::Cases(entry, Box::new(cases)),
+        }
+    }
+
+    /// Runs it on a stream of its own; `tell`: says what it does.
+    pub fn run(&self, tell: bool) -> Result<()> {
+        let device = switches::device()?;
+        let target = device.target()?;
+        let arch = self.kernels.first().map_or(target.arch, |kernel| kernel.arch);
+        if arch > target.arch {
+            say(format_args!("skipped {}: plans are made for {}", self.name, target.arch));
+            return Ok(());
+        }
+        // Newer ones would be chosen otherwise, or for small shapes not these.
+        let multiprocessors = self.multiprocessors.unwrap_or(target.multiprocessors);
+        let device = device.with_target(Target { arch, multiprocessors, ..target })?;
+        let diagnosing = std::env::var_os("INFINI_DIAGNOSE").is_some();
+        let result = match &self.work {
+            Work::Check(check) if diagnosing => diagnose::check(&device, *check),
+            Work::Check(check) => self.watched(&device, check),
+            Work::Cases(entry, cases) => {
+                let cases = self.chosen(cases(&device)?)?;
+                match diagnosing {
+                    true => diagnose::cases(&device, *entry, cases),
+                    false => self.watched(&device, |device| run(device, *entry, &cases, tell)),
+                }
+            }
+        };
+        result
+    }
+
+    /// The cases that `INFINI_CASE` leaves.
+    fn chosen(&self, mut cases: Vec<Case>) -> Result<Vec<Case>> {
+        if let Ok(name) = std::env::var("INFINI_CASE") {
+            cases.retain(|case| case.name == name);
+            ensure!(!cases.is_empty(), "INFINI_CASE: {name:?} given, a case of the group expected");
+        }
+        if cases.is_empty() {
+            say(format_args!("skipped {}: none of its cases is run on this device", self.name));
+        }
+        Ok(cases)
+    }
+
+    /// Runs, and fails if one of the group's kernels did not.
+    fn watched(&self, device: &Device, work: impl Fn(&Device) -> Result<()>) -> Result<()> {
+        let seen: Arc<Mutex<BTreeSet<&str>>> = Arc::default();
+        let own = seen.clone();
+        let watched = device.observed_by(move |event| {
+            if let Event::Launch(launch) = event {
+                own.lock().unwrap_or_else(PoisonError::into_inner).insert(launch.kernel.symbol);
+            }
+        });
+        work(&watched)?;
+        let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = self.kernels.iter().find(|kernel| !seen.contains(kernel.symbol));
+        missing.map_or(Ok(()), |k| bail!("{} was not launched, but {seen:?}", k.symbol))
+    }
+}
+
+/// Every case; all failures together.
+fn run(device: &Device, entry: Entry, cases: &[Case], tell: bool) -> Result<()> {
+    let backend = OnDevice { device: device.clone(), entry };
+    let mut all = Summary::default();
+    for case in cases {
+        if tell {
+            say(format_args!("case {}", case.name));
+        }
+        let summary = run_cases(&backend, std::slice::from_ref(case));
+        for failure in &summary.failures {
+            say(format_args!("failed {failure}"));
+        }
+        all.absorb(summary);
+    }
+    if tell {
+        all.print(&format!("{entry:?}"));
+    }
+    match all.failures.len() {
+        0 => Ok(()),
+        failures => bail!("{failures} failures in {} cases", cases.len()),
+    }
+}
+
+/// Whether the driver is the simulator's.
+pub fn is_simulated(device: &Device) -> Result<bool> {
+    Ok(device.name()? == "PTX simulator")
+}

@@ -1,0 +1,58 @@
+//! The operator on a CUDA device, in groups that can each have a process of its own (`--exact NAME`):
+//!
+//! | group | |
+//! |---|---|
+//! | `kernel::<operation>_<arch>::<dims>` | every kernel, at its smallest shape |
+//! | `table::<entry>::<dims>` | the shared table of cases |
+//! | `full::<what>` | full shapes, and what surrounds a call: graphs, streams, maps, the host |
+//!
+//! Variables: those of `common::switches`; `INFINI_CASE` runs one case of a group alone;
+//! `INFINI_DIAGNOSE` looks into the first that fails. Without a device all groups are skipped, and it
+//! is said so. Where the driver is the simulator's (tests/ptxsim/driver), groups take less.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod calls;
+mod diagnose;
+mod full;
+mod groups;
+mod kernels;
+mod table;
+
+use std::process::ExitCode;
+
+use common::say::say;
+use common::switches;
+use infini_attn::Error;
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if let Err(error) = switches::kernels() {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
+    let all = [kernels::groups(), table::groups(), full::groups()].into_iter().flatten();
+    let all: Vec<_> = all.collect();
+    let skipped = match arguments.list {
+        true => false,
+        false => match switches::device() {
+            Ok(_) => false,
+            Err(error @ Error::NoDevice { .. }) => {
+                say(format_args!("skipped {} groups: {error}", all.len()));
+                true
+            }
+            Err(error) => {
+                eprintln!("error: {error}");
+                return ExitCode::FAILURE;
+            }
+        },
+    };
+    let tell = arguments.nocapture;
+    let trials = all.into_iter().map(|group| {
+        let name = group.name.clone();
+        Trial::test(name, move || Ok(group.run(tell)?)).with_ignored_flag(skipped)
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
