@@ -10,12 +10,24 @@
 //! | `INFINI_BENCH_SECONDS` | time for all measurements together (default 120) |
 //! | `INFINI_BENCH_JSON` | file to append one JSON line per operation to |
 //!
-//! `--measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]` times one bf16 prefill and prints a
-//! JSON line: how `benches/compare.py` calls it. With a folder it reads q, k, v and gate from there
-//! and writes o.
+//! The variables of tests/common/switches.rs hold here as well: other kernels, other cuts of the work.
+//!
+//! | arguments | prints JSON lines |
+//! |---|---|
+//! | `--card` | what the device is, and the bandwidth of a copy |
+//! | `--headline SECONDS` | µs of the shapes that variants are compared by, in that time together |
+//! | `--measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]` | µs of one bf16 prefill, for `benches/compare.py`; with a folder it reads q, k, v and gate from there and writes o |
+//!
+//! On the simulator's driver (tests/ptxsim/driver) all shapes are tiny, and no figure means anything.
 
+mod cases;
 mod measure;
+#[allow(dead_code)] // the tests use more of it
+#[path = "../../tests/common/noise.rs"]
+mod noise;
 mod roofline;
+#[path = "../../tests/common/switches.rs"]
+mod switches;
 mod work;
 
 use std::cell::RefCell;
@@ -26,11 +38,11 @@ use anyhow::{Context, Result, ensure};
 use criterion::Criterion;
 use infini_attn::cuda::Device;
 
-use roofline::{Figures, Roofline};
+use roofline::Roofline;
 use work::Work;
 
 fn main() -> std::process::ExitCode {
-    let device = match Device::new(0) {
+    let device = match switches::kernels().and_then(|()| switches::device()) {
         Ok(device) => device,
         Err(error) => {
             println!("cuda benchmarks: {error}; nothing was measured");
@@ -52,7 +64,7 @@ fn main() -> std::process::ExitCode {
 fn all(device: &Device) -> Result<()> {
     let roofline = Roofline::measure(device)?;
     println!("{}\n", roofline.describe());
-    let cases = work::cases();
+    let cases = cases::cases(device)?;
     let seconds = std::env::var("INFINI_BENCH_SECONDS").ok().and_then(|s| s.parse().ok());
     let each: f64 = seconds.unwrap_or(120.0) / cases.len() as f64;
     let mut criterion = Criterion::default()
@@ -81,24 +93,24 @@ fn all(device: &Device) -> Result<()> {
         match ready {
             None => {}
             Some(Err(error)) => failed.push(format!("{name}: {error:#}")),
-            Some(Ok(work)) => rows.extend(work.figures(&name, samples.into_inner())),
+            Some(Ok(work)) => {
+                let figures = work.figures(&name, samples.into_inner());
+                // At once: whoever ends this program early has what it did until then.
+                figures.iter().try_for_each(|row| append(&row.json(&roofline)))?;
+                rows.extend(figures);
+            }
         }
     }
-    report(&rows, &roofline)?;
+    println!("\n| operation | µs | TFLOP/s | GB/s | of the roofline |\n|---|---|---|---|---|");
+    rows.iter().for_each(|row| println!("{}", row.markdown(&roofline)));
     ensure!(failed.is_empty(), "not measured, whatever stands above:\n{}", failed.join("\n"));
     Ok(())
 }
 
-fn report(rows: &[Figures], roofline: &Roofline) -> Result<()> {
-    println!("\n| operation | µs | TFLOP/s | GB/s | of the roofline |\n|---|---|---|---|---|");
-    for row in rows {
-        println!("{}", row.markdown(roofline));
-    }
+/// A line in the file that is named, if any.
+fn append(row: &serde_json::Value) -> Result<()> {
     let Some(path) = std::env::var_os("INFINI_BENCH_JSON") else { return Ok(()) };
     let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
     let mut file = file.with_context(|| path.to_string_lossy().into_owned())?;
-    for row in rows {
-        writeln!(file, "{}", row.json(roofline))?;
-    }
-    Ok(())
+    Ok(writeln!(file, "{row}")?)
 }

@@ -1,6 +1,7 @@
-//! `--measure`: one figure for the comparison with PyTorch.
+//! Single figures for scripts, as JSON lines.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::CudaSlice;
@@ -8,13 +9,18 @@ use half::bf16;
 use infini_attn::cuda::{Device, State};
 use serde_json::json;
 
-use crate::roofline::median;
-use crate::work::{Case, Operation, Set, Shape};
+use crate::cases::{Case, Operation, Shape, headline as headline_cases};
+use crate::roofline::{Roofline, median};
+use crate::work::Set;
 
-const USAGE: &str = "--measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]";
+const USAGE: &str =
+    "--card, --headline SECONDS, or --measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]";
+
+/// Fewest runs of a headline shape.
+const LEAST_RUNS: usize = 3;
 
 pub fn asked() -> bool {
-    std::env::args().any(|a| a == "--measure")
+    std::env::args().any(|a| ["--card", "--headline", "--measure"].contains(&a.as_str()))
 }
 
 pub fn run(device: &Device) -> Result<()> {
@@ -23,6 +29,13 @@ pub fn run(device: &Device) -> Result<()> {
         let at = arguments.iter().position(|a| a == name)?;
         arguments.get(at + 1).cloned()
     };
+    if arguments.iter().any(|a| a == "--card") {
+        println!("{}", Roofline::measure(device)?.json());
+        return Ok(());
+    }
+    if let Some(seconds) = value("--headline") {
+        return headline(device, seconds.parse().context(USAGE)?);
+    }
     ensure!(value("--measure").as_deref() == Some("prefill"), "usage: {USAGE}");
     let case = Case {
         operation: Operation::Prefill,
@@ -38,6 +51,25 @@ pub fn run(device: &Device) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// The median of every headline shape; `seconds` for all, buffers included.
+fn headline(device: &Device, seconds: f64) -> Result<()> {
+    let cases = headline_cases(device)?;
+    let begin = Instant::now();
+    for (i, case) in cases.iter().enumerate() {
+        let end = Duration::from_secs_f64(seconds * (i + 1) as f64 / cases.len() as f64);
+        let work = case.prepare(device).with_context(|| case.name())?;
+        let mut samples = vec![];
+        while samples.len() < LEAST_RUNS || begin.elapsed() < end {
+            samples.push(work.time(1)?.as_secs_f64());
+        }
+        let runs = samples.len();
+        let figures = work.figures(&case.name(), samples).context("no time was measured")?;
+        let (name, us) = (figures.name, 1e6 * figures.seconds);
+        println!("{}", json!({ "operation": name, "us": us, "runs": runs }));
+    }
+    Ok(())
 }
 
 fn shape(text: &str) -> Result<Shape> {

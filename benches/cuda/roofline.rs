@@ -5,6 +5,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use infini_attn::cuda::Device;
 use serde_json::{Value, json};
 
+use crate::cases::is_simulated;
 use crate::work::Stopwatch;
 
 /// Dense 16-bit flops with f32 accumulation, per multiprocessor and clock.
@@ -20,6 +21,7 @@ const FLOPS_PER_CLOCK: [((i32, i32), f64); 6] = [
 pub struct Roofline {
     name: String,
     capability: (i32, i32),
+    multiprocessors: usize,
     /// Bytes per second, read and written.
     pub bandwidth: f64,
     /// Flops per second at the highest clock; none for a device that is not in the table.
@@ -31,12 +33,26 @@ impl Roofline {
     pub fn measure(device: &Device) -> Result<Self> {
         let l2_bytes = device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
         let hertz = 1e3 * device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)? as f64;
-        let units = device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as f64;
+        let multiprocessors =
+            device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let capability = device.capability();
         let known = FLOPS_PER_CLOCK.iter().find(|(known, _)| *known == capability);
-        let peak = known.map(|(_, flops)| flops * hertz * units);
+        let peak = known.map(|(_, flops)| flops * hertz * multiprocessors as f64);
         let bandwidth = copy_bandwidth(device)?;
-        Ok(Self { name: device.name()?, capability, bandwidth, peak, l2_bytes })
+        let name = device.name()?;
+        Ok(Self { name, capability, multiprocessors, bandwidth, peak, l2_bytes })
+    }
+
+    pub fn json(&self) -> Value {
+        let (major, minor) = self.capability;
+        json!({
+            "device": self.name,
+            "capability": format!("{major}.{minor}"),
+            "multiprocessors": self.multiprocessors,
+            "copy_gbs": self.bandwidth / 1e9,
+            "peak_tflops": self.peak.map(|p| p / 1e12),
+            "l2_mib": self.l2_bytes >> 20,
+        })
     }
 
     pub fn describe(&self) -> String {
@@ -59,7 +75,7 @@ impl Roofline {
 
 /// The median over copies of 512 MiB, much more than any L2.
 fn copy_bandwidth(device: &Device) -> Result<f64> {
-    let bytes = 512 << 20;
+    let bytes = if is_simulated(device)? { 1 << 20 } else { 512 << 20 };
     let from = device.stream().alloc_zeros::<u8>(bytes)?;
     let mut to = device.stream().alloc_zeros::<u8>(bytes)?;
     let watch = Stopwatch::new(device)?;

@@ -1,169 +1,35 @@
-//! The operations, their shapes, and graphs of them over rotating buffers.
+//! Graphs of the operations over rotating buffers.
 
 use std::any::Any;
 use std::cell::Cell;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
+use infini_attn::DType;
 use infini_attn::cuda::{
     Addresses, Call, CudaLauncher, Device, DeviceTensor, KeySumsMirror, Launch, Launcher, Operand,
     Plan, Runs, State, plan_apply, plan_compose, plan_decode, plan_flush, plan_key_sums,
     plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
-use infini_attn::{DType, Problem};
 
+use crate::cases::{Case, DECODE_STEPS, Operation, Shape, is_simulated};
 use crate::noise::Noise;
 use crate::roofline::{Figures, median};
-
-/// Heads, dimensions and lengths of one operation.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub dim: usize,
-    pub segment: usize,
-    /// New tokens per sequence.
-    pub tokens: usize,
-    pub sequences: usize,
-    /// Tokens in every open segment before.
-    pub open: usize,
-}
-
-/// What runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    Prefill,
-    /// Only the kernel of phase 5, gate −∞: local attention alone.
-    Local,
-    /// Only phases 1 to 4 of a prefill.
-    StatePhases,
-    Segment,
-    /// `DECODE_STEPS` steps of one token, and the counters put back.
-    Decode,
-    Flush,
-    /// Two partial results.
-    MergePartials,
-    /// Two states.
-    MergeMemories,
-    KeySums,
-    SegmentMap,
-    Compose,
-    Apply,
-}
-
-/// Steps in one graph: what it takes to put the counters back is spread over them.
-const DECODE_STEPS: usize = 32;
 
 /// Buffers of one operation together, at least: several times the largest L2.
 const ROTATE_BYTES: usize = 512 << 20;
 const MOST_SETS: usize = 16;
 
-#[derive(Clone, Copy, Debug)]
-pub struct Case {
-    pub operation: Operation,
-    pub shape: Shape,
-}
-
-const BASE: Shape =
-    Shape { heads: 32, kv_heads: 8, dim: 128, segment: 2048, tokens: 32768, sequences: 1, open: 0 };
-
-pub fn cases() -> Vec<Case> {
-    let case = |operation, shape| Case { operation, shape };
-    let with = |segment, tokens| Shape { segment, tokens, ..BASE };
-    let mut all = vec![];
-    for shape in [BASE, with(8192, 131_072), with(256, 32768)] {
-        all.extend([Operation::Local, Operation::StatePhases].map(|o| case(o, shape)));
-    }
-    let lengths = [(2048, 32768), (2048, 131_072), (2048, 1 << 20), (8192, 131_072)];
-    all.extend(lengths.map(|(n, t)| case(Operation::Prefill, with(n, t))));
-    all.extend([(512, 32768), (256, 32768)].map(|(n, t)| case(Operation::Prefill, with(n, t))));
-    all.push(case(Operation::Prefill, Shape { dim: 64, ..BASE }));
-    all.push(case(Operation::Prefill, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }));
-    for sequences in [1, 8] {
-        all.push(case(Operation::Segment, Shape { sequences, tokens: 2048, ..BASE }));
-    }
-    for sequences in [1, 8, 64] {
-        all.push(case(Operation::Decode, Shape { sequences, tokens: 1, open: 1024, ..BASE }));
-    }
-    all.push(case(Operation::Flush, Shape { sequences: 64, tokens: 1024, open: 1024, ..BASE }));
-    let over_tokens = [Operation::MergePartials, Operation::KeySums, Operation::SegmentMap];
-    all.extend(over_tokens.map(|o| case(o, BASE)));
-    let maps = Shape { sequences: 64, tokens: 64, ..BASE };
-    let over_states = [Operation::MergeMemories, Operation::Compose, Operation::Apply];
-    all.extend(over_states.map(|o| case(o, maps)));
-    all
-}
-
 impl Case {
-    pub fn name(&self) -> String {
-        let Shape { heads, kv_heads, dim, segment, tokens, sequences, open } = self.shape;
-        let operation = match self.operation {
-            Operation::Prefill => "prefill",
-            Operation::Local => "local attention",
-            Operation::StatePhases => "state phases",
-            Operation::Segment => "segment",
-            Operation::Decode => "decode",
-            Operation::Flush => "flush",
-            Operation::MergePartials => "merge of two parts",
-            Operation::MergeMemories => "merge of two states",
-            Operation::KeySums => "key sums",
-            Operation::SegmentMap => "map",
-            Operation::Compose => "compose",
-            Operation::Apply => "apply",
-        };
-        let open = if open > 0 { format!(", {open} open") } else { String::new() };
-        format!(
-            "{operation}, {heads}/{kv_heads} heads x {dim}, N {segment}, {sequences} x {tokens}{open}"
-        )
-    }
-
-    /// Flops of the formula and bytes that must move, for one run.
-    fn work(&self) -> [f64; 2] {
-        let s = self.shape;
-        let [hq, hkv, d, n] = [s.heads, s.kv_heads, s.dim, s.segment].map(|x| x as f64);
-        let t = (s.tokens * s.sequences) as f64;
-        let segments = (t / n).max(s.sequences as f64);
-        let keys = if self.operation == Operation::Decode { s.open as f64 + 16.0 } else { n / 2.0 };
-        let local = t * hq * 4.0 * keys * d;
-        let (retrieval, update) = (t * hq * 2.0 * d * d, t * hkv * 4.0 * d * d);
-        let (q, kv) = (t * hq * d * 2.0, t * hkv * d * 2.0);
-        // M and its snapshot, per KV head and sequence.
-        let memory = s.sequences as f64 * hkv * d * d;
-        let cache = s.sequences as f64 * hkv * 2.0 * d * keys * 2.0;
-        match self.operation {
-            Operation::Prefill => [local + retrieval + update, 2.0 * q + 2.0 * kv],
-            Operation::Local => [local, 2.0 * q + 2.0 * kv],
-            // K and V once, a snapshot per segment.
-            Operation::StatePhases => [update, 2.0 * kv + segments * hkv * d * d * 2.0],
-            Operation::Segment => [local + retrieval + update, 2.0 * q + 2.0 * kv + memory * 10.0],
-            Operation::Decode => [local + retrieval, 2.0 * q + 4.0 * kv + cache + memory * 2.0],
-            Operation::Flush => [update, 2.0 * kv + memory * 10.0],
-            Operation::MergePartials => [t * hq * 4.0 * d, 3.0 * q + 8.0 * t * hq],
-            // M of both, the sum, its snapshot.
-            Operation::MergeMemories => [memory, memory * 14.0],
-            Operation::KeySums => [t * hkv * d, kv],
-            // Two products per segment, of I - G with A and with B.
-            Operation::SegmentMap => {
-                [update + segments * hkv * 4.0 * d * d * d, 2.0 * kv + memory * 8.0]
-            }
-            Operation::Compose => [memory * 4.0 * d, memory * 24.0],
-            Operation::Apply => [memory * 2.0 * d, memory * 18.0],
-        }
-    }
-
-    pub fn problem(&self) -> Result<Problem> {
-        let s = self.shape;
-        let builder = Problem::builder().heads(s.heads).kv_heads(s.kv_heads).head_dim(s.dim);
-        Ok(builder.segment_len(s.segment).dtype(DType::BF16).build()?)
-    }
-
     /// Makes the buffers and captures one graph per set of them.
     pub fn prepare(&self, device: &Device) -> Result<Work> {
         let first = Set::new(self, device)?;
-        let copies = ROTATE_BYTES.div_ceil(first.bytes()).clamp(1, MOST_SETS);
+        let most = if is_simulated(device)? { 1 } else { MOST_SETS };
+        let copies = ROTATE_BYTES.div_ceil(first.bytes()).clamp(1, most);
         let mut sets = vec![first];
         for _ in 1..copies {
             sets.push(Set::new(self, device)?);
@@ -233,6 +99,9 @@ impl Stopwatch {
     }
 }
 
+/// Of q, k and v.
+static NOISE: LazyLock<[Noise; 3]> = LazyLock::new(|| [1, 2, 3].map(Noise::new));
+
 /// One set of buffers: tensors, state, workspace, all alive as long as their graph.
 pub struct Set {
     pub state: State,
@@ -247,8 +116,8 @@ impl Set {
         let s = case.shape;
         let problem = case.problem()?;
         let rows = s.sequences * s.tokens * s.dim;
-        let noise = |seed, heads| Noise::new(seed).upload(device, rows * heads);
-        let (q, k, v) = (noise(1, s.heads)?, noise(2, s.kv_heads)?, noise(3, s.kv_heads)?);
+        let noise = |i: usize, heads| NOISE[i].upload(device, rows * heads);
+        let (q, k, v) = (noise(0, s.heads)?, noise(1, s.kv_heads)?, noise(2, s.kv_heads)?);
         let o = device.stream().alloc_zeros::<bf16>(rows * s.heads)?;
         let beta = if case.operation == Operation::Local { f32::NEG_INFINITY } else { 0.0 };
         let gate = device.upload(&vec![beta; s.heads])?;
