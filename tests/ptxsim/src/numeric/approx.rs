@@ -78,7 +78,7 @@ impl Function {
     fn bounded(self, a: f32, b: f32) -> bool {
         let normal = 2f32.powi(-126)..=2f32.powi(126);
         match self {
-            Self::Sin | Self::Cos => !(a.abs() > std::f32::consts::PI),
+            Self::Sin | Self::Cos => !a.is_finite() || a.abs() <= std::f32::consts::PI,
             Self::Div => normal.contains(&b.abs()) || b == 0.0 || !b.is_finite(),
             _ => true,
         }
