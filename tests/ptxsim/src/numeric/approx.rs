@@ -89,8 +89,9 @@ impl Function {
         let [a, b] = operands.map(|x| if flush { super::ftz(x) } else { x });
         let exact = self.exact(a.into(), b.into());
         let power = f32::from_bits((exact as f32).min(f32::MAX).to_bits() & 0x7F80_0000);
-        let ulp = f64::from(power) * 2f64.powi(-23);
-        let limit = self.bound(a).limit(exact, ulp).max(f64::from(f32::from_bits(1)));
+        let least = f64::from(f32::from_bits(1));
+        let ulp = (f64::from(power) * 2f64.powi(-23)).max(least);
+        let limit = self.bound(a).limit(exact, ulp).max(least);
         if flush && (result == 0.0 || result.is_subnormal()) && exact != 0.0 {
             return result == 0.0 && exact.abs() - limit < f64::from(f32::MIN_POSITIVE);
         }
@@ -322,6 +323,8 @@ mod tests {
         assert!(!allows(Function::Sqrt, -1.0, 0.0) && allows(Function::Sqrt, -1.0, f32::NAN));
         assert!(!allows(Function::Sqrt, -0.0, 0.0) && allows(Function::Sqrt, -0.0, -0.0));
         assert!(!allows(Function::Sin, 3.0, 0.2) && allows(Function::Sin, 1e9, 0.2));
+        let (few, more) = (f32::from_bits(7), f32::from_bits(8));
+        assert!(allows(Function::Ex2, -146.5, few) && !allows(Function::Ex2, -146.5, more));
         let tiny = f32::from_bits(0x40_0000);
         assert!(Function::Ex2.allows([-127.0, 0.0], false, tiny));
         assert!(!Function::Ex2.allows([-127.0, 0.0], true, tiny));

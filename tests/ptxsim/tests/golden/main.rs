@@ -13,20 +13,24 @@ use std::path::Path;
 use probes::file::Recording;
 use probes::{Capability, Inputs, PROBES, Probe};
 use ptxsim::numeric::tensor::Accumulation;
-use ptxsim::{Arch, Arg, Device, Launch, Module};
+use ptxsim::{Arch, Arg, Device, Launch, Module, Options};
 
 /// Devices whose results are wanted; those of others are compared as well.
 const WANTED: [&str; 2] = ["golden-sm80.bin", "golden-sm90.bin"];
 
 /// Results of one probe in the simulator.
 fn simulate(probe: &Probe, accumulation: Accumulation) -> Vec<u32> {
+    simulate_as(probe, Options { accumulation, ..Options::default() })
+}
+
+fn simulate_as(probe: &Probe, options: Options) -> Vec<u32> {
     let arch = match probe.needs {
         Capability::From80 => Arch::Sm80,
         Capability::Only90 => Arch::Sm90a,
     };
     let module = Module::parse(probe.ptx).expect("the text parses");
     let mut device = Device::new(arch);
-    device.options.accumulation = accumulation;
+    device.options = options;
     let inputs = device.buffer("inputs", &probe.words());
     let outputs = device.uninitialised::<u32>("outputs", probe.results());
     let launch = Launch::linear(probe.blocks, probe.threads).shared(probe.shared_bytes);

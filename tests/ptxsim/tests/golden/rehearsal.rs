@@ -1,12 +1,13 @@
 //! The comparison without a card: recordings of the simulator, and of what a card might do.
 
+use ptxsim::Options;
 use ptxsim::numeric::Rounding;
 use ptxsim::numeric::tensor::Accumulation;
 
 use crate::probes::file::{FileError, Recording, Results};
 use crate::probes::{Inputs, PROBES, Probe};
 use crate::sums::{self, Model};
-use crate::{compare, simulate};
+use crate::{compare, simulate, simulate_as};
 
 fn record(probes: &[&Probe], accumulation: Accumulation) -> Recording {
     let results = probes.iter().map(|p| Results::new(p, simulate(p, accumulation))).collect();
@@ -51,6 +52,18 @@ fn sums_in_another_order_are_within_bounds() {
         assert!(line.contains(&format!(" {count} as Chain")), "{line}");
         assert!(!line.contains(&format!(" {count} equal")), "{line}");
     }
+}
+
+#[test]
+fn approximations_within_their_bounds_are_told_only() {
+    let options = || Options { perturb: Some(1), ..Options::default() };
+    let probes = ["unary", "binary", "halves", "bf16_halves"].map(probe);
+    let results = probes.map(|p| Results::new(p, simulate_as(p, options()))).to_vec();
+    let comparison = compare(&Recording { results, ..record(&[], Accumulation::Exact) });
+    assert!(comparison.failures.is_empty(), "{}", comparison.failures.join("\n"));
+    // Each with the inputs and both results of the first that differs.
+    let differ = comparison.lines.iter().filter(|line| line.contains(", in the simulator "));
+    assert_eq!(differ.count(), 19, "{}", comparison.lines.join("\n"));
 }
 
 #[test]
