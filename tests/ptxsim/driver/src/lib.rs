@@ -121,6 +121,7 @@ macro_rules! driver {
 
 driver! {
     cuInit(_flags: c_uint) = 0;
+    cuDriverGetVersion(version: *mut c_int) = give(version, Ok(13000));
     cuDeviceGetCount(count: *mut c_int) = give(count, Ok(1));
     cuDeviceGet(device: *mut c_int, ordinal: c_int) =
         if ordinal == 0 { give(device, Ok(0)) } else { INVALID_VALUE };
