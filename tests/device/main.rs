@@ -5,6 +5,7 @@
 //! | `kernel::<operation>_<arch>::<dims>` | every kernel, at its smallest shape |
 //! | `table::<entry>::<dims>` | the shared table of cases |
 //! | `full::<what>` | full shapes, and what surrounds a call: graphs, streams, maps, the host |
+//! | `golden::record` | what the device computes where PTX leaves it open, to a file in `INFINI_RESULTS` |
 //!
 //! Variables: those of `common::switches`; `INFINI_CASE` runs one case of a group alone;
 //! `INFINI_DIAGNOSE` looks into the first that fails. Without a device all groups are skipped, and it
@@ -16,15 +17,19 @@ mod common;
 mod calls;
 mod diagnose;
 mod full;
+mod golden;
 mod groups;
 mod kernels;
 mod table;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use common::say::say;
 use common::switches;
+use groups::Group;
 use infini_attn::Error;
+use infini_attn::cuda::Device;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
@@ -33,7 +38,8 @@ fn main() -> ExitCode {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }
-    let all = [kernels::groups(), table::groups(), full::groups()].into_iter().flatten();
+    let golden = vec![Group::check("golden::record", record_golden)];
+    let all = [kernels::groups(), table::groups(), full::groups(), golden].into_iter().flatten();
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,
@@ -55,4 +61,12 @@ fn main() -> ExitCode {
         Trial::test(name, move || Ok(group.run(tell)?)).with_ignored_flag(skipped)
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// To a folder that is forgotten, where none is named.
+fn record_golden(device: &Device) -> anyhow::Result<()> {
+    let forgotten = tempfile::tempdir()?;
+    let folder = std::env::var_os("INFINI_RESULTS").map_or(forgotten.path().into(), PathBuf::from);
+    golden::record(device, &folder)?.into_iter().for_each(say);
+    Ok(())
 }
