@@ -16,8 +16,10 @@ from battery import __main__, card, timing, tools  # noqa: E402
 from battery.limits import Limits  # noqa: E402
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-# A tenth of the seconds, but for what starts Python; fewer processes for fewer cores.
-LIMITS = replace(Limits().scaled(0.1), ask=5.0, at_once=4, turn=(0.01, 0.1, 0.15))
+# A tenth of the seconds, but for what has to end by itself on a busy machine; fewer processes for
+# fewer cores.
+LIMITS = replace(Limits().scaled(0.1), ask=5.0, kernel=5.0, sanitizer=5.0, diagnose=5.0,
+                 portable=5.0, examine=5.0, check=5.0, at_once=4, turn=(0.01, 0.1, 0.15))
 
 
 class Bundle:

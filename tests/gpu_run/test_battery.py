@@ -62,7 +62,7 @@ def test_quick_times_two_rows(bundle):
 def test_a_hang_costs_its_group_alone_and_is_explained(bundle):
     hang = {"do": "hang", "portable": "pass"}
     bundle.only({D128: hang, "table::prefill::d128": hang, D64: {"do": "pass"}})
-    assert bundle.run("test", "20") == 1
+    assert timed(bundle, "test", "20", kernel=2.0)[0] == 1
     text = bundle.summary()
     launch = f"{KERNEL} [132, 1, 1] x 384, cluster 2: prefill [1, 300]"
     assert f"{D128}: hang: not done after 2 s, 2 cases begun; pending {launch}; after it " \
@@ -131,7 +131,7 @@ def test_a_slow_card_does_not_break_the_budget(bundle, command):
     bundle.only({f"{stage}::{i}_sm90::d128": {"do": "slow"}
                  for stage in ("kernel", "table", "full") for i in range(6)}, bench_seconds=100)
     status, took = timed(bundle, command, "7", kernel=60.0, table=60.0, full=60.0)
-    assert status == 1 and took < 7.2
+    assert status == 1 and took < 7.5
     assert "not done in time: kernel::" in bundle.summary()
     if command == "battery":
         assert "full: 6 not run" in bundle.summary()
