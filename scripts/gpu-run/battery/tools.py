@@ -1,0 +1,88 @@
+"""NVIDIA's tools: where they are, compute-sanitizer's commands and what its reports say."""
+
+import re
+import shutil
+from pathlib import Path
+
+from .pool import Outcome
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+OPTIONS = {
+    # Accesses past the end of a tensor do not meet its neighbour.
+    "memcheck": ["--padding", "256"],
+    # Waits that nobody ends are named.
+    "racecheck": ["--racecheck-num-workers", "1", "--racecheck-deadlock-timeout", "5000"],
+}
+REFUSALS = r"not supported|[Pp]ermission|Unable to (?:find|load|launch)" \
+    r"|[Ff]ailed to (?:initialize|load|launch|connect)"
+SUMMARY = r"(?:ERROR|RACECHECK) SUMMARY: (\d+)"
+PORTS = range(21_000, 31_000, 20)  # ten for each process, below those the kernel gives out
+
+
+def find(name: str) -> str | None:
+    """In PATH, beside nvcc, and where the toolkit puts it."""
+    if path := shutil.which(name):
+        return path
+    roots = [Path("/usr/local/cuda")]
+    if nvcc := shutil.which("nvcc"):
+        roots.insert(0, Path(nvcc).resolve().parent.parent)
+    places = [root / "bin" / name for root in roots] + [root / name / name for root in roots]
+    places += sorted(Path("/opt/nvidia").glob(f"*/*/{name}"), reverse=True)
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+class Sanitizer:
+    """compute-sanitizer; `why` says what keeps it from being used."""
+
+    def __init__(self):
+        self.path = find("compute-sanitizer")
+        self.why = "" if self.path else "compute-sanitizer found neither in PATH nor beside nvcc"
+        self.runs = 0
+
+    def command(self, tool: str, command: list[str]) -> list[str]:
+        """Each run with ports of its own: the default ones are enough for ten side by side."""
+        port = PORTS[self.runs % len(PORTS)]
+        self.runs += 1
+        return [str(self.path), "--tool", tool, *OPTIONS.get(tool, []), "--print-limit", "10",
+                "--launch-timeout", "0", "--check-exit-code", "no", "--port", str(port), *command]
+
+    def refusal(self, outcome: Outcome) -> str:
+        """The tool's own sentence where it did not run at all."""
+        lines = [line.strip("= ") for line in outcome.text.splitlines() if line.startswith("=====")]
+        refused = [line for line in lines if re.search(REFUSALS, line)]
+        device = [line for line in refused if "Device not supported" in line]
+        if device or (refused and not re.search(SUMMARY, outcome.text)):
+            return (device or refused)[0]
+        return ""
+
+
+def report(outcome: Outcome) -> tuple[str, str]:
+    """"clean", "found" or "none" (no report), and a sentence."""
+    if outcome.end == "unrun":
+        return "none", outcome.text
+    counts = [int(n) for n in re.findall(SUMMARY, outcome.text)]
+    found = findings(outcome.text)
+    if sum(counts) or found:
+        first = found[0] if found else "see sanitizer.log"
+        return "found", f"{sum(counts) or len(found)} reported, first: {first}"
+    if not counts:
+        how = "" if outcome.end == "exit" else f" in {outcome.seconds:.0f} s"
+        return "none", f"no report{how}"
+    if not outcome.good:
+        return "none", "nothing reported, but the run itself failed"
+    return "clean", "clean"
+
+
+def findings(text: str) -> list[str]:
+    """The reports of an output, each in one line: what, where, by whom."""
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("========="):
+            inner = line.removeprefix("=========")
+            if not inner.strip():
+                blocks.append([])
+            elif not re.search(r"COMPUTE-SANITIZER|SUMMARY|was limited|^ Target", inner):
+                blocks[-1].append(inner.strip())
+    kinds = r"Invalid|Misaligned|Uninitialized|hazard|[Rr]ace|[Bb]arrier|[Dd]eadlock|Program hit" \
+        r"|out of range|Address|Illegal|overflow|divergent"
+    return ["; ".join(block[:3]) for block in blocks if block and re.search(kinds, block[0])]
