@@ -57,78 +57,77 @@ pub fn is_simulated(device: &Device) -> Result<bool> {
     Ok(device.name()? == "PTX simulator")
 }
 
-/// Everything that is measured.
+/// Everything that is measured, what says most first.
 pub fn cases(device: &Device) -> Result<Vec<Case>> {
-    fitting(device, all())
+    fitting(device, [main(), further()].concat())
 }
 
-/// What variants of kernels are compared by: every kernel that carries the work, at the shapes of the
-/// table of goals.
+/// What variants of kernels are compared by.
 pub fn headline(device: &Device) -> Result<Vec<Case>> {
-    let case = |operation, shape| Case { operation, shape };
+    fitting(device, main())
+}
+
+fn case(operation: Operation, shape: Shape) -> Case {
+    Case { operation, shape }
+}
+
+/// Every kernel that carries the work, at the shapes that goals are set for.
+fn main() -> Vec<Case> {
     let long = Shape { segment: 8192, tokens: 131_072, ..BASE };
-    let few = Shape { sequences: 1, tokens: 2048, ..BASE };
+    let one = Shape { sequences: 1, tokens: 2048, ..BASE };
     let step = |sequences| Shape { sequences, tokens: 1, open: 1024, ..BASE };
-    let all = vec![
+    vec![
         case(Operation::Local, BASE),
         case(Operation::Local, long),
-        case(Operation::Local, Shape { dim: 64, ..BASE }),
-        case(Operation::Local, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }),
         case(Operation::Prefill, BASE),
         case(Operation::StatePhases, BASE),
         case(Operation::StatePhases, Shape { segment: 256, ..BASE }),
-        case(Operation::Segment, few),
-        case(Operation::Segment, Shape { sequences: 8, ..few }),
-        case(Operation::Decode, step(1)),
         case(Operation::Decode, step(64)),
-    ];
-    fitting(device, all)
+        case(Operation::Decode, step(1)),
+        case(Operation::Segment, one),
+        case(Operation::Segment, Shape { sequences: 8, ..one }),
+        case(Operation::Local, Shape { dim: 64, ..BASE }),
+        case(Operation::Local, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }),
+    ]
+}
+
+fn further() -> Vec<Case> {
+    let with = |segment, tokens| Shape { segment, tokens, ..BASE };
+    let lengths = [(2048, 131_072), (2048, 1 << 20), (8192, 131_072), (512, 32768), (256, 32768)];
+    let mut all: Vec<_> =
+        lengths.into_iter().map(|(n, t)| case(Operation::Prefill, with(n, t))).collect();
+    let maps = Shape { sequences: 64, tokens: 64, ..BASE };
+    all.extend([
+        case(Operation::Prefill, Shape { dim: 64, ..BASE }),
+        case(Operation::Prefill, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }),
+        case(Operation::Decode, Shape { sequences: 8, tokens: 1, open: 1024, ..BASE }),
+        case(Operation::Local, with(256, 32768)),
+        case(Operation::StatePhases, with(8192, 131_072)),
+        case(Operation::Flush, Shape { sequences: 64, tokens: 1024, open: 1024, ..BASE }),
+        case(Operation::MergePartials, BASE),
+        case(Operation::KeySums, BASE),
+        case(Operation::SegmentMap, BASE),
+        case(Operation::MergeMemories, maps),
+        case(Operation::Compose, maps),
+        case(Operation::Apply, maps),
+    ]);
+    all
 }
 
 /// The same; on the simulator with tiny shapes, each once.
 fn fitting(device: &Device, mut cases: Vec<Case>) -> Result<Vec<Case>> {
-    if is_simulated(device)? {
-        for Case { shape, .. } in &mut cases {
-            (shape.heads, shape.kv_heads, shape.segment) = (2, 1, 64);
-            shape.tokens = shape.tokens.min(128);
-            (shape.sequences, shape.open) = (shape.sequences.min(2), shape.open.min(32));
-        }
-        for case in &mut cases {
-            if case.operation == Operation::Segment {
-                case.shape.tokens = 64;
-            }
-        }
-        let mut seen = std::collections::HashSet::new();
-        cases.retain(|case| seen.insert(case.name()));
+    if !is_simulated(device)? {
+        return Ok(cases);
     }
+    for Case { operation, shape } in &mut cases {
+        let most = if *operation == Operation::Segment { 64 } else { 128 };
+        (shape.heads, shape.kv_heads, shape.segment) = (2, 1, 64);
+        shape.tokens = shape.tokens.min(most);
+        (shape.sequences, shape.open) = (shape.sequences.min(2), shape.open.min(32));
+    }
+    let mut seen = std::collections::HashSet::new();
+    cases.retain(|case| seen.insert(case.name()));
     Ok(cases)
-}
-
-fn all() -> Vec<Case> {
-    let case = |operation, shape| Case { operation, shape };
-    let with = |segment, tokens| Shape { segment, tokens, ..BASE };
-    let mut all = vec![];
-    for shape in [BASE, with(8192, 131_072), with(256, 32768)] {
-        all.extend([Operation::Local, Operation::StatePhases].map(|o| case(o, shape)));
-    }
-    let lengths = [(2048, 32768), (2048, 131_072), (2048, 1 << 20), (8192, 131_072)];
-    all.extend(lengths.map(|(n, t)| case(Operation::Prefill, with(n, t))));
-    all.extend([(512, 32768), (256, 32768)].map(|(n, t)| case(Operation::Prefill, with(n, t))));
-    all.push(case(Operation::Prefill, Shape { dim: 64, ..BASE }));
-    all.push(case(Operation::Prefill, Shape { dim: 256, heads: 16, kv_heads: 4, ..BASE }));
-    for sequences in [1, 8] {
-        all.push(case(Operation::Segment, Shape { sequences, tokens: 2048, ..BASE }));
-    }
-    for sequences in [1, 8, 64] {
-        all.push(case(Operation::Decode, Shape { sequences, tokens: 1, open: 1024, ..BASE }));
-    }
-    all.push(case(Operation::Flush, Shape { sequences: 64, tokens: 1024, open: 1024, ..BASE }));
-    let over_tokens = [Operation::MergePartials, Operation::KeySums, Operation::SegmentMap];
-    all.extend(over_tokens.map(|o| case(o, BASE)));
-    let maps = Shape { sequences: 64, tokens: 64, ..BASE };
-    let over_states = [Operation::MergeMemories, Operation::Compose, Operation::Apply];
-    all.extend(over_states.map(|o| case(o, maps)));
-    all
 }
 
 impl Case {
