@@ -55,6 +55,7 @@ fn work(operation: &'static str, arch: Arch, dk: usize, dv: usize) -> Work {
         let of_type = |dtype| match entry {
             Entry::Segment => segments(arch, dtype, shape, simulated),
             Entry::Decode => vec![decode(dtype, shape)],
+            _ if operation == "clear_padding" => vec![padded(dtype, shape)],
             _ => prefills(dtype, shape),
         };
         let [mut cases, others] = [DType::BF16, DType::F16].map(of_type);
@@ -93,20 +94,22 @@ fn case(
     }
 }
 
-/// Two segments and a bit, then on from the open one: with pairs of blocks on newer devices, and
-/// rotated; one head, without either; a padded batch.
+/// Two segments and a bit, then on from the open one: one head; two, on newer devices in pairs of
+/// blocks; the same, rotated.
 fn prefills(dtype: DType, shape: (usize, usize)) -> Vec<Case> {
     let (channels, positions) = (shape.0, Positions::Continued);
     let rotation = Rotation { channels, interleaved: false, positions, magnitude: 1.0 };
     let pairs = case("two heads", dtype, shape, 2, 64, &[150, 9]);
     let single = case("one head", dtype, shape, 1, 64, &[150, 9]);
-    let padded = case("padded", dtype, shape, 1, 64, &[70]);
-    vec![
-        single,
-        pairs.clone(),
-        Case { name: format!("{}, rotated", pairs.name), rope: Some(rotation), ..pairs },
-        Case { batch: Batch::Padded, calls: vec![vec![70, 3]], ..padded },
-    ]
+    let rotated =
+        Case { name: format!("{}, rotated", pairs.name), rope: Some(rotation), ..pairs.clone() };
+    vec![single, pairs, rotated]
+}
+
+/// Sequences of two lengths.
+fn padded(dtype: DType, shape: (usize, usize)) -> Case {
+    let case = case("padded", dtype, shape, 1, 64, &[70]);
+    Case { batch: Batch::Padded, calls: vec![vec![70, 3]], ..case }
 }
 
 /// Segments in one launch, in clusters of 1, 2 and 8 blocks where there are clusters (a chunk has at

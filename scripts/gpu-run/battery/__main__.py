@@ -1,6 +1,7 @@
-"""python -m battery COMMAND [SECONDS]; `run` starts it."""
+"""python -m battery COMMAND [SECONDS [GROUPS]]; `run` starts it."""
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,24 +19,30 @@ RUN = {"card": card.run, "bench": timing.bench, "compare": timing.compare, "ncu"
 
 
 def main(arguments: list[str], limits: Limits = Limits(), folder: Path = Path.cwd()) -> int:
-    command, *rest = arguments
-    whole = [text for text in rest if text.isdigit() and int(text)]
-    if command not in COMMANDS or len(rest) > 1 or rest != whole:
-        print(f"run: {' '.join(arguments)} given, one of {', '.join(COMMANDS)} and whole seconds "
-              "expected", file=sys.stderr)
+    command, seconds, only, *rest = [*arguments, "", ""][: max(3, len(arguments))]
+    seconds = seconds or str(COMMANDS.get(command, (0,))[0])
+    if rest or not (seconds.isdigit() and int(seconds)) or not is_pattern(only):
+        print(f"run: {' '.join(arguments)} given, one of {', '.join(COMMANDS)}, whole seconds and "
+              "a regular expression expected", file=sys.stderr)
         return 2
     # A process that crashes leaves no image of its memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     os.environ.setdefault("INFINI_RESULTS", str(folder / "results"))
-    seconds = int(rest[0]) if rest else COMMANDS[command][0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        visit = Visit(folder, Path(scratch), command, seconds, limits)
+        visit = Visit(folder, Path(scratch), command, int(seconds), limits, only)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, visit.stop)
         for group, until in timetable(visit):
             run_phase(visit, group, until)
         print("\n" + visit.write(), end="", flush=True)
     return visit.status()
+
+
+def is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def timetable(visit: Visit):

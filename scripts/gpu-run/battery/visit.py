@@ -1,7 +1,9 @@
 """What the parts of a visit share: the bundle, the pool, the results, and what is known so far."""
 
 import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from . import summary
@@ -16,12 +18,16 @@ BOUNDED = "kernels/bounded"
 
 
 class Visit:
-    def __init__(self, folder: Path, scratch: Path, command: str, seconds: float, limits: Limits):
-        self.folder, self.limits, self.command, self.seconds = folder, limits, command, seconds
-        self.stages = COMMANDS[command][1]
+    def __init__(self, folder: Path, scratch: Path, command: str, seconds: float, limits: Limits,
+                 only: str = ""):
+        self.folder, self.command, self.seconds = folder, command, seconds
+        self.stages, self.only = COMMANDS[command][1], only
         self.begin = time.monotonic()
         self.end = self.begin + seconds - min(limits.reserve, seconds / 4)
         self.results = Results(Path(os.environ["INFINI_RESULTS"]), limits.log_file)
+        # As many as the cores can serve.
+        limits = replace(limits, at_once=max(2, min(limits.at_once, (os.cpu_count() or 1) - 2)))
+        self.limits = limits
         self.pool = Pool(limits, folder, scratch, self.finished)
         self.sanitizer, self.diagnosis = Sanitizer(), Diagnosis(self)
         self.written = self.begin
@@ -58,9 +64,10 @@ class Visit:
         """The groups of device-tests; none is a failure."""
         command = ["./device-tests", "--list", "--format", "terse"]
         outcome = self.alone("list", command, until, self.limits.ask)
-        groups = listed(outcome.text)
+        groups = [g for g in listed(outcome.text) if re.search(self.only, g.name)]
         if not groups and outcome.end == "exit":
-            self.failures.append(f"device-tests listed no groups: status {outcome.status}, "
+            of = f" of {self.only}" if self.only else ""
+            self.failures.append(f"device-tests listed no groups{of}: status {outcome.status}, "
                                  + outcome.text.strip()[-200:])
         return groups
 
