@@ -1,7 +1,7 @@
 // Waits of the crate's kernels that give up, sm_90.
-//   wait_plain    block `block` waits in its warp `warp` for phase 1 of a barrier of which only phase 0
-//                 completes; all others wait for phase 0. out [grid]: shared address of the barrier.
-//                 Launch: block 96, any grid.
+//   wait_plain    block `block` waits in its warp `warp` for phase 1 of a barrier of which only
+//                 phase 0 completes, all others for phase 0. out [grid]: shared address of the
+//                 barrier. Launch: block 96, any grid.
 //   wait_cluster  the same by the wait that acquires from the whole cluster.
 #define INFINI_WAIT_POLLS 40
 #include "sm90/ptx.cuh"
