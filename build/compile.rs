@@ -47,6 +47,8 @@ struct Compiler<'a> {
     /// Architectures asked for, without `sm_`; none: all that the toolkit knows.
     asked: Option<Vec<String>>,
     known: BTreeSet<String>,
+    /// Macros to define.
+    macros: Vec<String>,
     kernels: &'a Path,
     cache: PathBuf,
 }
@@ -123,12 +125,14 @@ impl<'a> Compiler<'a> {
         let known = known.split_whitespace().filter_map(|code| code.strip_prefix("sm_"));
         let known: BTreeSet<String> = known.map(Into::into).collect();
         let asked = asked(&known)?;
+        let macros = wait_polls()?.map(|polls| format!("-DINFINI_WAIT_POLLS={polls}"));
+        let macros = macros.into_iter().collect();
         let cache = match env::var_os("INFINI_ATTN_KERNEL_CACHE") {
             Some(folder) => folder.into(),
             None => tools::target_folder(out).join("infini-attn-kernels"),
         };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-        Ok(Compiler { nvcc, identity, asked, known, kernels, cache })
+        Ok(Compiler { nvcc, identity, asked, known, macros, kernels, cache })
     }
 
     /// Writes the PTX of a file, with line numbers for whoever reads it; returns it without them.
@@ -138,6 +142,7 @@ impl<'a> Compiler<'a> {
         self.sources(&source, &mut BTreeSet::new(), &mut content)?;
         let arch = format!("-arch=compute_{}", file.folder.ptx);
         let flags = ["-std=c++17", "-lineinfo", "-ptx", &arch].map(String::from);
+        let flags = [&flags[..], &self.macros].concat();
         let ptx = self.cached(&file.name, "ptx", &flags, &source, content)?;
         copy(&ptx, &out.join(&file.name).with_extension("ptx"))?;
         Ok(without_lines(&read(&ptx)?))
@@ -250,6 +255,20 @@ fn asked(known: &BTreeSet<String>) -> Result<Option<Vec<String>>> {
         asked.push(arch.clone());
     }
     Ok((!words.is_empty()).then_some(asked))
+}
+
+/// `INFINI_ATTN_WAIT_POLLS`: after how many failed polls a wait of the kernels gives up.
+fn wait_polls() -> Result<Option<u32>> {
+    let text = env::var("INFINI_ATTN_WAIT_POLLS").unwrap_or_default();
+    match text.parse() {
+        _ if text.is_empty() => Ok(None),
+        Ok(polls) if polls > 0 => Ok(Some(polls)),
+        _ => Err(format!(
+            "INFINI_ATTN_WAIT_POLLS: {text} given; how often a wait polls before it gives up, 1 to \
+             {}, expected",
+            u32::MAX
+        )),
+    }
 }
 
 /// PTX without line numbers and the names of source files: devices need neither.

@@ -22,7 +22,7 @@ pub type Result<T> = std::result::Result<T, String>;
 
 /// Everything that changes the outcome besides kernels/. (The search path is left out: it changes
 /// too often and too rarely matters.)
-const VARIABLES: [&str; 13] = [
+const VARIABLES: [&str; 14] = [
     "NVCC",
     "CUDA_HOME",
     "CUDA_PATH",
@@ -35,6 +35,7 @@ const VARIABLES: [&str; 13] = [
     "INFINI_ATTN_CUDA_ARCHS",
     "INFINI_ATTN_KERNEL_CACHE",
     "INFINI_ATTN_PREBUILT",
+    "INFINI_ATTN_WAIT_POLLS",
     "DOCS_RS",
 ];
 

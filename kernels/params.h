@@ -368,3 +368,16 @@ struct InfiniTable {
   int64_t bytes;
   uint32_t data[INFINI_TABLE_BYTES / 4];
 };
+
+// ---- builds with INFINI_ATTN_WAIT_POLLS
+// -----------------------------------------------------------------------------
+
+// Where the first thread stood that gave up a wait.
+struct InfiniWaitReport {
+  uint32_t complete;  // 0: nobody has given up, or what follows is being written
+  uint32_t block[3];
+  uint32_t thread;   // of the block
+  uint32_t barrier;  // shared address
+  uint32_t parity;   // of the phase it waited for
+  uint32_t polls;    // that failed
+};

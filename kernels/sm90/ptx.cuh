@@ -2,6 +2,9 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#ifdef INFINI_WAIT_POLLS
+#include "sm90/bounded_wait.cuh"
+#endif
 
 namespace infini::ptx {
 
@@ -53,6 +56,14 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
                : "memory");
 }
 
+// `barrier` may lie in another block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+#ifndef INFINI_WAIT_POLLS
+
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, int parity) {
   asm volatile(
@@ -61,12 +72,6 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, int parit
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-
-// `barrier` may lie in another block of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
 }
 
 // What other blocks of the cluster did before they arrived is visible as well.
@@ -78,6 +83,8 @@ __device__ __forceinline__ void mbarrier_wait_parity_cluster(uint32_t barrier, i
       "r"(parity)
       : "memory");
 }
+
+#endif  // else: sm90/bounded_wait.cuh
 
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

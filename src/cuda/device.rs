@@ -16,6 +16,7 @@ use super::enqueue::CudaLauncher;
 use super::kernels::{self, KERNELS, Kernel};
 use super::observer::Observers;
 use super::plan::Plan;
+use super::wait_report::WaitReport;
 use super::{Addresses, Arch, DecodeOptions, Event, Operand, PrefillOptions, Runs, Target};
 use crate::{Error, Result};
 
@@ -76,6 +77,8 @@ struct Loaded {
     context: Arc<CudaContext>,
     capability: (i32, i32),
     tables: Mutex<Tables>,
+    /// Of the modules whose waits give up.
+    waits: Mutex<Vec<WaitReport>>,
 }
 
 #[derive(Debug, Default)]
@@ -111,7 +114,8 @@ impl Device {
             let name = context.name().unwrap_or_else(|_| "unnamed".into());
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
-        let loaded = Loaded { context, capability, tables: Mutex::default() };
+        let loaded =
+            Loaded { context, capability, tables: Mutex::default(), waits: Mutex::default() };
         let (loaded, workspace) = (Arc::new(loaded), Arc::default());
         Ok(Self { stream, loaded, workspace, target: None, observers: Observers::default() })
     }
@@ -231,9 +235,39 @@ impl Device {
     /// wait.
     pub fn synchronize(&self) -> Result<()> {
         self.refuse_capture("waiting for the device", "wait after the capture has ended")?;
-        self.stream.synchronize().map_err(|e| driver("synchronize", e))?;
+        self.stream.synchronize().map_err(|e| self.failed("synchronize", e))?;
         self.tell(Event::Waited);
         Ok(())
+    }
+
+    /// Where a wait of the kernels gave up, which ended the context: file, block, warp, barrier. Only
+    /// builds with `INFINI_ATTN_WAIT_POLLS` have waits that give up, for the search for deadlocks;
+    /// none: no wait has. Errors of the calls that wait for the device say the same.
+    pub fn wait_report(&self) -> Option<String> {
+        let waits = self.loaded.waits.lock().unwrap_or_else(|e| e.into_inner());
+        waits.iter().find_map(WaitReport::text)
+    }
+
+    /// Gives a module a record of its waits, if they give up.
+    pub(super) fn watch(
+        &self,
+        file: &'static str,
+        module: &Arc<CudaModule>,
+    ) -> std::result::Result<(), DriverError> {
+        let report = WaitReport::attach(file, module, &self.stream)?;
+        self.loaded.waits.lock().unwrap_or_else(|e| e.into_inner()).extend(report);
+        Ok(())
+    }
+
+    /// The driver's own words, and where a wait gave up.
+    pub(super) fn reason(&self, error: DriverError) -> String {
+        let reason = reason(error);
+        self.wait_report().map_or_else(|| reason.clone(), |wait| format!("{reason}; {wait}"))
+    }
+
+    /// An error of work on the device.
+    pub(super) fn failed(&self, what: impl Into<String>, error: DriverError) -> Error {
+        Error::Driver { what: what.into(), reason: self.reason(error) }
     }
 
     /// Loads a plan's kernels and makes room for its workspace, so that its run can be captured.
@@ -292,7 +326,8 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`], also where a capture was invalidated.
     pub fn is_capturing(&self) -> Result<bool> {
-        let status = self.stream.capture_status().map_err(|e| driver("capture status", e))?;
+        let status = self.stream.capture_status();
+        let status = status.map_err(|e| self.failed("capture status", e))?;
         match status {
             CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(false),
             CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => Ok(true),
@@ -331,6 +366,7 @@ impl Device {
             Some(module) => module.clone(),
             None => {
                 let module = load_module(&self.loaded.context, kernel.file)?;
+                self.watch(kernel.file, &module).map_err(|e| driver(what(), e))?;
                 tables.modules.insert(kernel.file, module.clone());
                 module
             }

@@ -74,7 +74,7 @@ impl Launcher for CudaLauncher<'_> {
                 )
             }
         };
-        launched.map_err(|e| launch.error(reason(e)))
+        launched.map_err(|e| launch.error(self.device.reason(e)))
     }
 
     fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {

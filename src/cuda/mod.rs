@@ -39,6 +39,7 @@ mod tensor;
 mod tensor_map;
 mod transfer;
 mod typed;
+mod wait_report;
 
 pub use address::{Addresses, Operand, Requirement};
 pub use buffers::{TensorView, TensorViewMut};

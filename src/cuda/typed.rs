@@ -246,8 +246,8 @@ impl State {
         // SAFETY: the range belongs to `data`, whose layout says so; `to` lives until the stream was
         // waited for.
         unsafe { result::memcpy_dtoh_async(&mut to, from, self.device.stream().cu_stream()) }
-            .map_err(|e| driver(what(), e))?;
-        self.device.stream().synchronize().map_err(|e| driver(what(), e))?;
+            .map_err(|e| self.device.failed(what(), e))?;
+        self.device.stream().synchronize().map_err(|e| self.device.failed(what(), e))?;
         Ok(to)
     }
 

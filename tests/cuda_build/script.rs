@@ -254,6 +254,40 @@ fn architectures_that_do_not_exist_are_refused() {
     }
 }
 
+/// The macro that bounds the kernels' waits; nothing else makes the build define one.
+#[test]
+fn waits_give_up_after_a_positive_number_of_polls() {
+    let Some(nvcc) = nvcc() else {
+        say("skipped: this build is from a prebuilt folder");
+        return;
+    };
+    let sandbox = Sandbox::new();
+    let (recorder, log) = recording_nvcc(&sandbox, nvcc);
+    let build = |polls: &str| {
+        let variables = [("NVCC", &*recorder), ("INFINI_ATTN_WAIT_POLLS", Path::new(polls))];
+        let archs = ("INFINI_ATTN_CUDA_ARCHS", Path::new("ptx"));
+        sandbox.run_with_tools(&[&variables[..], &[archs]].concat())
+    };
+    for wrong in ["0", "-1", "many", "4294967296"] {
+        let output = build(wrong);
+        let text = text(&output);
+        assert!(!output.status.success(), "{wrong}: {text}");
+        let expected = format!("cargo::error=INFINI_ATTN_WAIT_POLLS: {wrong} given");
+        assert!(text.lines().any(|line| line.starts_with(&expected)), "{text}");
+    }
+
+    // Other polls are another file in the cache; the fatbin is made of what it was made of before.
+    for (polls, calls) in [("", 2), ("7", 1), ("8", 1), ("7", 0)] {
+        _ = fs::remove_file(&log);
+        succeeded(&build(polls));
+        let made = fs::read_to_string(&log).unwrap();
+        assert_eq!(made.matches(" -o ").count(), calls, "{polls}: {made}");
+        let defined = format!(" -DINFINI_WAIT_POLLS={polls} ");
+        let defines = !polls.is_empty() && calls > 0;
+        assert_eq!(made.contains(&defined), defines, "{polls}: {made}");
+    }
+}
+
 #[test]
 fn errors_of_the_compiler_come_through() {
     let Some(nvcc) = nvcc() else {

@@ -61,7 +61,8 @@ impl Group {
         let multiprocessors = self.multiprocessors.unwrap_or(target.multiprocessors);
         let device = device.with_target(Target { arch, multiprocessors, ..target })?;
         let diagnosing = std::env::var_os("INFINI_DIAGNOSE").is_some();
-        let result = match &self.work {
+        let _told = GivenUp(&device);
+        match &self.work {
             Work::Check(check) if diagnosing => diagnose::check(&device, *check),
             Work::Check(check) => self.watched(&device, check),
             Work::Cases(entry, cases) => {
@@ -71,8 +72,7 @@ impl Group {
                     false => self.watched(&device, |device| run(device, *entry, &cases, tell)),
                 }
             }
-        };
-        result
+        }
     }
 
     /// The cases that `INFINI_CASE` leaves.
@@ -100,6 +100,17 @@ impl Group {
         let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
         let missing = self.kernels.iter().find(|kernel| !seen.contains(kernel.symbol));
         missing.map_or(Ok(()), |k| bail!("{} was not launched, but {seen:?}", k.symbol))
+    }
+}
+
+/// Says at the end, also that of a panic, where a wait of a kernel gave up.
+struct GivenUp<'a>(&'a Device);
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        if let Some(report) = self.0.wait_report() {
+            say(format_args!("diagnosis: {report}"));
+        }
     }
 }
 

@@ -138,4 +138,5 @@ def ended(outcome: Outcome) -> str:
         how = "ended for its endless output"
     elif status < 0:
         how = f"signal {-status} ({signal.strsignal(-status)})"
-    return f"{how}: {last_words(outcome.text)}; {described(outcome.pending)}"
+    told = "".join(f"; {line}" for line in marked(outcome.text, "diagnosis:")[:1])
+    return f"{how}: {last_words(outcome.text)}{told}; {described(outcome.pending)}"

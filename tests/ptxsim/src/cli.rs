@@ -54,8 +54,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::device::{Arg, Buffer, Device, Module};
+use crate::device::{Arg, Buffer, Device};
 use crate::launch::{Launch, LaunchError, Options, Residency, Timing};
+use crate::module::Module;
 use crate::numeric::tensor::Accumulation;
 use crate::report::Report;
 use crate::tensor_map::TensorMap;

@@ -1,7 +1,6 @@
 //! The device: buffers, launches, several schedules of one launch.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::VecDeque;
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -9,111 +8,13 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::arch::Arch;
-use crate::ast::{self, Init, ParseError, Space};
-use crate::decode;
 use crate::gang::Gang;
 use crate::launch::{FIRST_MODULE_VARIABLE, Grid, Launch, LaunchError, Options, Residency, Timing};
 use crate::memory::{GlobalBuffer, Target, global_address, target};
+use crate::module::Module;
 use crate::program::Kernel;
 use crate::report::Report;
 use crate::tensor_map::TensorMap;
-
-/// A parsed PTX module.
-pub struct Module {
-    ast: ast::Module,
-    /// Numbers and addresses of `.global` and `.const` variables.
-    addresses: BTreeMap<String, u64>,
-    kernels: Mutex<BTreeMap<String, Arc<Kernel>>>,
-}
-
-impl Module {
-    /// Parses PTX text.
-    ///
-    /// ```
-    /// use ptxsim::Module;
-    ///
-    /// let header = ".version 8.0 .target sm_80 .address_size 64";
-    /// let module = Module::parse(&format!("{header} .visible .entry nothing() {{ ret; }}"))?;
-    /// assert!(module.kernels().eq(["nothing"]));
-    ///
-    /// let error = Module::parse(&format!("{header}\n.visible .entry nothing() {{ ret }}"));
-    /// assert_eq!(error.err().map(|e| (e.pos.line, e.pos.column)), Some((2, 33)));
-    /// # Ok::<(), ptxsim::ast::ParseError>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`ParseError`] with line and column.
-    pub fn parse(ptx: &str) -> Result<Self, ParseError> {
-        let ast = crate::parser::parse(ptx)?;
-        let variables = ast.variables.iter().filter(|v| v.space != Space::Shared);
-        let addresses = variables
-            .enumerate()
-            .map(|(i, v)| (v.name.clone(), global_address(FIRST_MODULE_VARIABLE + i)))
-            .collect();
-        Ok(Self { ast, addresses, kernels: Mutex::default() })
-    }
-
-    /// Names of the kernels.
-    pub fn kernels(&self) -> impl Iterator<Item = &str> {
-        self.ast.functions.iter().filter(|f| f.entry).map(|f| f.name.as_str())
-    }
-
-    /// A kernel, decoded.
-    ///
-    /// # Errors
-    /// [`LaunchError::UnknownKernel`], or [`LaunchError::Decode`] for an instruction the simulator
-    /// does not know.
-    pub fn kernel(&self, name: &str) -> Result<Arc<Kernel>, LaunchError> {
-        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = kernels.get(name) {
-            return Ok(kernel.clone());
-        }
-        let function = self.ast.functions.iter().find(|f| f.entry && f.name == name);
-        let function = function.ok_or_else(|| LaunchError::UnknownKernel {
-            name: name.into(),
-            known: self.kernels().collect::<Vec<_>>().join(", "),
-        })?;
-        let kernel = decode::kernel(&self.ast, function, &self.addresses)
-            .map_err(|error| LaunchError::Decode { kernel: name.into(), error })?;
-        Ok(kernels.entry(name.into()).or_insert(Arc::new(kernel)).clone())
-    }
-
-    /// Bytes of every parameter of a kernel.
-    ///
-    /// # Errors
-    /// As [`Module::kernel`].
-    pub fn parameters(&self, name: &str) -> Result<Vec<u32>, LaunchError> {
-        Ok(self.kernel(name)?.params.iter().map(|p| p.bytes).collect())
-    }
-
-    /// Fresh `.global` and `.const` variables.
-    fn variables(&self) -> Vec<GlobalBuffer> {
-        let variables = self.ast.variables.iter().filter(|v| v.space != Space::Shared);
-        variables.map(|v| self.variable(v)).collect()
-    }
-
-    fn variable(&self, v: &ast::Variable) -> GlobalBuffer {
-        let size = v.ty.size() * v.vector;
-        let count: u64 = v.dims.iter().map(|d| d.unwrap_or(v.init.len() as u64)).product();
-        let mut buffer = GlobalBuffer::new(&v.name, (count * u64::from(size)).min(1 << 30));
-        // Variables without an initialiser are zero.
-        let mut bytes = vec![0; buffer.bytes as usize];
-        for (chunk, init) in bytes.chunks_mut(v.ty.size() as usize).zip(&v.init) {
-            let bits = match init {
-                Init::Bits(bits) => *bits,
-                Init::Address { symbol, offset } => {
-                    let address = self.addresses.get(symbol).copied().unwrap_or_default();
-                    address.wrapping_add(*offset as u64)
-                }
-            };
-            let n = chunk.len();
-            chunk.copy_from_slice(&bits.to_le_bytes()[..n]);
-        }
-        buffer.copy_in(0, &bytes);
-        buffer.writable = v.space != Space::Const;
-        buffer
-    }
-}
 
 /// A buffer of a [`Device`].
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]

@@ -63,6 +63,7 @@ pub mod layout;
 mod lexer;
 pub mod mbarrier;
 mod memory;
+mod module;
 pub mod named_barrier;
 pub mod numeric;
 mod ops;
@@ -75,6 +76,7 @@ pub mod tensor_map;
 mod warp;
 
 pub use arch::Arch;
-pub use device::{AddressError, Arg, Buffer, Device, Module, Uninitialised};
+pub use device::{AddressError, Arg, Buffer, Device, Uninitialised};
 pub use launch::{Launch, LaunchError, Options, Residency, Timing};
+pub use module::Module;
 pub use report::Report;

@@ -3,15 +3,16 @@
 //! compute capability 9.0.
 //!
 //! The part of the driver's interface that cudarc's safe layer uses: contexts, memory, modules (PTX,
-//! or fatbins that hold PTX), launches, streams, events, capture and graphs; and tensor maps.
-//! Whatever the simulator finds in a launch goes to stderr and fails the launch and every call after
-//! it. Streams do their work at once, so that a missing wait between streams goes unnoticed; a
-//! capture across streams is refused.
+//! or fatbins that hold PTX) and their variables, launches, streams, events, capture and graphs; and
+//! tensor maps. Whatever the simulator finds in a launch goes to stderr and fails the launch and
+//! every call after it. Streams do their work at once, so that a missing wait between streams goes
+//! unnoticed; a capture across streams is refused.
 #![allow(non_snake_case)] // the names are the driver's
 #![allow(clippy::missing_safety_doc)] // the contracts are the driver's as well
 
 mod fatbin;
 mod machine;
+mod pinned;
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -158,6 +159,11 @@ driver! {
         let mut machine = machine();
         code(machine.outside_capture(stream).and_then(|()| machine.free(address)))
     };
+    cuMemHostAlloc(start: *mut usize, bytes: usize, _flags: c_uint) =
+        give(start, machine().allocate_pinned(bytes));
+    cuMemHostGetDevicePointer_v2(address: *mut u64, start: usize, _flags: c_uint) =
+        give(address, machine().pinned_address(start));
+    cuMemFreeHost(start: usize) = code(machine().free_pinned(start));
     cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) =
         code(machine().write(to, from_raw_parts(from, bytes)));
     cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: usize) = {
@@ -184,6 +190,8 @@ driver! {
     cuModuleUnload(module: usize) = code(machine().unload(module));
     cuModuleGetFunction(function: *mut usize, module: usize, name: *const c_char) =
         give(function, machine().function(module, &CStr::from_ptr(name).to_string_lossy()));
+    cuModuleGetGlobal_v2(address: *mut u64, bytes: *mut usize, module: usize, name: *const c_char) =
+        variable(address, bytes, module, &CStr::from_ptr(name).to_string_lossy());
     // 8: dynamic shared memory.
     cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) =
         if attribute == 8 { code(machine().allow_shared(function, value as u32)) } else { 0 };
@@ -273,6 +281,24 @@ unsafe fn submit(
         |(i, n): (usize, &u32)| unsafe { from_raw_parts(*params.add(i), *n as usize).to_vec() };
     let args = values.map(read).collect();
     machine.submit(stream, Op::Launch { function, launch, args })
+}
+
+/// Either result may be unwanted.
+unsafe fn variable(address: *mut u64, bytes: *mut usize, module: usize, name: &str) -> Code {
+    let (at, len) = match machine().variable(module, name) {
+        Ok(found) => found,
+        Err(error) => return error,
+    };
+    // SAFETY: the caller's pointers.
+    unsafe {
+        if !address.is_null() {
+            address.write(at);
+        }
+        if !bytes.is_null() {
+            bytes.write(len);
+        }
+    }
+    0
 }
 
 unsafe fn elapsed(ms: *mut f32, start: usize, end: usize) -> Code {

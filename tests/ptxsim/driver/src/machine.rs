@@ -2,10 +2,12 @@
 //! the host; a stream that captures only keeps it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module};
+
+use crate::pinned::Pinned;
 
 /// A result of the driver, by its number.
 pub type Code = u32;
@@ -35,8 +37,15 @@ pub enum Op {
     Copy { to: u64, from: u64, bytes: u64 },
 }
 
+struct Loaded {
+    module: Module,
+    /// Variables that the host has asked for, as buffers of the same content: the device keeps none
+    /// between launches.
+    variables: HashMap<String, Buffer>,
+}
+
 struct Function {
-    module: Arc<Module>,
+    module: usize,
     name: String,
     most_shared: u32,
 }
@@ -57,7 +66,8 @@ struct Capture {
 pub struct Machine {
     device: Device,
     buffers: HashMap<u64, Buffer>,
-    modules: HashMap<usize, Arc<Module>>,
+    pinned: HashMap<usize, Pinned>,
+    modules: HashMap<usize, Loaded>,
     functions: HashMap<usize, Function>,
     /// Streams, each with what it captures.
     streams: HashMap<usize, Option<Capture>>,
@@ -89,6 +99,7 @@ impl Machine {
         Self {
             device: Device::new(arch()),
             buffers: HashMap::new(),
+            pinned: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
             // The legacy default stream.
@@ -139,6 +150,27 @@ impl Machine {
         Ok(())
     }
 
+    /// Memory of the host that kernels reach as well; where it begins.
+    pub fn allocate_pinned(&mut self, bytes: usize) -> Result<usize> {
+        self.status()?;
+        let pinned = Pinned::new(&mut self.device, bytes).ok_or(INVALID_VALUE)?;
+        let start = pinned.start();
+        self.pinned.insert(start, pinned);
+        Ok(start)
+    }
+
+    /// Where kernels find it.
+    pub fn pinned_address(&self, start: usize) -> Result<u64> {
+        let pinned = self.pinned.get(&start).ok_or(INVALID_VALUE)?;
+        Ok(self.device.address(pinned.buffer))
+    }
+
+    pub fn free_pinned(&mut self, start: usize) -> Result {
+        let pinned = self.pinned.remove(&start).ok_or(INVALID_VALUE)?;
+        self.device.free(pinned.buffer);
+        Ok(())
+    }
+
     // ---- modules
 
     pub fn load(&mut self, ptx: &str) -> Result<usize> {
@@ -147,17 +179,28 @@ impl Machine {
             INVALID_PTX
         })?;
         let handle = self.handle();
-        self.modules.insert(handle, Arc::new(module));
+        self.modules.insert(handle, Loaded { module, variables: HashMap::new() });
         Ok(handle)
     }
 
     pub fn unload(&mut self, module: usize) -> Result {
-        self.modules.remove(&module).map(drop).ok_or(INVALID_HANDLE)
+        let unloaded = self.modules.remove(&module).ok_or(INVALID_HANDLE)?;
+        unloaded.variables.into_values().for_each(|buffer| self.device.free(buffer));
+        Ok(())
+    }
+
+    /// Address and bytes of a variable. What kernels write to it ends with their launch.
+    pub fn variable(&mut self, module: usize, name: &str) -> Result<(u64, usize)> {
+        let Loaded { module, variables } = self.modules.get_mut(&module).ok_or(INVALID_HANDLE)?;
+        let value = module.variable(name).ok_or(NOT_FOUND)?;
+        let new = || self.device.upload(name, &value);
+        let buffer = *variables.entry(name.into()).or_insert_with(new);
+        Ok((self.device.address(buffer), value.len()))
     }
 
     pub fn function(&mut self, module: usize, name: &str) -> Result<usize> {
-        let module = self.modules.get(&module).ok_or(INVALID_HANDLE)?.clone();
-        if !module.kernels().any(|kernel| kernel == name) {
+        let loaded = self.modules.get(&module).ok_or(INVALID_HANDLE)?;
+        if !loaded.module.kernels().any(|kernel| kernel == name) {
             return Err(NOT_FOUND);
         }
         let handle = self.handle();
@@ -174,7 +217,8 @@ impl Machine {
     /// Bytes of every parameter.
     pub fn parameters(&self, function: usize) -> Result<Vec<u32>> {
         let function = self.functions.get(&function).ok_or(INVALID_HANDLE)?;
-        function.module.parameters(&function.name).map_err(|e| {
+        let loaded = self.modules.get(&function.module).ok_or(INVALID_HANDLE)?;
+        loaded.module.parameters(&function.name).map_err(|e| {
             eprintln!("{e}");
             INVALID_IMAGE
         })
@@ -322,7 +366,14 @@ impl Machine {
                     return Err(INVALID_VALUE);
                 }
                 let args: Vec<_> = args.iter().cloned().map(Arg::Bytes).collect();
-                let report = self.device.launch(&function.module, &function.name, launch, &args);
+                let Loaded { module, variables } =
+                    self.modules.get_mut(&function.module).ok_or(INVALID_HANDLE)?;
+                for (name, buffer) in variables {
+                    module.set_variable(name, &self.device.contents(*buffer));
+                }
+                self.pinned.values().for_each(|pinned| pinned.upload(&mut self.device));
+                let report = self.device.launch(module, &function.name, launch, &args);
+                self.pinned.values().for_each(|pinned| pinned.download(&self.device));
                 let found = match report {
                     Ok(report) if report.is_clean() => return Ok(()),
                     Ok(report) => report.to_string(),

@@ -5,6 +5,7 @@ mod support;
 
 mod arithmetic;
 mod blocks;
+mod bounded_waits;
 mod clusters;
 mod copies;
 mod libraries;

@@ -99,7 +99,8 @@ pub fn triton() -> PathBuf {
 fn headers(source: &Path) -> Vec<PathBuf> {
     let beside = source.parent().unwrap_or(Path::new(".")).to_owned();
     let mut headers = Vec::new();
-    for folder in [beside, crate_kernels().join("common")] {
+    let of_crate = ["", "common", "sm90"].map(|folder| crate_kernels().join(folder));
+    for folder in of_crate.into_iter().chain([beside]) {
         let entries = fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
         headers
