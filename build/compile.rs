@@ -47,8 +47,8 @@ struct Compiler<'a> {
     /// Architectures asked for, without `sm_`; none: all that the toolkit knows.
     asked: Option<Vec<String>>,
     known: BTreeSet<String>,
-    /// Macros to define.
-    macros: Vec<String>,
+    /// After how many polls waits give up.
+    polls: Option<u32>,
     kernels: &'a Path,
     cache: PathBuf,
 }
@@ -125,14 +125,13 @@ impl<'a> Compiler<'a> {
         let known = known.split_whitespace().filter_map(|code| code.strip_prefix("sm_"));
         let known: BTreeSet<String> = known.map(Into::into).collect();
         let asked = asked(&known)?;
-        let macros = wait_polls()?.map(|polls| format!("-DINFINI_WAIT_POLLS={polls}"));
-        let macros = macros.into_iter().collect();
+        let polls = wait_polls()?;
         let cache = match env::var_os("INFINI_ATTN_KERNEL_CACHE") {
             Some(folder) => folder.into(),
             None => tools::target_folder(out).join("infini-attn-kernels"),
         };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-        Ok(Compiler { nvcc, identity, asked, known, macros, kernels, cache })
+        Ok(Compiler { nvcc, identity, asked, known, polls, kernels, cache })
     }
 
     /// Writes the PTX of a file, with line numbers for whoever reads it; returns it without them.
@@ -142,7 +141,11 @@ impl<'a> Compiler<'a> {
         self.sources(&source, &mut BTreeSet::new(), &mut content)?;
         let arch = format!("-arch=compute_{}", file.folder.ptx);
         let flags = ["-std=c++17", "-lineinfo", "-ptx", &arch].map(String::from);
-        let flags = [&flags[..], &self.macros].concat();
+        // Files that wait for nothing are what they are without.
+        let waits = content.iter().any(|text| text.contains("INFINI_WAIT_POLLS"));
+        let polls = self.polls.filter(|_| waits);
+        let flags: Vec<_> =
+            flags.into_iter().chain(polls.map(|n| format!("-DINFINI_WAIT_POLLS={n}"))).collect();
         let ptx = self.cached(&file.name, "ptx", &flags, &source, content)?;
         copy(&ptx, &out.join(&file.name).with_extension("ptx"))?;
         Ok(without_lines(&read(&ptx)?))

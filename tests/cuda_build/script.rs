@@ -128,7 +128,8 @@ fn docs_need_no_nvcc() {
     let sandbox = Sandbox::new();
     succeeded(&sandbox.run_with_tools(&[("DOCS_RS", Path::new("1"))]));
     let files: Vec<_> = sandbox.generated().into_keys().collect();
-    assert_eq!(files, ["kernels.rs", "manifest", "params.rs"].map(PathBuf::from));
+    let expected = ["kernels.rs", "manifest", "params.rs", "table.txt"];
+    assert_eq!(files, expected.map(PathBuf::from));
 }
 
 /// A folder made once gives the same files where there is no tool at all.
@@ -145,7 +146,7 @@ fn prebuilt_folders_stand_in_for_every_tool() {
     let variables = [("INFINI_ATTN_PREBUILT", &*prebuilt), ("PATH", Path::new(""))];
     succeeded(&elsewhere.run(&variables));
     assert_eq!(here.generated(), elsewhere.generated());
-    assert_eq!(here.generated().len(), 5);
+    assert_eq!(here.generated().len(), 6);
 
     // Kernels of other sources are refused.
     let header = elsewhere.path("kernels/common/tiles.h");
@@ -234,7 +235,8 @@ fn files_of_sm90_get_no_other_code() {
         assert_eq!(codes, [cubins, cubins, 1], "{asked}: {calls}");
     }
     let names: Vec<_> = sandbox.generated().into_keys().collect();
-    let expected = ["kernels.rs", "manifest", "params.rs", "sm90/wait.fatbin", "sm90/wait.ptx"];
+    let expected =
+        ["kernels.rs", "manifest", "params.rs", "sm90/wait.fatbin", "sm90/wait.ptx", "table.txt"];
     assert_eq!(names, expected.map(PathBuf::from));
 }
 
@@ -254,7 +256,7 @@ fn architectures_that_do_not_exist_are_refused() {
     }
 }
 
-/// The macro that bounds the kernels' waits; nothing else makes the build define one.
+/// The macro that bounds the waits of kernels, and is defined for files that have some.
 #[test]
 fn waits_give_up_after_a_positive_number_of_polls() {
     let Some(nvcc) = nvcc() else {
@@ -276,8 +278,17 @@ fn waits_give_up_after_a_positive_number_of_polls() {
         assert!(text.lines().any(|line| line.starts_with(&expected)), "{text}");
     }
 
+    // A file that waits for nothing is what it was.
+    succeeded(&build(""));
+    _ = fs::remove_file(&log);
+    succeeded(&build("7"));
+    let made = fs::read_to_string(&log).unwrap();
+    assert!(!made.contains(" -o "), "{made}");
+
+    let waiting = format!("// INFINI_WAIT_POLLS\n{KERNEL}");
+    fs::write(sandbox.path("kernels/sm80/table.cu"), waiting).unwrap();
     // Other polls are another file in the cache; the fatbin is made of what it was made of before.
-    for (polls, calls) in [("", 2), ("7", 1), ("8", 1), ("7", 0)] {
+    for (polls, calls) in [("", 1), ("7", 1), ("8", 1), ("7", 0)] {
         _ = fs::remove_file(&log);
         succeeded(&build(polls));
         let made = fs::read_to_string(&log).unwrap();

@@ -1,0 +1,120 @@
+"""A visit rehearsed: the bundle as it is packed, on the simulator's driver at tiny shapes, with faults
+planted into kernels. Needs what scripts/test sets up: cargo, nvcc and the built driver."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 100
+# Groups in which a planted fault shows, and some that pass.
+GROUPS = "merge_partials|::sum_|clear_padding|d192x128|transition_sm90::d64|full::host|golden"
+
+# Edits of kernels by what they plant; merge_partials hangs.
+FAULTS = {
+    "sm80/merge_partials.cu": (
+        "  constexpr int kRows = ", "  volatile int never = 0;\n  while (never == 0) {\n  }\n"),
+    "sm80/sum.cu": (
+        "  const uint64_t* inputs = ", "  *reinterpret_cast<volatile int*>(uint64_t{16}) = 1;\n"),
+    "sm80/clear_padding.cu": ("  if (token >= ", "  if (p.sequences.tokens > 0) return;\n"),
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    target = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))
+    driver = Path(target) / "debug"
+    assert (driver / "libcuda.so").exists(), "cargo build -p ptxsim-driver comes first"
+    return os.environ | {"LD_LIBRARY_PATH": str(driver), "PTXSIM_ARCH": "sm_90a",
+                         "INFINI_ATTN_CUDA_ARCHS": "ptx"} | more
+
+
+def patch(folder: Path, edits: dict[str, tuple[str, str]]) -> Path:
+    """A patch that puts a text before another one, in files of kernels/."""
+    for name, (before, text) in edits.items():
+        old, new = ROOT / "kernels" / name, folder / "kernels" / name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        source = old.read_text()
+        assert source.count(before) >= 1, f"{name} has no {before!r}"
+        new.write_text(source.replace(before, text + before, 1))
+    made = folder / "planted.patch"
+    diffs = [subprocess.run(["git", "diff", "--no-index", f"kernels/{name}",
+                             str(folder / "kernels" / name)],
+                            cwd=ROOT, capture_output=True, text=True).stdout for name in edits]
+    made.write_text("".join(diffs).replace(f"b{folder}/kernels", "b/kernels"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The bundle, with the faults as a variant, and another one that only cuts work differently."""
+    scratch = tmp_path_factory.mktemp("rehearsal")
+    folder = scratch / "bundle"
+    planted = patch(scratch, FAULTS)
+    subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variant", f"planted={planted}",
+                    "--variant", "alone=@shared_by=1", folder], env=environment(), check=True)
+    return folder
+
+
+def run(bundle: Path, *arguments: str, **more: str) -> tuple[int, str, float]:
+    begin = time.monotonic()
+    done = subprocess.run(["./run", *arguments], cwd=bundle, env=environment(**more),
+                          capture_output=True, text=True, timeout=2 * SECONDS)
+    summary = (bundle / "results/summary.txt").read_text()
+    assert done.stdout.endswith(summary), done.stdout + done.stderr
+    assert len(summary) <= 10_000
+    return done.returncode, summary, time.monotonic() - begin
+
+
+def test_planted_faults_are_named_within_the_budget(bundle):
+    bounded = bundle / "kernels/bounded"
+    for fatbin in (bundle / "kernels/planted").glob("*/*.fatbin"):
+        (bounded / fatbin.parent.name).mkdir(exist_ok=True)
+        shutil.copy(fatbin, bounded / fatbin.parent.name)
+    # A kernel that no device has the shared memory for.
+    table = (bounded / "table.txt").read_text().splitlines()
+    lines = [line.split() for line in table]
+    for line in lines:
+        if line[0] in ("infini_segment_sm80_bf16_d192x128", "infini_segment_sm80_f16_d192x128"):
+            line[2] = "999999"
+    (bounded / "table.txt").write_text("".join(" ".join(line) + "\n" for line in lines))
+
+    status, summary, seconds = run(bundle, "battery", str(SECONDS), GROUPS)
+    print(summary)
+    assert status == 1 and seconds < SECONDS + 1
+    verdicts = {}
+    for line in summary.splitlines():
+        name, _, rest = line.partition(": ")
+        verdicts.setdefault(name, rest)
+    hang = verdicts["kernel::merge_partials_sm80::any"]
+    assert hang.startswith("hang: ") and "infini_merge_partials_sm80_bf16" in hang
+    fault = verdicts["kernel::sum_sm80::any"]
+    assert fault.startswith("fault: ") and "infini_sum_sm80" in fault
+    wrong = verdicts["kernel::clear_padding_sm80::any"]
+    assert wrong.startswith("wrong: ") and "padded rows are not 0" in wrong
+    refused = verdicts["kernel::segment_sm80::d192x128"]
+    assert refused.startswith("fault: ") and "infini_segment_sm80_bf16_d192x128" in refused
+    assert "    diagnosis: again: it fails in the same way" in summary
+    # What is not planted passes: its groups are not among the failures.
+    for name in ("kernel::segment_transition_sm90::d64", "full::host", "golden::record"):
+        assert name not in verdicts
+    assert (bundle / "results/golden-sm90.bin").stat().st_size < 1 << 20
+    rows = [json.loads(line) for line in
+            (bundle / "results/bench.jsonl").read_text().splitlines()]
+    assert rows and all(row["us"] > 0 for row in rows)
+    files = list((bundle / "results").iterdir())
+    assert len(files) <= 8 and sum(file.stat().st_size for file in files) < 10e6
+
+
+def test_variants_are_checked_and_timed(bundle):
+    status, summary, seconds = run(bundle, "variants", str(SECONDS))
+    print(summary)
+    assert status == 1 and seconds < SECONDS + 1
+    assert "variant planted: not timed: kernel::" in summary
+    rows = [json.loads(line) for line in
+            (bundle / "results/variants.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"baseline", "alone"}
