@@ -248,10 +248,12 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let (heads, dv) = (p.heads(), p.value_dim());
         let mut out = OutputBuffers::with_margin(lead, heads, dv, how, asked, B::MARGIN);
         let result = self.backend.call(p, call, &self.gate, &mut self.state, &mut out);
-        self.findings(what);
         if let Err(error) = result {
             self.broken = true;
             self.expect(false, format!("{what}: {error}"));
+        }
+        self.findings(what);
+        if self.broken {
             return None;
         }
         self.expect(out.guards_intact(), format!("{what}: wrote outside of its outputs"));

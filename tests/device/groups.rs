@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use infini_attn::cuda::{Device, Event, Kernel, Target};
 
 use crate::common::cases::Case;
@@ -127,6 +127,7 @@ fn run(device: &Device, entry: Entry, cases: &[Case], tell: bool) -> Result<()> 
             say(format_args!("failed {failure}"));
         }
         all.absorb(summary);
+        device.synchronize().context("the device is lost to this process")?;
     }
     if tell {
         all.print(&format!("{entry:?}"));

@@ -2,7 +2,7 @@
 
 import re
 
-from .groups import Group, Verdict, described, judge, kernel, last_words, marked, split_failure
+from .groups import Group, Verdict, described, judge, kernels, last_words, marked, split_failure
 from .pool import Outcome, Task
 from .tools import report
 
@@ -37,7 +37,7 @@ class Diagnosis:
         """What is wrong, as far as it is known, and in which dimensions."""
         group = verdict.group
         if verdict.kind != "wrong":
-            return kernel(verdict.pending) or re.sub(r"\d+", "", verdict.sentence), "-"
+            return kernels(verdict.pending) or re.sub(r"\d+", "", verdict.sentence), "-"
         if group.stage == "kernel":
             return group.subject, group.detail
         return ("", group.detail) if group.detail else (group.name, "-")
@@ -75,8 +75,9 @@ class Diagnosis:
         limits = self.visit.limits
         self.run(verdict, "launch by launch", limits.blocking,
                  case | {"CUDA_LAUNCH_BLOCKING": "1"}, blocking)
-        self.run(verdict, "portable kernels", limits.portable, case | PORTABLE,
-                 lambda outcome: again(verdict.group, outcome))
+        if not verdict.group.portable:
+            self.run(verdict, "portable kernels", limits.portable, case | PORTABLE,
+                     lambda outcome: again(verdict.group, outcome))
         self.under_tools(verdict, verdict.case)
 
     def under_tools(self, verdict: Verdict, case: str) -> None:

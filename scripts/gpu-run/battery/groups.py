@@ -36,6 +36,10 @@ class Group:
     def newest(self) -> bool:
         return self.subject.endswith("_sm90")
 
+    @property
+    def portable(self) -> bool:
+        return self.subject.endswith("_sm80")
+
     def command(self) -> list[str]:
         return ["./device-tests", "--exact", self.name, "--nocapture"]
 
@@ -70,9 +74,10 @@ def described(pending: list[str]) -> str:
     return f"pending {pending[0]}" + (f"; after it {others}" if others else "")
 
 
-def kernel(pending: list[str]) -> str:
-    """The oldest pending kernel, without its element type."""
-    return re.sub(r"_(bf16|f16)(?=_|$)", "", pending[0].split(" ")[0]) if pending else ""
+def kernels(pending: list[str]) -> str:
+    """All pending kernels but for the copies of tables, without element types."""
+    names = {re.sub(r"_(bf16|f16)(?=_|$)", "", text.split(" ")[0]) for text in pending}
+    return " ".join(sorted(name for name in names if not name.startswith("infini_table")))
 
 
 def marked(text: str, word: str) -> list[str]:
@@ -109,7 +114,9 @@ def judge(group: Group, outcome: Outcome) -> Verdict:
         if skipped and not cases:
             verdict.kind, verdict.sentence = "skipped", skipped[0]
     elif failures:
-        verdict.kind, (verdict.case, verdict.sentence) = "wrong", failures[0]
+        verdict.case, verdict.sentence = failures[0]
+        # An error of the driver is no value.
+        verdict.kind = "fault" if "CUDA: " in verdict.sentence else "wrong"
         if len(failures) > 1:
             verdict.sentence += f" (and {len(failures) - 1} more of {len(cases)} cases)"
     elif outcome.end in ("cut", "limit"):

@@ -194,7 +194,11 @@ driver! {
         variable(address, bytes, module, &CStr::from_ptr(name).to_string_lossy());
     // 8: dynamic shared memory.
     cuFuncSetAttribute(function: usize, attribute: c_uint, value: c_int) =
-        if attribute == 8 { code(machine().allow_shared(function, value as u32)) } else { 0 };
+        match attribute {
+            8 if value as u64 > u64::from(arch().shared_per_block()) => INVALID_VALUE,
+            8 => code(machine().allow_shared(function, value as u32)),
+            _ => 0,
+        };
     cuLaunchKernel(
         function: usize, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint,
         shared_bytes: c_uint, stream: usize, params: *const *const u8, _extra: *mut *mut c_void
