@@ -94,8 +94,8 @@ fn case(
     }
 }
 
-/// Two segments and a bit, then on from the open one: one head; two, on newer devices in pairs of
-/// blocks; the same, rotated.
+/// Two segments and a bit, then on from the open one: two heads, on newer devices in pairs of blocks,
+/// rotated; one head; two.
 fn prefills(dtype: DType, shape: (usize, usize)) -> Vec<Case> {
     let (channels, positions) = (shape.0, Positions::Continued);
     let rotation = Rotation { channels, interleaved: false, positions, magnitude: 1.0 };
@@ -103,7 +103,7 @@ fn prefills(dtype: DType, shape: (usize, usize)) -> Vec<Case> {
     let single = case("one head", dtype, shape, 1, 64, &[150, 9]);
     let rotated =
         Case { name: format!("{}, rotated", pairs.name), rope: Some(rotation), ..pairs.clone() };
-    vec![single, pairs, rotated]
+    vec![rotated, single, pairs]
 }
 
 /// Sequences of two lengths.

@@ -220,9 +220,18 @@ def test_a_benchmark_that_fails(bundle):
 
 
 def test_usage(bundle, capsys):
-    for arguments in (["all"], ["battery", "0"], ["battery", "ten"], ["test", "5", "6"]):
+    for arguments in (["all"], ["battery", "0"], ["battery", "ten"], ["test", "5", "("],
+                      ["test", "5", "a", "b"]):
         assert bundle.run(*arguments) == 2
     assert not bundle.results.exists()
+
+
+def test_groups_are_chosen_by_an_expression(bundle):
+    assert bundle.run("test", "10", "sm90::d64|golden") == 0
+    run = {call["name"] for call in bundle.calls()}
+    assert {D64, "golden::record"} <= run and not run & {D128, "full::prefill"}
+    assert bundle.run("test", "10", "nothing") == 1
+    assert "listed no groups of nothing" in bundle.summary()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
