@@ -26,7 +26,12 @@ impl Noise {
 
     /// Elements `range` of a tensor.
     pub fn host(&self, range: Range<usize>) -> Vec<bf16> {
-        range.map(|i| self.block[i % Self::BLOCK]).collect()
+        let mut all = Vec::with_capacity(range.len());
+        while all.len() < range.len() {
+            let from = &self.block[(range.start + all.len()) % Self::BLOCK..];
+            all.extend_from_slice(&from[..from.len().min(range.len() - all.len())]);
+        }
+        all
     }
 
     /// The first `count` elements, in device memory.

@@ -28,7 +28,7 @@ const OUTPUT_LIMIT: f64 = 8e-3;
 const MEMORY_LIMIT: f64 = 4e-3;
 
 /// Multiply-adds of local attention that the CPU may spend on a stream.
-const BUDGET: usize = 1_500_000_000_000;
+const BUDGET: usize = 600_000_000_000;
 
 /// Slots of the pool that a batch leaves alone.
 const SPARE: usize = 3;

@@ -31,13 +31,16 @@ class Variant:
         return env if self.switches == "-" else env | {"INFINI_TARGET": self.switches}
 
     def touches(self, group: Group, visit: Visit) -> bool:
-        """Whether it replaces the group's kernel; switches alone: the attention of sm90."""
+        """Whether it replaces the group's kernel, or its switches are for it."""
         if group.stage != "kernel":
             return False
-        if self.folder == "-":
-            return group.newest and "attention" in group.subject
-        files = (visit.folder / self.folder).glob("*/*.fatbin")
-        return group.subject in {f"{file.stem}_{file.parent.name}" for file in files}
+        subjects = {"decode_sm80"} if "split_len" in self.switches else set()
+        if self.switches != "-" and not subjects:
+            subjects = {"segment_attention_sm90"}
+        if self.folder != "-":
+            files = (visit.folder / self.folder).glob("*/*.fatbin")
+            subjects |= {f"{file.stem}_{file.parent.name}" for file in files}
+        return group.subject in subjects
 
 
 def run(visit: Visit, stages: tuple[str, ...], until: float) -> None:
