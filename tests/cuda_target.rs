@@ -5,6 +5,9 @@
 
 #[path = "common/plans.rs"]
 mod plans;
+#[allow(dead_code)] // the programs that use a device need the rest
+#[path = "common/switches.rs"]
+mod switches;
 
 use infini_attn::cuda::params::{
     InfiniRotateKeys, InfiniSegmentAttention, InfiniSegmentState, InfiniState,
@@ -272,6 +275,11 @@ fn neighbouring_heads_of_a_group_share_what_they_load() {
         let shared_by = params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).shared_by;
         assert_eq!((attention.cluster, shared_by), (cluster as u32, cluster));
         assert_eq!(attention.maps[1].rows, 128 / cluster as u32);
+        // Unless the target has each block load its own.
+        let options = PrefillOptions { target: Target { shared_by: 1, ..TARGET }, ..OPTIONS };
+        let plan = plan_prefill(&p, &call(&p, &[1, 300]), &mirror(&p, 1), &options).expect("valid");
+        let attention = launch(&plan, "segment_attention");
+        assert_eq!((attention.cluster, attention.maps[1].rows), (1, 128));
     }
 }
 
@@ -309,4 +317,23 @@ fn as_many_pieces_run_together_as_stay_in_l2() {
     assert_eq!(group(2048, |b| b.heads(8).kv_heads(8)), 4);
     assert_eq!(group(3000, |b| b), 10);
     assert_eq!(group(40_000, |b| b), 1);
+    let p = problem(|b| b.key_dim(D).value_dim(D).segment_len(2048));
+    let options = PrefillOptions { target: Target { l2_bytes: 4 << 20, ..TARGET }, ..OPTIONS };
+    let plan = plan_prefill(&p, &call(&p, &[1, 4096]), &mirror(&p, 1), &options).expect("valid");
+    assert_eq!(params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).piece_group, 2);
+}
+
+/// `INFINI_TARGET` of the device tests and the benchmarks.
+#[test]
+fn switches_change_a_target() {
+    let text = "arch=sm80,multiprocessors=7,shared_by=1,l2_bytes=9,split_len=512";
+    let changed =
+        Target { arch: Arch::Sm80, multiprocessors: 7, shared_by: 1, l2_bytes: 9, split_len: 512 };
+    assert_eq!(switches::target(TARGET, text).expect("known"), changed);
+    let one = switches::target(TARGET, "split_len=64").expect("known");
+    assert_eq!(one, Target { split_len: 64, ..TARGET });
+    for wrong in ["", "arch", "arch=sm70", "grid=3", "shared_by=two", "shared_by=1,,"] {
+        let error = switches::target(TARGET, wrong).expect_err(wrong).to_string();
+        assert!(error.starts_with("INFINI_TARGET: "), "{error}");
+    }
 }

@@ -15,9 +15,12 @@ pub enum Event<'a> {
     Waited,
 }
 
-/// All who are told of every [`Event`].
+/// One who is told of every [`Event`].
+type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
+
+/// All of them.
 #[derive(Clone, Default)]
-pub(super) struct Observers(pub Vec<Arc<dyn Fn(&Event<'_>) + Send + Sync>>);
+pub(super) struct Observers(pub Vec<Observer>);
 
 impl Observers {
     pub fn tell(&self, event: Event<'_>) {

@@ -1,10 +1,14 @@
 //! What surrounds a call: visits to the host, streams, graphs, maps, merges, captures.
 
+use std::sync::{Arc, Mutex};
+
 use anyhow::Result;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::{bf16, f16};
-use infini_attn::cuda::{self, Device, Gate, Inputs, Outputs, TensorView, TensorViewMut};
+use infini_attn::cuda::{
+    self, Arch, Device, Event, Gate, Inputs, Outputs, Runs, Target, TensorView, TensorViewMut,
+};
 use infini_attn::{DType, Element, Error, Problem, State, TensorViewMut as HostMut, prefill};
 
 use crate::common::metric::relative_rms;
@@ -22,6 +26,8 @@ pub fn groups() -> Vec<Group> {
         check("maps", maps_and_merges),
         check("merge_partials", merge_partials),
         check("capture", what_a_capture_cannot_hold_is_refused),
+        check("targets", calls_are_planned_for_the_target_that_is_given),
+        check("observers", observers_are_told_of_every_launch),
     ]
 }
 
@@ -275,5 +281,44 @@ fn what_a_capture_cannot_hold_is_refused(device: &Device) -> Result<()> {
     }
     // The capture is unharmed, and so is the state.
     assert_eq!(token.prefill(&mut state, &gate).len(), 4 * 64);
+    Ok(())
+}
+
+fn calls_are_planned_for_the_target_that_is_given(device: &Device) -> Result<()> {
+    let own = device.target()?;
+    let portable = Target { arch: Arch::Sm80, multiprocessors: 7, split_len: 64, ..own };
+    let other = device.with_target(portable)?;
+    assert_eq!((other.target()?, device.target()?), (portable, own));
+    assert_eq!(other.prefill_options()?.target, portable);
+    assert_eq!(other.decode_options(Runs::Once)?.target, portable);
+    let none = device.with_target(Target { multiprocessors: 0, ..own }).expect_err("none");
+    assert_eq!(none.to_string(), "target.multiprocessors: 0 given, 1 or more expected");
+    if device.capability() != (9, 0) {
+        let newer = device.with_target(Target { arch: Arch::Sm90, ..own }).expect_err("newer");
+        assert_eq!(newer.to_string(), "target.arch: sm90 given, sm80 at most expected");
+    }
+    let too_late = unsafe { cuda::replace_kernels(std::path::Path::new("nowhere")) };
+    assert!(matches!(too_late, Err(Error::Io { .. })), "{too_late:?}");
+    Ok(())
+}
+
+fn observers_are_told_of_every_launch(device: &Device) -> Result<()> {
+    let told = Arc::new(Mutex::new(Vec::<String>::new()));
+    let own = told.clone();
+    let observed = device.observed_by(move |event| {
+        own.lock().expect("no panic").push(match event {
+            Event::Launch(launch) => launch.kernel.operation.into(),
+            _ => "done".into(),
+        });
+    });
+    let p = problem(2, 1, 64, 64);
+    let gate = Gate::new(&observed, &[0.0; 2])?;
+    let mut state = cuda::State::new(&observed, &p, 1, false)?;
+    told.lock().expect("no panic").clear();
+    Tokens::new(&observed, &Stream::<bf16>::normal(&p, 130, 3)).prefill(&mut state, &gate);
+    let told = told.lock().expect("no panic").join(" ");
+    let expected = "table table segment_state normaliser_scan segment_transition memory_scan \
+                    segment_attention append done";
+    assert_eq!(told, expected);
     Ok(())
 }

@@ -23,9 +23,12 @@ pub struct Group {
     pub work: Work,
 }
 
+/// The cases for a device.
+type MakeCases = Box<dyn Fn(&Device) -> Result<Vec<Case>> + Send + Sync>;
+
 pub enum Work {
     /// Cases against the float64 reference.
-    Cases(Entry, Box<dyn Fn(&Device) -> Result<Vec<Case>> + Send + Sync>),
+    Cases(Entry, MakeCases),
     /// Anything else.
     Check(fn(&Device) -> Result<()>),
 }
