@@ -7,7 +7,7 @@ use common::buffers::{OutputBuffers, Strided};
 use common::call::{Call, CallShape};
 use common::cases::{Batch, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases};
 use common::driver::run_cases;
-use common::metric::{log_rms, relative_rms};
+use common::metric::{Axes, log_rms, relative_rms, rows_are_close};
 use common::plain::{Plain, Rows};
 use common::stream::Stream;
 use common::tensor_cases::{Shape, full, pairwise, work};
@@ -69,15 +69,31 @@ fn failures_tell_where_elements_are_off() {
         relative_rms("x", &got, &want, &shape, 1e-3).unwrap_err()
     };
     let second_group = told(&|[t, _, c]| t % 128 >= 64 && c < 8, 2.0);
-    let expected = "2048 of 16384 elements are far off (axis 0: 64-127 of every 128; axis 1: all; \
+    let expected = "2048 of 16384 are far off (axis 0: 64-127 of every 128; axis 1: all; \
                     axis 2: 0-7)";
     assert!(second_group.ends_with(expected), "{second_group}");
     let warp = told(&|[t, h, _]| t % 64 == 17 && h == 1, f64::NAN);
-    let expected = "NaN at [17, 1, 0] of [256, 2, 32], 1 expected; 128 of 16384 elements are far off \
+    let expected = "NaN at [17, 1, 0] of [256, 2, 32], 1 expected; 128 of 16384 are far off \
                     (axis 0: 17 of every 64; axis 1: 1; axis 2: all)";
     assert!(warp.contains(expected), "{warp}");
     let few = told(&|[t, h, c]| [3, 5, 8, 100, 101, 200].contains(&t) && h == 0 && c == 0, 9.0);
     assert!(few.contains("(axis 0: 3, 5, 8, 100-101, ...; axis 1: 0; axis 2: 0)"), "{few}");
+
+    // Axes by name, and rows of a long tensor one by one.
+    let axes = Axes::tokens(&shape, Some(100));
+    let mut got = want.clone();
+    got[207 * 64 + 40] = 9.0;
+    let told = relative_rms("o", &got, &want, axes, 1e-3).unwrap_err();
+    let expected = "worst at token 207 (segment 2, row 7), head 1, channel 8 of [256, 2, 32]: 9 given, \
+                    1 expected; 1 of 16384 are far off (token: 207; head: 1; channel: 8)";
+    assert!(told.ends_with(expected), "{told}");
+    got[207 * 64 + 40] = 1.4;
+    assert!(relative_rms("o", &got, &want, axes, 1e-2).is_ok());
+    let told = rows_are_close("o", &got, &want, axes, 1e-2).unwrap_err();
+    assert!(told.ends_with("1 of 512 are far off (token: 207; head: 1)"), "{told}");
+    assert_eq!(rows_are_close("o", &got, &want, axes, 1e-1), Ok(()));
+    got[0] = f64::NAN;
+    assert!(rows_are_close("o", &got, &want, axes, 1e-1).is_err());
 }
 
 #[test]

@@ -4,6 +4,8 @@ use anyhow::Result;
 use infini_attn::cuda::Device;
 use infini_attn::{DType, Problem};
 
+use crate::switches::is_simulated;
+
 /// Heads, dimensions and lengths of one operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -52,11 +54,6 @@ pub struct Case {
 const BASE: Shape =
     Shape { heads: 32, kv_heads: 8, dim: 128, segment: 2048, tokens: 32768, sequences: 1, open: 0 };
 
-/// Whether the driver is the simulator's.
-pub fn is_simulated(device: &Device) -> Result<bool> {
-    Ok(device.name()? == "PTX simulator")
-}
-
 /// Everything that is measured, what says most first.
 pub fn cases(device: &Device) -> Result<Vec<Case>> {
     fitting(device, [main(), further()].concat())
@@ -78,11 +75,11 @@ fn main() -> Vec<Case> {
     let step = |sequences| Shape { sequences, tokens: 1, open: 1024, ..BASE };
     vec![
         case(Operation::Local, BASE),
-        case(Operation::Local, long),
+        case(Operation::Decode, step(64)),
         case(Operation::Prefill, BASE),
         case(Operation::StatePhases, BASE),
+        case(Operation::Local, long),
         case(Operation::StatePhases, Shape { segment: 256, ..BASE }),
-        case(Operation::Decode, step(64)),
         case(Operation::Decode, step(1)),
         case(Operation::Segment, one),
         case(Operation::Segment, Shape { sequences: 8, ..one }),

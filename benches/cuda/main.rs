@@ -9,13 +9,14 @@
 //! |---|---|
 //! | `INFINI_BENCH_SECONDS` | time for all measurements together (default 120) |
 //! | `INFINI_BENCH_JSON` | file to append one JSON line per operation to |
+//! | `INFINI_BENCH_ROWS` | which rows of the table, such as `0..2` or `5..` (what says most comes first) |
 //!
 //! The variables of tests/common/switches.rs hold here as well: other kernels, other cuts of the work.
 //!
 //! | arguments | prints JSON lines |
 //! |---|---|
 //! | `--card` | what the device is, and the bandwidth of a copy |
-//! | `--headline SECONDS` | µs of the shapes that variants are compared by, in that time together |
+//! | `--headline SECONDS [PREFIX]` | µs of the shapes that variants are compared by, in that time together |
 //! | `--measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]` | µs of one bf16 prefill, for `benches/compare.py`; with a folder it reads q, k, v and gate from there and writes o |
 //!
 //! On the simulator's driver (tests/ptxsim/driver) all shapes are tiny, and no figure means anything.
@@ -64,7 +65,7 @@ fn main() -> std::process::ExitCode {
 fn all(device: &Device) -> Result<()> {
     let roofline = Roofline::measure(device)?;
     println!("{}\n", roofline.describe());
-    let cases = cases::cases(device)?;
+    let cases = chosen(cases::cases(device)?)?;
     let seconds = std::env::var("INFINI_BENCH_SECONDS").ok().and_then(|s| s.parse().ok());
     let each: f64 = seconds.unwrap_or(120.0) / cases.len() as f64;
     let mut criterion = Criterion::default()
@@ -73,8 +74,10 @@ fn all(device: &Device) -> Result<()> {
         .measurement_time(Duration::from_secs_f64((each / 2.0).max(0.2)))
         .configure_from_args();
     let (mut rows, mut failed) = (vec![], vec![]);
-    for case in cases {
+    for (row, case) in cases {
         let name = case.name();
+        // For whoever finds this program hanging, or gone.
+        println!("row {row} {name}");
         // Buffers are made only for what the command line asks for.
         let mut ready: Option<Result<Work>> = None;
         let samples = RefCell::new(vec![]);
@@ -94,7 +97,7 @@ fn all(device: &Device) -> Result<()> {
             None => {}
             Some(Err(error)) => failed.push(format!("{name}: {error:#}")),
             Some(Ok(work)) => {
-                let figures = work.figures(&name, samples.into_inner());
+                let figures = work.figures(samples.into_inner());
                 // At once: whoever ends this program early has what it did until then.
                 figures.iter().try_for_each(|row| append(&row.json(&roofline)))?;
                 rows.extend(figures);
@@ -105,6 +108,20 @@ fn all(device: &Device) -> Result<()> {
     rows.iter().for_each(|row| println!("{}", row.markdown(&roofline)));
     ensure!(failed.is_empty(), "not measured, whatever stands above:\n{}", failed.join("\n"));
     Ok(())
+}
+
+/// The rows that are asked for, numbered.
+fn chosen(cases: Vec<cases::Case>) -> Result<Vec<(usize, cases::Case)>> {
+    let text = std::env::var("INFINI_BENCH_ROWS").unwrap_or("..".into());
+    let range = text.split_once("..").and_then(|(first, end)| {
+        let number = |text: &str, default| match text {
+            "" => Some(default),
+            text => text.parse().ok(),
+        };
+        Some(number(first, 0)?..number(end, usize::MAX)?)
+    });
+    let range = range.with_context(|| format!("INFINI_BENCH_ROWS: {text} given, 0..2 or such"))?;
+    Ok(cases.into_iter().enumerate().filter(|(row, _)| range.contains(row)).collect())
 }
 
 /// A line in the file that is named, if any.

@@ -13,8 +13,7 @@ use crate::cases::{Case, Operation, Shape, headline as headline_cases};
 use crate::roofline::{Roofline, median};
 use crate::work::Set;
 
-const USAGE: &str =
-    "--card, --headline SECONDS, or --measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]";
+const USAGE: &str = "--card, --headline SECONDS [PREFIX], or --measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]";
 
 /// Fewest runs of a headline shape.
 const LEAST_RUNS: usize = 3;
@@ -34,7 +33,9 @@ pub fn run(device: &Device) -> Result<()> {
         return Ok(());
     }
     if let Some(seconds) = value("--headline") {
-        return headline(device, seconds.parse().context(USAGE)?);
+        let at = arguments.iter().position(|a| a == "--headline").unwrap_or(0);
+        let prefix = arguments.get(at + 2).map_or("", String::as_str);
+        return headline(device, seconds.parse().context(USAGE)?, prefix);
     }
     ensure!(value("--measure").as_deref() == Some("prefill"), "usage: {USAGE}");
     let case = Case {
@@ -53,9 +54,11 @@ pub fn run(device: &Device) -> Result<()> {
     }
 }
 
-/// The median of every headline shape; `seconds` for all, buffers included.
-fn headline(device: &Device, seconds: f64) -> Result<()> {
-    let cases = headline_cases(device)?;
+/// The median of every headline shape whose name begins with `prefix`; `seconds` for all, buffers
+/// included.
+fn headline(device: &Device, seconds: f64, prefix: &str) -> Result<()> {
+    let mut cases = headline_cases(device)?;
+    cases.retain(|case| case.name().starts_with(prefix));
     let begin = Instant::now();
     for (i, case) in cases.iter().enumerate() {
         let end = Duration::from_secs_f64(seconds * (i + 1) as f64 / cases.len() as f64);
@@ -65,7 +68,7 @@ fn headline(device: &Device, seconds: f64) -> Result<()> {
             samples.push(work.time(1)?.as_secs_f64());
         }
         let runs = samples.len();
-        let figures = work.figures(&case.name(), samples).context("no time was measured")?;
+        let figures = work.figures(samples).context("no time was measured")?;
         let (name, us) = (figures.name, 1e6 * figures.seconds);
         println!("{}", json!({ "operation": name, "us": us, "runs": runs }));
     }

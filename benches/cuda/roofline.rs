@@ -5,7 +5,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use infini_attn::cuda::Device;
 use serde_json::{Value, json};
 
-use crate::cases::is_simulated;
+use crate::switches::is_simulated;
 use crate::work::Stopwatch;
 
 /// Dense 16-bit flops with f32 accumulation, per multiprocessor and clock.

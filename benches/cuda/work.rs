@@ -16,9 +16,10 @@ use infini_attn::cuda::{
     plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
 
-use crate::cases::{Case, DECODE_STEPS, Operation, Shape, is_simulated};
+use crate::cases::{Case, DECODE_STEPS, Operation, Shape};
 use crate::noise::Noise;
 use crate::roofline::{Figures, median};
+use crate::switches::{is_simulated, note};
 
 /// Buffers of one operation together, at least: several times the largest L2.
 const ROTATE_BYTES: usize = 512 << 20;
@@ -37,9 +38,9 @@ impl Case {
         let graphs = sets.iter_mut().map(|set| set.capture(self, device));
         let graphs = graphs.collect::<Result<Vec<_>>>()?;
         let steps = if self.operation == Operation::Decode { DECODE_STEPS } else { 1 };
-        let watch = Stopwatch::new(device)?;
+        let (watch, name) = (Stopwatch::new(device)?, self.name());
         let work =
-            Work { graphs, watch, next: Cell::new(0), steps, work: self.work(), _sets: sets };
+            Work { name, graphs, watch, next: Cell::new(0), steps, work: self.work(), _sets: sets };
         work.time(copies as u64)?;
         Ok(work)
     }
@@ -47,6 +48,7 @@ impl Case {
 
 /// An operation ready to be replayed.
 pub struct Work {
+    name: String,
     graphs: Vec<CudaGraph>,
     watch: Stopwatch,
     next: Cell<usize>,
@@ -59,20 +61,23 @@ pub struct Work {
 impl Work {
     /// Time of that many replays, on the device.
     pub fn time(&self, replays: u64) -> Result<Duration> {
-        self.watch.time(|| {
+        note(&format!("replays of {}", self.name));
+        let time = self.watch.time(|| {
             for _ in 0..replays {
                 let i = self.next.replace((self.next.get() + 1) % self.graphs.len());
                 self.graphs[i].launch()?;
             }
             Ok(())
-        })
+        });
+        note("done");
+        time
     }
 
     /// Of the seconds per replay.
-    pub fn figures(&self, name: &str, samples: Vec<f64>) -> Option<Figures> {
+    pub fn figures(&self, samples: Vec<f64>) -> Option<Figures> {
         let [flops, bytes] = self.work;
         let seconds = median(samples) / self.steps as f64;
-        let name = name.to_owned();
+        let name = self.name.clone();
         seconds.is_finite().then_some(Figures { name, seconds, flops, bytes })
     }
 }

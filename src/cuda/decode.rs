@@ -47,6 +47,7 @@ pub fn plan_decode(
     state: &Mirror,
     options: &DecodeOptions,
 ) -> Result<Plan> {
+    options.target.check()?;
     let call = call.resolve(problem, state, Some(MAX_DECODE_TOKENS))?;
     let kind = match options.runs {
         Runs::Once => Kind::Once(call.sequences.iter().map(|s| state.counters()[s.slot]).collect()),
@@ -109,7 +110,7 @@ fn launches(
     let table = (options.runs == Runs::Table).then(|| longest(call, options));
     let sequences = sequences(call, table, plan, workspace)?;
     let count = sequences.count as usize;
-    let split_len = options.target.split_len.clamp(1, p.segment_len()).next_multiple_of(TILE);
+    let split_len = options.target.split_len.min(p.segment_len()).next_multiple_of(TILE);
     let splits = p.segment_len().div_ceil(split_len);
     let rows = p.group() * longest(call, options);
     let row_tiles = rows.div_ceil(kernel.rows);

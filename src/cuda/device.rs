@@ -136,20 +136,18 @@ impl Device {
     /// work, or to measure how work is best cut.
     ///
     /// # Errors
-    /// [`Error::Value`] for kernels that the device does not run, or no multiprocessor.
+    /// [`Error::Value`] for kernels that the device does not run, and those of [`Target::check`].
     pub fn with_target(&self, target: Target) -> Result<Self> {
         if target.arch > self.arch() {
             let expected = format!("{} at most", self.arch());
             return Err(Error::value("target.arch", target.arch, expected));
         }
-        if target.multiprocessors == 0 {
-            return Err(Error::value("target.multiprocessors", 0, "1 or more"));
-        }
+        target.check()?;
         Ok(Self { target: Some(target), ..self.clone() })
     }
 
     /// The same device with one more observer, who is told of every launch before it is enqueued, and
-    /// of [`Self::synchronize`] when it is done: for logs that still name the kernel when the device
+    /// when [`Self::synchronize`] or a download of a state has waited for all: for logs that still name the kernel when the device
     /// hangs. What a captured graph replays is not told.
     pub fn observed_by(&self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
         let mut observed = self.clone();
@@ -207,8 +205,8 @@ impl Device {
         Ok(Target { arch: self.arch(), multiprocessors, ..Target::DEFAULT })
     }
 
-    /// The newest kernels it runs.
-    fn arch(&self) -> Arch {
+    /// The newest kernels it runs, whatever calls are planned for.
+    pub fn arch(&self) -> Arch {
         if self.capability() == SM90_CAPABILITY { Arch::Sm90 } else { Arch::Sm80 }
     }
 
@@ -365,21 +363,37 @@ impl Device {
         let module = match tables.modules.get(kernel.file) {
             Some(module) => module.clone(),
             None => {
-                let module = load_module(&self.loaded.context, kernel.file)?;
-                self.watch(kernel.file, &module).map_err(|e| driver(what(), e))?;
+                let module = self.load_module(kernel.file)?;
                 tables.modules.insert(kernel.file, module.clone());
                 module
             }
         };
-        let function = module.load_function(kernel.symbol).map_err(|e| driver(what(), e))?;
+        let function = module.load_function(kernel.symbol).map_err(|e| self.failed(what(), e))?;
         if kernel.shared_bytes > DEFAULT_SHARED {
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
-                driver(format!("{} with {} B of shared memory", what(), kernel.shared_bytes), e)
+                self.failed(
+                    format!("{} with {} B of shared memory", what(), kernel.shared_bytes),
+                    e,
+                )
             })?;
         }
         tables.functions.insert(kernel.symbol, function.clone());
         Ok(function)
+    }
+
+    /// The code of a file. Every fatbin holds PTX beside its cubins, so the driver finds or compiles
+    /// something for each device; the PTX text itself stays out of the program.
+    fn load_module(&self, file: &'static str) -> Result<Arc<CudaModule>> {
+        let what = || format!("loading the kernels of {file}");
+        let fatbin = kernels::fatbin(file).ok_or_else(|| Error::Driver {
+            what: what(),
+            reason: "not compiled into this build".into(),
+        })?;
+        let module = self.loaded.context.load_module(Ptx::from_binary(fatbin.to_vec()));
+        let module = module.map_err(|e| self.failed(what(), e))?;
+        self.watch(file, &module).map_err(|e| self.failed(what(), e))?;
+        Ok(module)
     }
 }
 
@@ -424,17 +438,6 @@ pub(super) fn reason(error: DriverError) -> String {
 
 pub(super) fn driver(what: impl Into<String>, error: DriverError) -> Error {
     Error::Driver { what: what.into(), reason: reason(error) }
-}
-
-/// The code of a file. Every fatbin holds PTX beside its cubins, so the driver finds or compiles
-/// something for each device; the PTX text itself stays out of the program.
-fn load_module(context: &Arc<CudaContext>, file: &'static str) -> Result<Arc<CudaModule>> {
-    let what = || format!("loading the kernels of {file}");
-    let fatbin = kernels::fatbin(file).ok_or_else(|| Error::Driver {
-        what: what(),
-        reason: "not compiled into this build".into(),
-    })?;
-    context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| driver(what(), e))
 }
 
 pub(super) fn table_kernel() -> Option<&'static Kernel> {

@@ -55,6 +55,7 @@ pub fn plan_prefill(
     state: &Mirror,
     options: &PrefillOptions,
 ) -> Result<Plan> {
+    options.target.check()?;
     let call = call.resolve(problem, state, None)?;
     let counters = state.counters();
     let all: Vec<_> =
@@ -245,7 +246,7 @@ impl Planner<'_> {
         let (p, target) = (&self.call.problem, self.phases.target);
         let pieces = run.pieces.len();
         // Neighbouring query heads of a group read the same keys, values and memory.
-        let shared_by = if p.group().is_multiple_of(2) { target.shared_by.clamp(1, 2) } else { 1 };
+        let shared_by = if p.group().is_multiple_of(2) { target.shared_by } else { 1 };
         let operands = AttentionOperands {
             p,
             call: &self.params,

@@ -68,8 +68,9 @@ fn parse(text: &str) -> std::result::Result<Vec<Kernel>, (String, String)> {
         let bad = || (format!("{line:?}"), "a symbol of this program and six numbers".into());
         let (symbol, numbers) = line.split_once(' ').ok_or_else(bad)?;
         let kernel = kernels.iter_mut().find(|k| k.symbol == symbol).ok_or_else(bad)?;
-        let numbers: Vec<u32> =
-            numbers.split(' ').map_while(|number| number.parse().ok()).collect();
+        let numbers =
+            numbers.split(' ').map(str::parse).collect::<std::result::Result<Vec<u32>, _>>();
+        let numbers = numbers.map_err(|_| bad())?;
         let [threads, shared_bytes, blocks_per_sm, rows, columns, keys] = numbers[..] else {
             return Err(bad());
         };
@@ -124,6 +125,7 @@ mod tests {
             (format!("params 00\n{good}"), "launch parameters 00"),
             (format!("params {params}\ninfini_other 1 2 3 4 5 6"), "infini_other"),
             (format!("params {params}\n{good} 7"), "six numbers"),
+            (format!("params {params}\n{good} more"), "six numbers"),
             (format!("params {params}\n{}", line(&kernels[0], 0)), "six numbers"),
             (format!("params {params}\n{}", kernels[0].symbol), "six numbers"),
         ] {

@@ -27,6 +27,7 @@ pub fn plan_segment(
     state: &Mirror,
     target: &Target,
 ) -> Result<Plan> {
+    target.check()?;
     let call = call.resolve(problem, state, None)?;
     let counters = state.counters();
     for (b, s) in call.sequences.iter().enumerate() {

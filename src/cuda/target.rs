@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::tensor_map::{Source, TensorMap};
 use super::{KERNELS, Kernel, find};
-use crate::{Problem, Result};
+use crate::{Error, Problem, Result};
 
 /// What kernels are compiled for, oldest first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,6 +53,25 @@ impl Target {
         l2_bytes: 32 << 20,
         split_len: 256,
     };
+
+    /// Whether plans can be made for it; every planner asks.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for 0 where something is counted, and a `shared_by` other than 1 and 2.
+    pub fn check(&self) -> Result<()> {
+        let counts = [
+            ("multiprocessors", self.multiprocessors),
+            ("l2_bytes", self.l2_bytes),
+            ("split_len", self.split_len),
+        ];
+        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return Err(Error::value(format!("target.{name}"), 0, "1 or more"));
+        }
+        if ![1, 2].contains(&self.shared_by) {
+            return Err(Error::value("target.shared_by", self.shared_by, "1 or 2"));
+        }
+        Ok(())
+    }
 }
 
 impl Default for Target {

@@ -7,7 +7,7 @@ use super::params::{InfiniCounters, InfiniState};
 use super::plan::{Allocation, Plan};
 use super::state::Effect;
 use super::transfer::Parts;
-use super::{Addresses, Device, Mirror, Operand, StateLayout};
+use super::{Addresses, Device, Event, Mirror, Operand, StateLayout};
 use crate::memory::Counters;
 use crate::{Element, Error, Problem, Result};
 
@@ -248,6 +248,7 @@ impl State {
         unsafe { result::memcpy_dtoh_async(&mut to, from, self.device.stream().cu_stream()) }
             .map_err(|e| self.device.failed(what(), e))?;
         self.device.stream().synchronize().map_err(|e| self.device.failed(what(), e))?;
+        self.device.tell(Event::Waited);
         Ok(to)
     }
 

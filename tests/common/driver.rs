@@ -10,7 +10,7 @@ use super::backend::Backend;
 use super::buffers::{Arrangement, OutputBuffers, Strided};
 use super::call::{Call, CallRope, CallShape, TABLE_ROWS, rope};
 use super::cases::{Batch, Case, Gate, Positions};
-use super::metric::{log_rms, relative_rms};
+use super::metric::{Axes, log_rms, relative_rms};
 use super::plain::{Plain, Rows};
 use super::stream::{Stream, normals, rope_tables};
 use super::tolerance::{MAIN, Precision, ROUNDED_SUM_TOLERANCE, Results, Tolerances};
@@ -405,18 +405,21 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
             self.checks.push(result.map(|rms| (name, rms)));
         };
         let rows = [self.case.tokens(b), p.heads(), p.value_dim()];
+        // A flush starts a segment where it likes.
+        let segment = self.case.flush_after.is_empty().then_some(p.segment_len());
+        let axes = |shape| Axes::tokens(shape, segment);
         for (i, asked) in [true, asked.a_dot, asked.a_mem].into_iter().enumerate() {
             if asked {
                 let (got, want) = (&got.main[i], &want.main[i]);
-                check(MAIN[i], relative_rms(MAIN[i], got, want, &rows, limits.main[i]));
+                check(MAIN[i], relative_rms(MAIN[i], got, want, axes(&rows), limits.main[i]));
             }
         }
         if asked.lse {
-            check("lse", log_rms("lse", &got.lse, &want.lse, &rows[..2], limits.lse));
+            check("lse", log_rms("lse", &got.lse, &want.lse, axes(&rows[..2]), limits.lse));
         }
         let memory = [p.kv_heads(), p.key_dim(), p.value_dim()];
-        check("M", relative_rms("M", &got.m, &want.m, &memory, limits.m));
-        check("z", relative_rms("z", &got.z, &want.z, &memory[..2], limits.z));
+        check("M", relative_rms("M", &got.m, &want.m, Axes::memory(&memory), limits.m));
+        check("z", relative_rms("z", &got.z, &want.z, Axes::memory(&memory[..2]), limits.z));
     }
 
     /// Tokens of sequence `b` from flush point to flush point, and whether a flush follows.

@@ -43,9 +43,22 @@ pub fn device() -> Result<Device> {
         _ => device,
     };
     Ok(match &*RING {
-        Some(ring) => device.observed_by(|event| ring.note(event)),
+        Some(ring) => device.observed_by(|event| ring.tell(event)),
         None => device,
     })
+}
+
+/// Whether the driver is the simulator's (tests/ptxsim/driver).
+pub fn is_simulated(device: &Device) -> Result<bool> {
+    Ok(device.name()? == "PTX simulator")
+}
+
+/// Writes down what is enqueued past the library: launches of one's own, replays of graphs; `done`
+/// once the host has waited for it.
+pub fn note(text: &str) {
+    if let Some(ring) = &*RING {
+        ring.write(text);
+    }
 }
 
 /// A target with some of its fields changed: `shared_by=1,split_len=512`.
@@ -95,8 +108,8 @@ impl Ring {
     const RECORDS: u64 = 64;
     const BYTES: usize = 256;
 
-    fn note(&self, event: &Event<'_>) {
-        let text = match event {
+    fn tell(&self, event: &Event<'_>) {
+        match event {
             Event::Launch(launch) => {
                 let cluster = match launch.cluster {
                     1 => String::new(),
@@ -104,10 +117,13 @@ impl Ring {
                 };
                 let (kernel, what) = (launch.kernel, launch.what);
                 let (symbol, grid, threads) = (kernel.symbol, launch.grid, kernel.threads);
-                format!("{symbol} {grid:?} x {threads}{cluster}: {what}")
+                self.write(&format!("{symbol} {grid:?} x {threads}{cluster}: {what}"));
             }
-            _ => "done".into(),
-        };
+            _ => self.write("done"),
+        }
+    }
+
+    fn write(&self, text: &str) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut line = format!("{number} {text}").into_bytes();
         line.resize(Self::BYTES - 1, b' ');

@@ -13,7 +13,9 @@ use infini_attn::{DType, Element, Error, Problem, State, TensorViewMut as HostMu
 
 use crate::common::metric::relative_rms;
 use crate::common::stream::{Stream, normals};
+use crate::common::switches::note;
 use crate::common::{bits, narrow, widen};
+use crate::full::is_small;
 use crate::groups::Group;
 
 pub fn groups() -> Vec<Group> {
@@ -34,6 +36,14 @@ pub fn groups() -> Vec<Group> {
 fn problem(heads: usize, kv_heads: usize, dim: usize, segment_len: usize) -> Problem {
     let b = Problem::builder().heads(heads).kv_heads(kv_heads).head_dim(dim);
     b.segment_len(segment_len).dtype(DType::BF16).build().expect("valid")
+}
+
+/// A stream of some segments, and how long it is.
+fn long(device: &Device) -> Result<(Problem, usize)> {
+    Ok(match is_small(device)? {
+        true => (problem(4, 2, 128, 128), 700),
+        false => (problem(32, 8, 128, 2048), 3 * 2048 + 700),
+    })
 }
 
 /// q, k, v of some tokens and room for their output, in device memory.
@@ -95,13 +105,14 @@ fn close(what: &str, got: &[f64], want: &[f64], limit: f64) {
 }
 
 fn states_continue_after_a_visit_to_the_host(device: &Device) -> Result<()> {
-    let p = problem(4, 2, 64, 128);
-    let gate = Gate::new(device, &normals(1, 4)).expect("room");
-    let stream = Stream::<bf16>::normal(&p, 400, 2);
+    let (p, tokens) = long(device)?;
+    let gate = Gate::new(device, &normals(1, p.heads())).expect("room");
+    let stream = Stream::<bf16>::normal(&p, tokens, 2);
+    let before = tokens * 3 / 4;
     let mut state = cuda::State::new(device, &p, 1, false).expect("room");
-    Tokens::new(device, &stream.slice(0..300)).prefill(&mut state, &gate);
+    Tokens::new(device, &stream.slice(0..before)).prefill(&mut state, &gate);
     let mut visitor = state.to_host().expect("a state").to_device(device, false).expect("room");
-    let rest = stream.slice(300..400);
+    let rest = stream.slice(before..tokens);
     let outputs = [&mut state, &mut visitor].map(|state| {
         let o = Tokens::new(device, &rest).prefill(state, &gate);
         (bits(&o), state.to_host().expect("a state").to_bytes().expect("bytes"))
@@ -112,9 +123,9 @@ fn states_continue_after_a_visit_to_the_host(device: &Device) -> Result<()> {
 }
 
 fn other_streams_wait_and_give_the_same_bits(device: &Device) -> Result<()> {
-    let p = problem(8, 2, 128, 256);
-    let stream = Stream::<bf16>::normal(&p, 3000, 3);
-    let gate = Gate::new(device, &normals(4, 8)).expect("room");
+    let (p, tokens) = long(device)?;
+    let stream = Stream::<bf16>::normal(&p, tokens, 3);
+    let gate = Gate::new(device, &normals(4, p.heads())).expect("room");
     let mut first = cuda::State::new(device, &p, 1, false).expect("room");
     let want = Tokens::new(device, &stream).prefill(&mut first, &gate);
     let side = device.stream().context().new_stream().expect("a stream");
@@ -132,9 +143,10 @@ fn other_streams_wait_and_give_the_same_bits(device: &Device) -> Result<()> {
 /// A captured step, replayed over the ends of three segments, against single steps on the CPU; and
 /// twice, for equal bits.
 fn a_captured_step_replays_across_segments(device: &Device) -> Result<()> {
-    let p = problem(8, 2, 128, 64);
-    let stream = Stream::<bf16>::normal(&p, 3 * 64 + 9, 7);
-    let logits = normals(8, 8);
+    let (heads, kv_heads, n) = if is_small(device)? { (8, 2, 64) } else { (32, 8, 256) };
+    let p = problem(heads, kv_heads, 128, n);
+    let stream = Stream::<bf16>::normal(&p, 3 * n + 9, 7);
+    let logits = normals(8, heads);
     let gate = Gate::new(device, &logits).expect("room");
     let mut cpu = State::new(&p, 1);
     let want = on_cpu(&stream, &logits, &mut cpu);
@@ -143,7 +155,8 @@ fn a_captured_step_replays_across_segments(device: &Device) -> Result<()> {
     close("o of replays", &widen(&first.0), &want, 8e-3);
     let m = |s: &State| widen(s.memory().as_slice().expect("contiguous"));
     close("M after replays", &m(&first.1), &m(&cpu), 4e-3);
-    assert_eq!((first.1.tokens(0), first.1.committed(0), first.1.open_len(0)), (201, 192, 9));
+    let counters = (first.1.tokens(0), first.1.committed(0), first.1.open_len(0));
+    assert_eq!(counters, (3 * n as u64 + 9, 3 * n as u64, 9));
     Ok(())
 }
 
@@ -170,6 +183,7 @@ fn replay(device: &Device, stream: &Stream<bf16>, gate: &Gate) -> (Vec<bf16>, St
             cu_stream.memcpy_htod(from, to).expect("a copy");
         }
         state.advance(&plan).expect("a plan for any counters");
+        note("replay of a decode step");
         graph.launch().expect("a replay");
         all.extend(token.output(device));
     }

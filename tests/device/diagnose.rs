@@ -12,6 +12,7 @@ use crate::common::driver::run_cases;
 use crate::common::say::say;
 use crate::common::switches::target;
 use crate::common::tensor_cases::work;
+use crate::groups::failures;
 
 /// The smallest case that fails.
 pub fn cases(device: &Device, entry: Entry, mut cases: Vec<Case>) -> Result<()> {
@@ -22,24 +23,25 @@ pub fn cases(device: &Device, entry: Entry, mut cases: Vec<Case>) -> Result<()> 
             let backend = OnDevice { device: device.clone(), entry };
             run_cases(&backend, std::slice::from_ref(&case)).failures
         };
-        look(device, &run)?;
+        look(device, "", &run)?;
     }
     say(format_args!("diagnosis: no case fails when they run by themselves, the smallest first"));
     Ok(())
 }
 
-/// A check that has no cases.
-pub fn check(device: &Device, check: fn(&Device) -> Result<()>) -> Result<()> {
-    look(device, &|device| check(device).err().map(|e| format!("{e:#}")).into_iter().collect())?;
+/// A check that is one case, of the group's name.
+pub fn check(device: &Device, name: &str, check: fn(&Device) -> Result<()>) -> Result<()> {
+    look(device, &format!("{name}: "), &|device| failures(check(device)))?;
     say(format_args!("diagnosis: it passes when it runs again"));
     Ok(())
 }
 
-/// Runs once; if that fails, again and in other ways, and says how they differ.
-fn look(device: &Device, run: &dyn Fn(&Device) -> Vec<String>) -> Result<()> {
+/// Runs once; if that fails, again and in other ways, and says how they differ. `case` stands before
+/// failures that do not name it themselves.
+fn look(device: &Device, case: &str, run: &dyn Fn(&Device) -> Vec<String>) -> Result<()> {
     let first = attempt(device, run);
     let Some(sentence) = first.first() else { return Ok(()) };
-    first.iter().for_each(|failure| say(format_args!("failed {failure}")));
+    first.iter().for_each(|failure| say(format_args!("failed {case}{failure}")));
     let own = device.target()?;
     let mut ways = vec![("again", "")];
     if own.arch > Arch::Sm80 {
@@ -67,7 +69,7 @@ fn look(device: &Device, run: &dyn Fn(&Device) -> Vec<String>) -> Result<()> {
 }
 
 /// Failures of a run; a panic is one.
-fn attempt(device: &Device, run: &dyn Fn(&Device) -> Vec<String>) -> Vec<String> {
+pub fn attempt(device: &Device, run: &dyn Fn(&Device) -> Vec<String>) -> Vec<String> {
     catch_unwind(AssertUnwindSafe(|| run(device))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).into()));

@@ -6,6 +6,7 @@ mod probes;
 
 use std::path::Path;
 
+use crate::common::switches::note;
 use anyhow::{Context, Result, ensure};
 use cudarc::driver::{LaunchConfig, PushKernelArg, sys};
 use cudarc::nvrtc::Ptx;
@@ -53,11 +54,13 @@ fn run(device: &Device, probe: &Probe) -> Result<Vec<u32>> {
     };
     let mut launch = stream.launch_builder(&function);
     launch.arg(&inputs).arg(&mut outputs);
+    note(&format!("golden {}", probe.entry));
     // SAFETY: each thread reads a row of `inputs` and writes one of `outputs`, which hold the rows
     // of all threads.
     unsafe { launch.launch(config) }?;
     let words = stream.clone_dtoh(&outputs)?;
     stream.synchronize()?;
+    note("done");
     Ok(words)
 }
 

@@ -56,18 +56,33 @@ impl Group {
         let device = switches::device()?;
         let target = device.target()?;
         let arch = self.kernels.first().map_or(target.arch, |kernel| kernel.arch);
-        if arch > target.arch {
-            say(format_args!("skipped {}: plans are made for {}", self.name, target.arch));
+        if arch > device.arch() {
+            say(format_args!("skipped {}: no kernel of {arch} runs on this device", self.name));
             return Ok(());
         }
-        // Newer ones would be chosen otherwise, or for small shapes not these.
+        // Newer ones would be chosen otherwise, or for small shapes not these; older ones if the
+        // environment wants them.
         let multiprocessors = self.multiprocessors.unwrap_or(target.multiprocessors);
+        let arch = arch.min(target.arch);
         let device = device.with_target(Target { arch, multiprocessors, ..target })?;
         let diagnosing = std::env::var_os("INFINI_DIAGNOSE").is_some();
         let _told = GivenUp(&device);
         match &self.work {
-            Work::Check(check) if diagnosing => diagnose::check(&device, *check),
-            Work::Check(check) => self.watched(&device, check),
+            Work::Check(check) => {
+                if tell {
+                    say(format_args!("case {}", self.name));
+                }
+                match diagnosing {
+                    true => diagnose::check(&device, &self.name, *check),
+                    false => self.watched(&device, |device| {
+                        let found = diagnose::attempt(device, &|device| failures(check(device)));
+                        found.first().map_or(Ok(()), |failure| {
+                            say(format_args!("failed {}: {failure}", self.name));
+                            bail!("{failure}")
+                        })
+                    }),
+                }
+            }
             Work::Cases(entry, cases) => {
                 let cases = self.chosen(cases(&device)?)?;
                 match diagnosing {
@@ -101,9 +116,16 @@ impl Group {
         });
         work(&watched)?;
         let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let missing = self.kernels.iter().find(|kernel| !seen.contains(kernel.symbol));
+        let arch = device.target()?.arch;
+        let mut own = self.kernels.iter().filter(|kernel| kernel.arch <= arch);
+        let missing = own.find(|kernel| !seen.contains(kernel.symbol));
         missing.map_or(Ok(()), |k| bail!("{} was not launched, but {seen:?}", k.symbol))
     }
+}
+
+/// What went wrong, if anything.
+pub fn failures(result: Result<()>) -> Vec<String> {
+    result.err().map(|error| format!("{error:#}")).into_iter().collect()
 }
 
 /// Says at the end, also that of a panic, where a wait of a kernel gave up.
@@ -139,9 +161,4 @@ fn run(device: &Device, entry: Entry, cases: &[Case], tell: bool) -> Result<()> 
         0 => Ok(()),
         failures => bail!("{failures} failures in {} cases", cases.len()),
     }
-}
-
-/// Whether the driver is the simulator's.
-pub fn is_simulated(device: &Device) -> Result<bool> {
-    Ok(device.name()? == "PTX simulator")
 }

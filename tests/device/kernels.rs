@@ -10,7 +10,8 @@ use crate::calls;
 use crate::common::buffers::{Arrangement, Asked};
 use crate::common::cases::{Batch, Case, Gate, NORMAL, Positions, Rotation, seed};
 use crate::common::device::Entry;
-use crate::groups::{Group, Work, is_simulated};
+use crate::common::switches::is_simulated;
+use crate::groups::{Group, Work};
 use crate::table::dims_name;
 
 /// A group per operation, architecture and head dimensions.

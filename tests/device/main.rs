@@ -8,7 +8,7 @@
 //! | `golden::record` | what the device computes where PTX leaves it open, to a file in `INFINI_RESULTS` |
 //!
 //! Variables: those of `common::switches`; `INFINI_CASE` runs one case of a group alone;
-//! `INFINI_DIAGNOSE` looks into the first that fails. Without a device all groups are skipped, and it
+//! `INFINI_DIAGNOSE` looks into the first that fails; `INFINI_SMALL` makes full shapes small. Without a device all groups are skipped, and it
 //! is said so. Where the driver is the simulator's (tests/ptxsim/driver), groups take less.
 
 #[path = "../common/mod.rs"]

@@ -7,8 +7,9 @@ use infini_attn::cuda::{Arch, Device, KERNELS};
 
 use crate::common::cases::Case;
 use crate::common::device::Entry;
+use crate::common::switches::is_simulated;
 use crate::common::tensor_cases::{Shape, pairwise};
-use crate::groups::{Group, is_simulated};
+use crate::groups::Group;
 
 /// Multiply-adds of a case: some tenths of a second of the float64 reference.
 const BUDGET: u64 = 200_000_000;

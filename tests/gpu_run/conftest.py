@@ -12,22 +12,21 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "scripts" / "gpu-run"
 sys.path.insert(0, str(SOURCES))
 
-from battery import __main__, card, timing, tools  # noqa: E402
+from battery import __main__, correctness, timing, tools  # noqa: E402
 from battery.limits import Limits  # noqa: E402
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 # A tenth of the seconds, but for what has to end by itself on a busy machine; fewer processes for
 # fewer cores.
 LIMITS = replace(Limits().scaled(0.1), ask=5.0, kernel=5.0, sanitizer=5.0, diagnose=5.0,
-                 portable=5.0, examine=5.0, check=5.0, at_once=4, turn=(0.01, 0.1, 0.15))
+                 portable=5.0, examine=5.0, check=5.0, at_once=4, dying=2.0, turn=(0.01, 0.1, 0.15))
 
 
 class Bundle:
     def __init__(self, folder: Path):
         self.folder, self.results = folder, folder / "results"
-        (folder / "battery").mkdir()
         for stand_in in STAND_INS.iterdir():
-            at = folder / ("battery/rates.py" if stand_in.name == "rates.py" else stand_in.name)
+            at = folder / stand_in.name
             at.write_text(f"#!{sys.executable} -ES\n" + stand_in.read_text())
             at.chmod(0o755)
         self.plan({})
@@ -56,7 +55,8 @@ class Bundle:
 
 
 GROUPS = ["kernel::segment_attention_sm90::d64", "kernel::segment_attention_sm90::d128",
-          "kernel::decode_sm80::d128", "table::prefill::d128", "full::prefill", "golden::record"]
+          "kernel::decode_sm80::d128", "table::prefill::d128", "full::prefill_d128_n2048",
+          "golden::record"]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def bundle(tmp_path, monkeypatch):
     here = lambda name: str(tmp_path / name) if (tmp_path / name).exists() else None
     monkeypatch.setattr(tools, "find", here)
     monkeypatch.setattr(timing, "find", here)
-    for module in (card, timing):
+    for module in (correctness, timing):
         monkeypatch.setattr(module, "find_spec", lambda name: name == "torch")
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield bundle

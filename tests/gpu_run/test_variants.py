@@ -39,10 +39,11 @@ def test_a_wrong_variant_is_named_and_not_timed(bundle):
     assert "split: a 100.0 (1.000)" in text
     order = [r["variant"] for r in rows(bundle) if r["round"] == 2 and r["operation"] == "decode"]
     assert order == ["baseline", "fast", "split", "baseline"]
-    # The groups of the kernels it replaces; all of sm90's attention for switches.
+    # The groups of the kernels it replaces; full shapes for switches.
     checked = [(c.get("INFINI_KERNELS"), c.get("INFINI_TARGET"), c["name"]) for c in bundle.calls()]
     assert ("kernels/fast", None, D128) in checked
-    assert (None, "split_len=512,arch=sm90", D128) in checked
+    full = "full::prefill_d128_n2048"
+    assert [c[2] for c in checked if c[1] == "split_len=512,arch=sm90"] == [full]
     assert not any("decode" in name for *_, name in checked)
 
 

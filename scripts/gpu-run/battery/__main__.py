@@ -21,9 +21,11 @@ RUN = {"card": card.run, "bench": timing.bench, "compare": timing.compare, "ncu"
 def main(arguments: list[str], limits: Limits = Limits(), folder: Path = Path.cwd()) -> int:
     command, seconds, only, *rest = [*arguments, "", ""][: max(3, len(arguments))]
     seconds = seconds or str(COMMANDS.get(command, (0,))[0])
-    if rest or not (seconds.isdigit() and int(seconds)) or not is_pattern(only):
-        print(f"run: {' '.join(arguments)} given, one of {', '.join(COMMANDS)}, whole seconds and "
-              "a regular expression expected", file=sys.stderr)
+    tested = command == "variants" or set(POOLED) & set(COMMANDS.get(command, (0, ()))[1])
+    if rest or not (seconds.isdigit() and int(seconds)) or not is_pattern(only) \
+            or only and not tested or command not in COMMANDS:
+        print(f"run: {' '.join(arguments)} given, one of {', '.join(COMMANDS)}, whole seconds and, "
+              "where there are tests, a regular expression expected", file=sys.stderr)
         return 2
     # A process that crashes leaves no image of its memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -32,8 +34,10 @@ def main(arguments: list[str], limits: Limits = Limits(), folder: Path = Path.cw
         visit = Visit(folder, Path(scratch), command, int(seconds), limits, only)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, visit.stop)
+        clocks = card.Clocks(Path(scratch) / "clocks.csv")
         for group, until in timetable(visit):
             run_phase(visit, group, until)
+        visit.report["card"] = visit.report.get("card", []) + clocks.end()
         print("\n" + visit.write(), end="", flush=True)
     return visit.status()
 

@@ -1,7 +1,9 @@
 """Which card this is, and what it gives before any kernel of ours has run."""
 
-import sys
-from importlib.util import find_spec
+import os
+import re
+import subprocess
+from pathlib import Path
 
 from .groups import last_words
 from .pool import Outcome
@@ -20,8 +22,6 @@ def run(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     outcome = visit.alone("card", ["./cuda-bench", "--card"], until, visit.limits.ask)
     rows = json_rows(outcome.text)
     lines.append(figures(rows[-1]) if rows else f"cuda-bench --card: {why(outcome)}")
-    if {"bench", "compare"} & set(visit.stages):
-        lines.append(rates(visit, until))
 
 
 def smi(visit: Visit, until: float) -> str:
@@ -35,17 +35,31 @@ def smi(visit: Visit, until: float) -> str:
     return f"nvidia-smi: {why(outcome)}"
 
 
-def rates(visit: Visit, until: float) -> str:
-    if not find_spec("torch"):
-        return f"{sys.executable} has no PyTorch"
-    script = str(visit.folder / "battery" / "rates.py")
-    outcome = visit.alone("card", [sys.executable, script], until, visit.limits.rates)
-    rows = json_rows(outcome.text)
-    if not rows:
-        return f"PyTorch's rates: {why(outcome)}"
-    row = rows[-1]
-    return (f"torch {row['torch']}: bf16 8192^3 at {row['matmul_tflops']:.0f} TFLOP/s on random "
-            f"data, a copy moves {row['copy_gbs']:.0f} GB/s")
+class Clocks:
+    """nvidia-smi beside everything: it keeps the device open between processes, which would make each
+    initialise it anew, and tells what the clocks were meanwhile."""
+
+    def __init__(self, path: Path):
+        self.path, self.process = path, None
+        command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu",
+                   "--format=csv,noheader,nounits", "-l", "1"]
+        try:
+            with open(path, "wb") as output:
+                self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                                stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
+        except OSError:
+            pass
+
+    def end(self) -> list[str]:
+        if not self.process:
+            return []
+        self.process.kill()
+        rows = re.findall(r"^([\d.]+), ([\d.]+), (\d+)$", self.path.read_text(), re.M)
+        if not rows:
+            return []
+        clock, power, heat = ([float(x) for x in column] for column in zip(*rows))
+        return [f"meanwhile: SM {min(clock):.0f} to {max(clock):.0f} MHz, up to {max(power):.0f} W "
+                f"and {max(heat):.0f} °C"]
 
 
 def figures(row: dict) -> str:
@@ -59,4 +73,4 @@ def why(outcome: Outcome) -> str:
         return f"status {outcome.status}, {last_words(outcome.text)}"[:300]
     if outcome.end == "unrun":
         return f"not run, {outcome.text}"
-    return f"nothing in {outcome.seconds:.0f} s"
+    return f"ended after {outcome.seconds:.0f} s"

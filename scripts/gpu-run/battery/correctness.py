@@ -1,20 +1,33 @@
 """Groups of cases and the sanitizers over them, in one pool."""
 
+import sys
+from importlib.util import find_spec
+
 from .groups import Group, judge
-from .limits import POOLED
 from .pool import Outcome, Task
 from .tools import TOOLS, report
 from .visit import Visit
 
+LAST = 4  # after every order()
+
 
 def run(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     groups = visit.groups(until)
+    if "compare" in visit.stages and find_spec("torch"):
+        warm_up(visit)
     for stage in stages:
         if stage != "sanitizer":
             submit_stage(visit, stage, [g for g in groups if g.stage == stage])
     if "sanitizer" in stages:
         submit_sanitizers(visit, [g for g in groups if g.stage == "kernel"])
     visit.pool.run(until)
+
+
+def warm_up(visit: Visit) -> None:
+    """PyTorch is gigabytes that come from a cold disk, for the comparison later on."""
+    command = [sys.executable, "-c", "import torch, torch._dynamo"]
+    visit.pool.submit(Task("warm-up", "import torch", command, visit.limits.table,
+                           lambda outcome: None, rank=(1,)))
 
 
 def submit_stage(visit: Visit, stage: str, groups: list[Group]) -> None:
@@ -30,9 +43,16 @@ def submit_stage(visit: Visit, stage: str, groups: list[Group]) -> None:
             if verdict.bad:
                 visit.say(f"{group.name}: {verdict.kind}, {verdict.sentence}")
                 visit.diagnosis.consider(verdict)
-        rank = (1 + POOLED.index(stage), not group.newest)
+        rank = (order(group), not group.newest)
         visit.pool.submit(
             Task(stage, group.name, group.command(), seconds, then, env, rank, at_once))
+
+
+def order(group: Group) -> int:
+    """What teaches most for its time first; the sanitizers come last."""
+    if group.stage == "kernel" or group.subject == "record":
+        return 1
+    return 3 if group.subject.startswith("prefill") and group.stage == "full" else 2
 
 
 def submit_sanitizers(visit: Visit, groups: list[Group]) -> None:
@@ -44,6 +64,7 @@ def submit_sanitizers(visit: Visit, groups: list[Group]) -> None:
                 if not visit.refused(outcome):
                     visit.sanitized.append((tool, group, *report(outcome)))
             command = visit.sanitizer.command(tool, group.command())
-            rank = (1 + POOLED.index("sanitizer"), not group.newest, number)
+            # What has to be read by somebody comes last.
+            rank = (LAST, tool == "initcheck", not group.newest, number)
             visit.pool.submit(Task("sanitizer", f"{tool} {group.name}", command,
-                                   visit.limits.sanitizer, then, visit.checked(), rank))
+                                   visit.limits.sanitizer, then, {"RAYON_NUM_THREADS": "1"}, rank))

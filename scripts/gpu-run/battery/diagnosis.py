@@ -2,10 +2,11 @@
 
 import re
 
-from .groups import Group, Verdict, described, judge, kernels, last_words, marked, split_failure
+from .groups import Group, Verdict, described, judge, kernels, marked, split_failure
 from .pool import Outcome, Task
 from .tools import report
 
+SENTENCE = 240  # characters of a repeated failure
 PORTABLE = {"INFINI_TARGET": "arch=sm80"}
 
 
@@ -81,23 +82,29 @@ class Diagnosis:
         self.under_tools(verdict, verdict.case)
 
     def under_tools(self, verdict: Verdict, case: str) -> None:
+        """Full shapes at small ones: the tools would not get through them."""
         if self.visit.sanitizer.why:
             return
+        env = {"INFINI_CASE": case} if case else {}
+        if verdict.group.stage == "full":
+            env["INFINI_SMALL"] = "1"
         for tool in ("memcheck", "racecheck"):
             def then(outcome: Outcome) -> str:
                 return "" if self.visit.refused(outcome) else report(outcome)[1]
-            command = self.visit.sanitizer.command(tool, verdict.group.command())
+            command = self.visit.sanitizer.command(
+                tool, verdict.group.command(), verdict.kind == "hang")
             self.run(verdict, tool, self.visit.limits.examine,
-                     {"INFINI_CASE": case} if case else {}, then, command)
+                     env, then, command)
 
 
 def again(group: Group, outcome: Outcome) -> str:
     """How a repetition ended, in a few words."""
-    kind = judge(group, outcome).kind
-    if kind == "passed":
-        return "passed"
+    verdict = judge(group, outcome)
+    kind = verdict.kind
+    if kind in ("passed", "skipped"):
+        return kind
     if kind == "fault":
-        return f"fault: {last_words(outcome.text)}"
+        return f"fault: {verdict.sentence[:SENTENCE]}"
     if kind in ("hang", "slow", "cut"):
         return f"not done in {outcome.seconds:.0f} s"
     return f"{kind}: {described(outcome.pending)}" if outcome.pending else kind

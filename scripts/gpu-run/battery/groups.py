@@ -9,6 +9,9 @@ from .pool import Outcome
 
 BAD = ("wrong", "fault", "hang", "slow")
 
+# Errors that come from the driver, as the crate, cudarc and panics word them.
+DRIVER = r"CUDA: |CUDA_ERROR|DriverError|\b(?:Launch|Driver) \{"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -116,9 +119,12 @@ def judge(group: Group, outcome: Outcome) -> Verdict:
     elif failures:
         verdict.case, verdict.sentence = failures[0]
         # An error of the driver is no value.
-        verdict.kind = "fault" if "CUDA: " in verdict.sentence else "wrong"
+        verdict.kind = "fault" if re.search(DRIVER, verdict.sentence) else "wrong"
         if len(failures) > 1:
             verdict.sentence += f" (and {len(failures) - 1} more of {len(cases)} cases)"
+        if outcome.end != "exit":
+            verdict.sentence += f"; then not done after {outcome.seconds:.0f} s, " \
+                + described(outcome.pending)
     elif outcome.end in ("cut", "limit"):
         verdict.kind = unfinished(outcome)
         verdict.sentence = (f"not done after {outcome.seconds:.0f} s, {len(cases)} cases begun; "

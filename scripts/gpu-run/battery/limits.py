@@ -21,16 +21,15 @@ COMMANDS = {
     "variants": (180, ("card", "variants")),
 }
 
-# The benchmarks of `quick`, by a regular expression.
-QUICK_ROWS = r"^(local attention|decode), 32/8 heads x 128, N 2048, (1 x 32768|8 x 1)"
+# Rows of the benchmarks' table, which begins with what says most.
+ROWS = {"quick": 2}
 
 
 @dataclass(frozen=True)
 class Limits:
     # Seconds of one process.
     ask: float = 10.0  # nvidia-smi, --list, --card
-    rates: float = 15.0
-    kernel: float = 20.0
+    kernel: float = 30.0
     table: float = 45.0
     full: float = 60.0
     sanitizer: float = 30.0
@@ -39,9 +38,10 @@ class Limits:
     portable: float = 15.0
     examine: float = 20.0  # the sanitizer on one failed case
     check: float = 25.0  # a kernel of a variant
+    quiet: float = 12.0  # a benchmark that says nothing
     # Seconds of the visit.
     reserve: float = 4.0  # for the summary, after everything was ended
-    dying: float = 2.0  # from SIGKILL to giving a process up
+    dying: float = 6.0  # from SIGKILL to giving a process up; less where the visit ends
     least: float = 1.0  # with less than this left nothing is started
     rewrite: float = 2.0  # between two versions of results/summary.txt
     # Seconds of one turn of the variants, without its start: at least, at most, and as guessed.
@@ -51,6 +51,7 @@ class Limits:
     full_at_once: int = 3
     diagnosed: int = 6
     rounds: int = 5
+    lost_rows: int = 4  # benchmarks that hang or fail before no more are begun
     # Bytes and characters.
     summary: int = 10_000
     flood: int = 16 << 20  # output at which a process is ended

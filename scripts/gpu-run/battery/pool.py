@@ -25,6 +25,7 @@ class Task:
     env: dict[str, str] = field(default_factory=dict)
     rank: tuple = ()  # what is smallest starts first
     at_once: int | None = None  # of its stage
+    quiet: float = math.inf  # seconds without output after which it counts as hanging
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Running:
     def __init__(self, task: Task, number: int, scratch: Path, folder: Path, until: float):
         self.task, self.end, self.killed = task, "exit", 0.0
         self.output, self.ring = scratch / f"{number}.out", scratch / f"{number}.ring"
-        self.started = time.monotonic()
+        self.started = self.grown = time.monotonic()
+        self.size = 0
         self.until, self.late = min(self.started + task.seconds, until), "limit"
         if self.until == until:
             self.late = "cut"
@@ -73,6 +75,13 @@ class Running:
                 task.command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
                 env=os.environ | {"INFINI_LAUNCHES": str(self.ring)} | task.env)
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether its output has not grown for too long."""
+        size = self.output.stat().st_size
+        if size > self.size:
+            self.size, self.grown = size, now
+        return now > self.grown + self.task.quiet
 
     def kill(self, end: str | None = None) -> None:
         if end:
@@ -107,6 +116,7 @@ class Pool:
         self.count = 0
         self.mistakes: list[str] = []  # of the battery's own
         self.over = math.inf  # a signal puts it to now
+        self.visit_end = math.inf
 
     def submit(self, task: Task) -> None:
         self.count += 1
@@ -153,13 +163,16 @@ class Pool:
             running.kill()  # what it left behind
             self.end(running)
         elif running.killed:
-            if now > running.killed + self.limits.dying:
+            # The driver takes its time to end what ran.
+            if now > running.killed + min(self.limits.dying, max(2.0, self.visit_end - now)):
                 self.end(running, stuck=True)
         elif now > self.over:
             running.kill("cut")
         elif now > running.until:
             running.kill(running.late)
-        elif running.output.stat().st_size > self.limits.flood:
+        elif running.is_quiet(now):
+            running.kill("limit")
+        elif running.size > self.limits.flood:
             running.kill("flood")
 
     def end(self, running: Running, stuck: bool = False) -> None:

@@ -4,8 +4,10 @@ import json
 import time
 from pathlib import Path
 
-FILES = ("battery.jsonl", "groups.log", "bench.jsonl", "compare.jsonl", "sanitizer.log", "ncu.txt",
-         "variants.jsonl", "summary.txt", "golden-sm90.bin")
+# Files of every command, and of a stage: those of other stages stay from an earlier command.
+ALWAYS = ("battery.jsonl", "groups.log", "summary.txt")
+OF_STAGE = {"sanitizer": "sanitizer.log", "bench": "bench.jsonl", "compare": "compare.jsonl",
+            "ncu": "ncu.txt", "variants": "variants.jsonl"}
 
 
 def json_rows(text: str) -> list[dict]:
@@ -21,11 +23,11 @@ def json_rows(text: str) -> list[dict]:
 
 
 class Results:
-    def __init__(self, folder: Path, file_cap: int):
+    def __init__(self, folder: Path, file_cap: int, stages: tuple[str, ...]):
         self.folder, self.file_cap, self.begin = folder, file_cap, time.monotonic()
         self.full: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in (*ALWAYS, *(OF_STAGE[stage] for stage in stages if stage in OF_STAGE)):
             self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:

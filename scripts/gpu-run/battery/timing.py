@@ -7,12 +7,14 @@ import time
 from importlib.util import find_spec
 
 from . import card
-from .limits import QUICK_ROWS
+from .groups import described
+from .limits import ROWS
 from .pool import Outcome
 from .tools import find
 from .visit import Visit
 
-NCU_KERNELS = ("segment_attention", "decode")
+# Kernels, each with the beginning of the headline shapes that run it.
+NCU_KERNELS = {"segment_attention": "local attention", "decode": "decode"}
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 STALLS = ("long_scoreboard", "short_scoreboard", "wait", "barrier", "gmma", "math_pipe_throttle",
           "mio_throttle", "lg_throttle", "tex_throttle", "membar", "sleeping", "branch_resolving",
@@ -32,15 +34,27 @@ METRICS = [TIME, "smsp__cycles_active.avg", "launch__registers_per_thread",
 
 
 def bench(visit: Visit, stages: tuple[str, ...], until: float) -> None:
-    seconds = until - time.monotonic()
-    rows = [QUICK_ROWS] if visit.command == "quick" else []
-    outcome = visit.alone("bench", ["./cuda-bench", "--bench", *rows], until, env={
-        # The rest is for buffers and captures.
-        "INFINI_BENCH_SECONDS": str(max(1, int(seconds * 2 / 3))),
-        "INFINI_BENCH_JSON": str(visit.results.path("bench.jsonl"))})
+    """The rows in one process; after one that hangs or fails a further process goes on."""
+    lines = visit.report["bench"] = []
+    end = ROWS.get(visit.command, "")
+    first, lost = 0, []
+    while len(lost) < visit.limits.lost_rows:
+        seconds = until - time.monotonic()
+        outcome = visit.alone("bench", ["./cuda-bench", "--bench"], until, env={
+            "INFINI_BENCH_ROWS": f"{first}..{end}",
+            # The rest is for buffers and captures.
+            "INFINI_BENCH_SECONDS": str(max(1, int(seconds * 2 / 3))),
+            "INFINI_BENCH_JSON": str(visit.results.path("bench.jsonl"))}, quiet=visit.limits.quiet)
+        begun = re.findall(r"^row (\d+) (.*)$", outcome.text, re.M)
+        if outcome.good or outcome.end in ("cut", "unrun") or not begun:
+            break
+        number, name = begun[-1]
+        lost.append(f"{name}: {card.why(outcome)}; {described(outcome.pending)}")
+        first = int(number) + 1
     measured = visit.results.rows("bench.jsonl")
-    lines = visit.report["bench"] = bench_table(measured)
+    lines += bench_table(measured)
     complete(visit, "cuda-bench", outcome, lines)
+    visit.failures += [f"cuda-bench, {text}" for text in lost]
     if not measured:
         visit.failures.append("cuda-bench: nothing was measured")
     lines.append("after it: " + card.smi(visit, until))
@@ -78,8 +92,10 @@ def compare(visit: Visit, stages: tuple[str, ...], until: float) -> None:
 
 def compare_table(rows: list[dict]) -> list[str]:
     """Times of PyTorch's ways over ours, a line per shape."""
-    lines = [f"our output against PyTorch's in float32: error {row['ours_error']:.1e}"
-             for row in rows if "ours_error" in row]
+    lines = [f"torch {row['torch']}: bf16 8192^3 at {row['matmul_tflops']:.0f} TFLOP/s on random "
+             f"data, a copy moves {row['copy_gbs']:.0f} GB/s" for row in rows if "device" in row]
+    lines += [f"our output against PyTorch's in float32: error {row['ours_error']:.1e}"
+              for row in rows if "ours_error" in row]
     shapes: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if "us" in row:
@@ -102,13 +118,14 @@ def ncu(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     if not path:
         lines.append("not run: ncu found neither in PATH nor beside nvcc")
         return
-    for number, kernel in enumerate(NCU_KERNELS):
+    for number, (kernel, case) in enumerate(NCU_KERNELS.items()):
         now = time.monotonic()
         part = now + (until - now) / (len(NCU_KERNELS) - number)
         outcome = visit.alone("ncu", [
             path, "--clock-control", "none", "--kernel-name", f"regex:{kernel}",
             "--launch-skip", "1", "--launch-count", "2", "--kill", "yes", "--page", "raw", "--csv",
-            "--metrics", ",".join(METRICS), "./cuda-bench", "--headline", "1"], part)
+            "--metrics", ",".join(METRICS), "./cuda-bench", "--headline", "0.1",
+            case], part)
         table = ncu_lines(outcome.text)
         refused = re.search(r"==ERROR== .*", outcome.text)
         lines += table or [f"{kernel}: {refused.group() if refused else card.why(outcome)}"]

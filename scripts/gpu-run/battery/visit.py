@@ -1,5 +1,6 @@
 """What the parts of a visit share: the bundle, the pool, the results, and what is known so far."""
 
+import math
 import os
 import re
 import time
@@ -24,11 +25,12 @@ class Visit:
         self.stages, self.only = COMMANDS[command][1], only
         self.begin = time.monotonic()
         self.end = self.begin + seconds - min(limits.reserve, seconds / 4)
-        self.results = Results(Path(os.environ["INFINI_RESULTS"]), limits.log_file)
+        self.results = Results(Path(os.environ["INFINI_RESULTS"]), limits.log_file, self.stages)
         # As many as the cores can serve.
         limits = replace(limits, at_once=max(2, min(limits.at_once, (os.cpu_count() or 1) - 2)))
         self.limits = limits
         self.pool = Pool(limits, folder, scratch, self.finished)
+        self.pool.visit_end = self.end
         self.sanitizer, self.diagnosis = Sanitizer(), Diagnosis(self)
         self.written = self.begin
         self.spans: dict[str, tuple[float, float]] = {}  # of the stages, first start and last end
@@ -52,11 +54,12 @@ class Visit:
         return max(1, (os.cpu_count() or 1) // max(1, side_by_side))
 
     def alone(self, stage: str, command: list[str], until: float, seconds: float = 1e9,
-              env: dict[str, str] | None = None) -> Outcome:
+              env: dict[str, str] | None = None, quiet: float = math.inf) -> Outcome:
         """One process, and nothing beside it."""
         outcomes: list[Outcome] = []
         name = " ".join(command)[:200]
-        self.pool.submit(Task(stage, name, command, seconds, outcomes.append, env or {}))
+        self.pool.submit(
+            Task(stage, name, command, seconds, outcomes.append, env or {}, quiet=quiet))
         self.pool.run(until)
         return outcomes[0]
 
