@@ -328,8 +328,10 @@ fn observers_are_told_of_every_launch(device: &Device) -> Result<()> {
     let p = problem(2, 1, 64, 64);
     let gate = Gate::new(&observed, &[0.0; 2])?;
     let mut state = cuda::State::new(&observed, &p, 1, false)?;
+    let mut tokens = Tokens::new(&observed, &Stream::<bf16>::normal(&p, 130, 3));
+    // Uploads wait.
     told.lock().expect("no panic").clear();
-    Tokens::new(&observed, &Stream::<bf16>::normal(&p, 130, 3)).prefill(&mut state, &gate);
+    tokens.prefill(&mut state, &gate);
     let told = told.lock().expect("no panic").join(" ");
     let expected = "table table segment_state normaliser_scan segment_transition memory_scan \
                     segment_attention append done";
