@@ -13,8 +13,9 @@ use infini_attn::cuda::params::{
     InfiniRotateKeys, InfiniSegmentAttention, InfiniSegmentState, InfiniState,
 };
 use infini_attn::cuda::{
-    Arch, Call, DeviceRope, DeviceTensor, KeySumsMirror, Operand, Plan, PlannedLaunch,
-    PrefillOptions, Target, TensorMap, plan_prefill, plan_segment, plan_segment_map,
+    Arch, Call, DecodeOptions, DeviceRope, DeviceTensor, KeySumsMirror, Operand, Plan,
+    PlannedLaunch, PrefillOptions, Target, TensorMap, plan_decode, plan_prefill, plan_segment,
+    plan_segment_map,
 };
 use infini_attn::{DType, Problem, Update};
 use plans::{Step, base, call, f32s, mirror, params, problem, run, tensor};
@@ -263,7 +264,7 @@ fn persistent_blocks_are_as_many_as_find_work() {
     assert_eq!(blocks(300, 132), (1, [3 * 4, 1, 1]));
     // In pairs.
     assert_eq!(blocks(300, 5), (1, [4, 1, 1]));
-    assert_eq!(blocks(300, 0), (1, [2, 1, 1]));
+    assert_eq!(blocks(300, 1), (1, [2, 1, 1]));
 }
 
 #[test]
@@ -321,6 +322,29 @@ fn as_many_pieces_run_together_as_stay_in_l2() {
     let options = PrefillOptions { target: Target { l2_bytes: 4 << 20, ..TARGET }, ..OPTIONS };
     let plan = plan_prefill(&p, &call(&p, &[1, 4096]), &mirror(&p, 1), &options).expect("valid");
     assert_eq!(params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).piece_group, 2);
+}
+
+#[test]
+fn targets_that_cannot_be_are_refused() {
+    let p = square(D);
+    for (target, expected) in [
+        (Target { multiprocessors: 0, ..TARGET }, "target.multiprocessors: 0 given, 1 or more"),
+        (Target { l2_bytes: 0, ..TARGET }, "target.l2_bytes: 0 given, 1 or more"),
+        (Target { split_len: 0, ..TARGET }, "target.split_len: 0 given, 1 or more"),
+        (Target { shared_by: 3, ..TARGET }, "target.shared_by: 3 given, 1 or 2"),
+    ] {
+        let call = call(&p, &[1, 1]);
+        let options = PrefillOptions { target, ..OPTIONS };
+        let decode = DecodeOptions { target, ..DecodeOptions::default() };
+        for plan in [
+            plan_prefill(&p, &call, &mirror(&p, 1), &options),
+            plan_segment(&p, &call, &mirror(&p, 1), &target),
+            plan_decode(&p, &call, &mirror(&p, 1), &decode),
+        ] {
+            let error = plan.expect_err("refused").to_string();
+            assert_eq!(error, format!("{expected} expected"));
+        }
+    }
 }
 
 /// `INFINI_TARGET` of the device tests and the benchmarks.

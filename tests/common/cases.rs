@@ -134,7 +134,7 @@ pub fn seed(name: &str) -> u64 {
 
 impl Case {
     /// f32, delta, 2 query heads on 1 KV head, (Dk, Dv) = (16, 8), N = 16, one call of 53 tokens.
-    pub(super) fn base(name: impl Into<String>) -> Case {
+    pub fn base(name: impl Into<String>) -> Case {
         let problem = build(|b| b.heads(2).kv_heads(1).key_dim(16).value_dim(8).segment_len(16));
         Case {
             name: name.into(),
@@ -152,7 +152,7 @@ impl Case {
         }
     }
 
-    pub(super) fn with(
+    pub fn with(
         mut self,
         change: impl FnOnce(infini_attn::ProblemBuilder) -> infini_attn::ProblemBuilder,
     ) -> Case {

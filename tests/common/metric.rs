@@ -52,7 +52,9 @@ pub fn rows_are_close<'a>(
         (norm(&difference) / norm(want).max(least)).sqrt()
     };
     let errors: Vec<f64> = rows.map(error).collect();
-    let off: Vec<usize> = (0..errors.len()).filter(|&i| !(errors[i] <= tolerance)).collect();
+    // A NaN is above every tolerance.
+    let is_off = |i: &usize| errors[*i].is_nan() || errors[*i] > tolerance;
+    let off: Vec<usize> = (0..errors.len()).filter(is_off).collect();
     let Some(first) = off.first() else { return Ok(()) };
     let place = pattern(&off, Axes { shape: lead, ..axes });
     Err(format!("{what}: row {first} has a relative RMS error of {:.2e}; {place}", errors[*first]))

@@ -28,7 +28,8 @@ pub fn record(device: &Device, folder: &Path) -> Result<Vec<String>> {
         lines.push(format!("{}: {} words, hash {hash:016x}", probe.entry, words.len()));
         results.push(Results::new(probe, words));
     }
-    let recording = Recording { device: device.name()?, driver: driver_version()?, results };
+    let (name, driver) = (device.name()?, driver_version()?);
+    let recording = Recording { device: name, driver, results, stale: vec![] };
     let (major, minor) = capability;
     let name = format!("golden-sm{major}{minor}.bin");
     let bytes = recording.encode();

@@ -3,12 +3,12 @@
 use std::cmp::Reverse;
 
 use anyhow::Result;
+use infini_attn::DType;
 use infini_attn::cuda::{Arch, Device, KERNELS, Kernel};
-use infini_attn::{DType, Problem, Update};
 
 use crate::calls;
-use crate::common::buffers::{Arrangement, Asked};
-use crate::common::cases::{Batch, Case, Gate, NORMAL, Positions, Rotation, seed};
+use crate::common::buffers::Asked;
+use crate::common::cases::{Batch, Case, Positions, Rotation, seed};
 use crate::common::device::Entry;
 use crate::common::switches::is_simulated;
 use crate::groups::{Group, Work};
@@ -76,23 +76,14 @@ fn case(
     n: usize,
     calls: &[usize],
 ) -> Case {
-    let problem = Problem::builder().heads(group).kv_heads(1).key_dim(dk).value_dim(dv);
-    let problem = problem.segment_len(n).dtype(dtype).update(Update::Delta).build();
     let name = format!("{what}, {dtype} {dk}x{dv}, {group} heads, N={n}");
-    Case {
-        seed: seed(&name),
-        name,
-        problem: problem.expect("a case's problem"),
-        batch: Batch::Full,
-        calls: calls.iter().map(|tokens| vec![*tokens]).collect(),
-        flush_after: vec![],
-        slots: None,
-        rope: None,
-        gate: Gate::Normal,
-        values: NORMAL,
-        arrangement: Arrangement::Contiguous,
-        asked: Asked::NONE,
-    }
+    let mut case = Case::base(name)
+        .with(|b| b.heads(group).kv_heads(1).key_dim(dk).value_dim(dv).segment_len(n))
+        .with(|b| b.dtype(dtype));
+    case.seed = seed(&case.name);
+    case.calls = calls.iter().map(|tokens| vec![*tokens]).collect();
+    case.asked = Asked::NONE;
+    case
 }
 
 /// Two segments and a bit, then on from the open one: two heads, on newer devices in pairs of blocks,

@@ -14,6 +14,8 @@ pub struct Recording {
     /// Version of the driver, which compiles the PTX.
     pub driver: String,
     pub results: Vec<Results>,
+    /// Entries of a file that are of no use, each with why: recorded with what has changed since.
+    pub stale: Vec<String>,
 }
 
 /// The words of a probe.
@@ -38,8 +40,6 @@ pub enum FileError {
     Version(u32),
     Truncated,
     Trailing(usize),
-    Unknown(String),
-    Stale(String),
     Count { entry: String, words: usize, expected: usize },
 }
 
@@ -52,8 +52,6 @@ impl fmt::Display for FileError {
             Self::Version(found) => write!(f, "version {found}, {VERSION} expected"),
             Self::Truncated => write!(f, "the file ends early"),
             Self::Trailing(bytes) => write!(f, "{bytes} bytes after the last probe"),
-            Self::Unknown(entry) => write!(f, "there is no probe {entry}"),
-            Self::Stale(entry) => write!(f, "{entry} was recorded with other inputs or PTX"),
             Self::Count { entry, words, expected } => {
                 write!(f, "{words} words of {entry}, {expected} expected")
             }
@@ -91,9 +89,15 @@ impl Recording {
         }
         let (device, driver) = (reader.text()?, reader.text()?);
         let count = reader.length()?;
-        let results = (0..count).map(|_| reader.results()).collect::<Result<_, _>>()?;
+        let (mut results, mut stale) = (vec![], vec![]);
+        for _ in 0..count {
+            match reader.results()? {
+                Ok(own) => results.push(own),
+                Err(reason) => stale.push(reason),
+            }
+        }
         match reader.0.len() {
-            0 => Ok(Self { device, driver, results }),
+            0 => Ok(Self { device, driver, results, stale }),
             rest => Err(FileError::Trailing(rest)),
         }
     }
@@ -127,22 +131,24 @@ impl<'a> Reader<'a> {
         Ok(String::from_utf8_lossy(self.take(n)?).into_owned())
     }
 
-    fn results(&mut self) -> Result<Results, FileError> {
+    /// Results of a probe as it is now; else why they are not.
+    fn results(&mut self) -> Result<Result<Results, String>, FileError> {
         let entry = self.text()?;
         let key = u64::from_le_bytes(self.array()?);
         let count = self.length()?;
         let bytes = self.take(count.saturating_mul(4))?;
         let words: Vec<u32> =
             bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        let probe = PROBES.iter().find(|p| p.entry == entry);
-        let probe = probe.ok_or_else(|| FileError::Unknown(entry.clone()))?;
+        let Some(probe) = PROBES.iter().find(|p| p.entry == entry) else {
+            return Ok(Err(format!("there is no probe {entry}")));
+        };
         if key != probe.key() {
-            return Err(FileError::Stale(entry));
+            return Ok(Err(format!("{entry} was recorded with other inputs or PTX")));
         }
         if words.len() != probe.results() {
             let expected = probe.results();
             return Err(FileError::Count { entry, words: words.len(), expected });
         }
-        Ok(Results { entry, key, words })
+        Ok(Ok(Results { entry, key, words }))
     }
 }

@@ -86,6 +86,7 @@ fn recorded_results_agree_with_the_simulator() {
         let Recording { device, driver, .. } = &recording;
         assert_ne!(device, "PTX simulator", "{name} was recorded without a card");
         say(&format!("{name}: {device}, driver {driver}"));
+        recording.stale.iter().for_each(|reason| say(&format!("  skipped: {reason}")));
         let comparison = compare(&recording);
         comparison.lines.iter().for_each(|line| say(&format!("  {line}")));
         failures.extend(comparison.failures.into_iter().map(|f| format!("{name}: {f}")));

@@ -11,7 +11,7 @@ use crate::{compare, simulate, simulate_as};
 
 fn record(probes: &[&Probe], accumulation: Accumulation) -> Recording {
     let results = probes.iter().map(|p| Results::new(p, simulate(p, accumulation))).collect();
-    Recording { device: "PTX simulator".into(), driver: "none".into(), results }
+    Recording { device: "PTX simulator".into(), driver: "none".into(), results, stale: vec![] }
 }
 
 fn probe(entry: &str) -> &'static Probe {
@@ -117,7 +117,7 @@ fn a_flipped_bit_is_reported() {
 }
 
 #[test]
-fn damaged_and_stale_files_are_refused() {
+fn damaged_files_are_refused_and_stale_probes_are_named() {
     let recording = record(&[probe("halves")], Accumulation::Exact);
     let bytes = recording.encode();
     for end in [8, 11, 20, bytes.len() - 1] {
@@ -132,15 +132,20 @@ fn damaged_and_stale_files_are_refused() {
     assert_eq!(error(&|bytes| bytes[8] = 2), FileError::Version(2));
     assert_eq!(error(&|bytes| bytes.push(0)), FileError::Trailing(1));
 
-    let error = |change: &dyn Fn(&mut Results)| {
+    let decoded = |change: &dyn Fn(&mut Results)| {
         let mut recording = recording.clone();
         change(&mut recording.results[0]);
-        Recording::decode(&recording.encode()).expect_err("refused").to_string()
+        Recording::decode(&recording.encode())
     };
-    let stale = "halves was recorded with other inputs or PTX";
-    assert_eq!(error(&|r| r.key ^= 1), stale);
-    assert_eq!(error(&|r| r.entry = "thirds".into()), "there is no probe thirds");
-    assert_eq!(error(&|r| r.words.truncate(9)), "9 words of halves, 4096 expected");
+    let stale = |change: &dyn Fn(&mut Results)| {
+        let decoded = decoded(change).expect("a file");
+        assert!(decoded.results.is_empty(), "{decoded:?}");
+        decoded.stale
+    };
+    assert_eq!(stale(&|r| r.key ^= 1), ["halves was recorded with other inputs or PTX"]);
+    assert_eq!(stale(&|r| r.entry = "thirds".into()), ["there is no probe thirds"]);
+    let short = decoded(&|r| r.words.truncate(9)).expect_err("refused").to_string();
+    assert_eq!(short, "9 words of halves, 4096 expected");
 }
 
 #[test]
