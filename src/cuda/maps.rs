@@ -191,7 +191,8 @@ pub fn plan_add_key_sums(
 /// # Errors
 /// Those of [`segment_map`](crate::segment_map);
 /// [`Error::Unsupported`](crate::Error::Unsupported) when no kernels are compiled for the problem,
-/// [`Error::Stride`](crate::Error::Stride) for rows that do not start at multiples of 16 bytes.
+/// [`Error::Stride`](crate::Error::Stride) for rows that do not start at multiples of 16 bytes; those
+/// of [`Target::check`].
 pub fn plan_segment_map(
     problem: &Problem,
     k: &DeviceTensor,
@@ -199,6 +200,7 @@ pub fn plan_segment_map(
     before: &KeySumsMirror,
     options: &PrefillOptions,
 ) -> Result<(Plan, SegmentMapMirror)> {
+    options.target.check()?;
     let found = (&before.problem, &before.tokens[..]);
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let (batch, tokens) =

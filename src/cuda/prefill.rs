@@ -47,8 +47,8 @@ impl Default for PrefillOptions {
 /// Every error of [`prefill`](crate::prefill), except a NaN in the gate. [`crate::Error::Unsupported`]
 /// when no kernels are compiled for the problem, [`crate::Error::Stride`] for rows that do not start
 /// at multiples of 16 bytes, [`crate::Error::DType`] for a tensor of another type,
-/// [`crate::Error::Value`] for a rotation that the state has no room for, or a call too large for
-/// one launch.
+/// [`crate::Error::Value`] for a rotation that the state has no room for, a call too large for one
+/// launch, or a target that [`Target::check`] refuses.
 pub fn plan_prefill(
     problem: &Problem,
     call: &Call<'_>,

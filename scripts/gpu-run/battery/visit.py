@@ -27,7 +27,7 @@ class Visit:
         self.end = self.begin + seconds - min(limits.reserve, seconds / 4)
         self.results = Results(Path(os.environ["INFINI_RESULTS"]), limits.log_file, self.stages)
         # As many as the cores can serve.
-        limits = replace(limits, at_once=max(2, min(limits.at_once, (os.cpu_count() or 1) - 2)))
+        limits = replace(limits, at_once=min(limits.at_once, max(2, (os.cpu_count() or 1) - 2)))
         self.limits = limits
         self.pool = Pool(limits, folder, scratch, self.finished)
         self.pool.visit_end = self.end
