@@ -77,8 +77,8 @@ pub fn target(mut target: Target, text: &str) -> Result<Target> {
         let number = || value.parse::<usize>().map_err(|_| bad());
         match key {
             "arch" => {
-                let known = [Arch::Sm80, Arch::Sm90].into_iter();
-                target.arch = known.into_iter().find(|a| a.to_string() == value).ok_or_else(bad)?;
+                let mut known = [Arch::Sm80, Arch::Sm90].into_iter();
+                target.arch = known.find(|a| a.to_string() == value).ok_or_else(bad)?;
             }
             "multiprocessors" => target.multiprocessors = number()?,
             "shared_by" => target.shared_by = number()?,

@@ -105,7 +105,7 @@ impl Group {
         Ok(cases)
     }
 
-    /// Runs, and fails if one of the group's kernels did not.
+    /// Runs, and fails if one of the group's kernels did not; one case need not run them all.
     fn watched(&self, device: &Device, work: impl Fn(&Device) -> Result<()>) -> Result<()> {
         let seen: Arc<Mutex<BTreeSet<&str>>> = Arc::default();
         let own = seen.clone();
@@ -115,6 +115,9 @@ impl Group {
             }
         });
         work(&watched)?;
+        if std::env::var_os("INFINI_CASE").is_some() {
+            return Ok(());
+        }
         let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
         let arch = device.target()?.arch;
         let mut own = self.kernels.iter().filter(|kernel| kernel.arch <= arch);

@@ -157,3 +157,15 @@ def test_quick_times_the_first_rows(bundle):
     rows = [json.loads(line)["operation"] for line in
             (bundle / "results/bench.jsonl").read_text().splitlines()]
     assert [row.split(",")[0] for row in rows] == ["local attention", "decode"]
+
+
+def test_one_case_of_a_group_runs_alone(bundle):
+    """As the diagnosis does, under tools and launch by launch."""
+    command = ["./device-tests", "--exact", "kernel::append_sm80::any", "--nocapture"]
+    run = lambda **more: subprocess.run(command, cwd=bundle, env=environment(**more),
+                                        capture_output=True, text=True)
+    cases = [line for line in run().stderr.splitlines() if line.startswith("case ")]
+    assert len(cases) == 2
+    alone = run(INFINI_CASE=cases[1].removeprefix("case "))
+    assert alone.returncode == 0 and cases[1] in alone.stderr and cases[0] not in alone.stderr
+    assert run(INFINI_CASE="no such case").returncode != 0
