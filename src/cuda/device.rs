@@ -147,8 +147,8 @@ impl Device {
     }
 
     /// The same device with one more observer, who is told of every launch before it is enqueued, and
-    /// when [`Self::synchronize`] or a download of a state has waited for all: for logs that still name the kernel when the device
-    /// hangs. What a captured graph replays is not told.
+    /// when [`Self::synchronize`] or a download of a state has waited for all: for logs that still
+    /// name the kernel when the device hangs. What a captured graph replays is not told.
     pub fn observed_by(&self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
         let mut observed = self.clone();
         observed.observers.0.push(Arc::new(observer));

@@ -105,8 +105,7 @@ impl Data {
         let [q, k, v] = Self::widths(p);
         let upload = |i: usize, width: usize| noise[i].upload(device, tokens * width);
         let tensors = [upload(0, q)?, upload(1, k)?, upload(2, v)?];
-        let mut o = device.stream().alloc_zeros::<bf16>(tokens * p.heads() * p.value_dim())?;
-        device.stream().memset_zeros(&mut o)?;
+        let o = device.stream().alloc_zeros::<bf16>(tokens * p.heads() * p.value_dim())?;
         Ok(Self { p: *p, noise, tensors, o, logits: normals(seed, p.heads()) })
     }
 

@@ -10,7 +10,7 @@ use crate::calls;
 use crate::common::buffers::Asked;
 use crate::common::cases::{Batch, Case, Positions, Rotation, seed};
 use crate::common::device::Entry;
-use crate::common::switches::is_simulated;
+use crate::full::is_small;
 use crate::groups::{Group, Work};
 use crate::table::dims_name;
 
@@ -52,12 +52,12 @@ fn work(operation: &'static str, arch: Arch, dk: usize, dv: usize) -> Work {
         _ => Entry::Prefill,
     };
     let cases = move |device: &Device| -> Result<Vec<Case>> {
-        let simulated = is_simulated(device)?;
+        let small = is_small(device)?;
         let of_type = |dtype| match entry {
-            Entry::Segment => segments(arch, dtype, shape, simulated),
+            Entry::Segment => segments(arch, dtype, shape, small),
             Entry::Decode => vec![decode(dtype, shape)],
             _ if operation == "clear_padding" => vec![padded(dtype, shape)],
-            _ => prefills(dtype, shape, simulated),
+            _ => prefills(dtype, shape, small),
         };
         Ok([DType::BF16, DType::F16].into_iter().flat_map(of_type).collect())
     };
@@ -84,18 +84,18 @@ fn case(
 }
 
 /// Two segments and a bit, then on from the open one: two heads, on newer devices in pairs of blocks,
-/// rotated; one head; two. On the simulator the first alone.
-fn prefills(dtype: DType, shape: (usize, usize), simulated: bool) -> Vec<Case> {
+/// rotated; one head; two. If they are to be small, the first alone.
+fn prefills(dtype: DType, shape: (usize, usize), small: bool) -> Vec<Case> {
     let (channels, positions) = (shape.0, Positions::Continued);
     let rotation = Rotation { channels, interleaved: false, positions, magnitude: 1.0 };
     // The simulator runs all cases of the table by plans as well (tests/cuda_sim.rs).
-    let tokens = if simulated { [70, 4] } else { [150, 9] };
-    let n = if simulated { 32 } else { 64 };
+    let tokens = if small { [70, 4] } else { [150, 9] };
+    let n = if small { 32 } else { 64 };
     let pairs = case("two heads", dtype, shape, 2, n, &tokens);
     let single = case("one head", dtype, shape, 1, n, &tokens);
     let rotated =
         Case { name: format!("{}, rotated", pairs.name), rope: Some(rotation), ..pairs.clone() };
-    if simulated { vec![rotated] } else { vec![rotated, single, pairs] }
+    if small { vec![rotated] } else { vec![rotated, single, pairs] }
 }
 
 /// Sequences of two lengths.
@@ -106,12 +106,12 @@ fn padded(dtype: DType, shape: (usize, usize)) -> Case {
 
 /// Segments in one launch, in clusters of 1, 2 and 8 blocks where there are clusters (a chunk has at
 /// least 2 d tokens).
-fn segments(arch: Arch, dtype: DType, shape: (usize, usize), simulated: bool) -> Vec<Case> {
+fn segments(arch: Arch, dtype: DType, shape: (usize, usize), small: bool) -> Vec<Case> {
     let chunk = (4 * shape.0 * shape.1 / (shape.0 + shape.1)).next_multiple_of(64);
     let chunks: &[usize] = match arch {
         Arch::Sm80 => &[1],
-        _ if simulated && dtype == DType::F16 => &[1],
-        _ if simulated => &[1, 2],
+        _ if small && dtype == DType::F16 => &[1],
+        _ if small => &[1, 2],
         // The reference would take too long.
         _ if shape.0 > 128 => &[1, 2],
         _ => &[1, 2, 8],

@@ -8,8 +8,9 @@
 //! | `golden::record` | what the device computes where PTX leaves it open, to a file in `INFINI_RESULTS` |
 //!
 //! Variables: those of `common::switches`; `INFINI_CASE` runs one case of a group alone;
-//! `INFINI_DIAGNOSE` looks into the first that fails; `INFINI_SMALL` makes full shapes small. Without a device all groups are skipped, and it
-//! is said so. Where the driver is the simulator's (tests/ptxsim/driver), groups take less.
+//! `INFINI_DIAGNOSE` looks into the first that fails; `INFINI_SMALL` makes shapes as small as they are
+//! where the driver is the simulator's (tests/ptxsim/driver). Without a device all groups are
+//! skipped, and it is said so.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -235,6 +235,14 @@ def test_a_benchmark_that_fails(bundle):
     assert "cuda-bench, flush: status 1, error: not measured: decode" in bundle.summary()
 
 
+def test_pytorch_is_measured_where_ours_fails(bundle):
+    bundle.plan({}, ours={"failed": "the output is wrong: error 2.0e-01"})
+    assert bundle.run("compare", "8") == 1
+    text = bundle.summary()
+    assert "compare, ours: the output is wrong: error 2.0e-01" in text
+    assert "ours not measured; µs: loop, eager 450" in text
+
+
 def test_usage(bundle, capsys):
     for arguments in (["all"], ["battery", "0"], ["battery", "ten"], ["test", "5", "("],
                       ["test", "5", "a", "b"], ["bench", "5", "decode"]):

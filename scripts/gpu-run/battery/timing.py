@@ -86,7 +86,10 @@ def compare(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     outcome = visit.alone("compare", [
         sys.executable, "compare.py", "--device", "cuda", "--ours", "./cuda-bench", "--seconds",
         f"{seconds:.0f}", "--json", str(visit.results.path("compare.jsonl"))], until)
-    lines += compare_table(visit.results.rows("compare.jsonl"))
+    rows = visit.results.rows("compare.jsonl")
+    lines += compare_table(rows)
+    visit.failures += [f"compare, ours: {row['failed']}" for row in rows
+                       if row.get("way") == "infini_attn" and "failed" in row]
     complete(visit, "compare", outcome, lines)
 
 
