@@ -110,21 +110,36 @@ __device__ __forceinline__ float retrieval_scale(const InfiniProblem& p, const f
   return p.denominator == INFINI_DENOMINATOR_EXACT ? fmaxf(1.0f, normaliser_scale<Dk>(z)) : 1.0f;
 }
 
-// σ of a chunk of a row, of e^-shift of it, rounded; adds its product with z to `dot`. z [C] lies
-// in shared memory in the order of z_channel.
-template <class Tile>
-__device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int row, int chunk,
-                                           float shift, float& dot) {
-  using T = typename Tile::Element;
+// The channels of z at a chunk; z [Columns] lies in shared memory in the order of z_channel.
+template <int Columns>
+__device__ __forceinline__ void z_chunk(const float* z, int chunk, float (&x)[8]) {
+#pragma unroll
+  for (int c = 0; c < 8; ++c) x[c] = z[chunk * 4 + c % 4 + c / 4 * (Columns / 2)];
+}
+
+// σ of a chunk, of e^-shift of it, rounded; adds its product with z to `dot`.
+template <class T>
+__device__ __forceinline__ Chunk map_chunk(const Chunk& chunk, const float (&z)[8], float shift,
+                                           float& dot) {
   float x[8];
-  widen<T>(load_chunk(tile.at(row, chunk)), x);
+  widen<T>(chunk, x);
 #pragma unroll
   for (float& value : x) value = sigma(value - shift);
   const Chunk mapped = narrow<T>(x);
   widen<T>(mapped, x);
 #pragma unroll
-  for (int c = 0; c < 8; ++c) dot += x[c] * z[chunk * 4 + c % 4 + c / 4 * (Tile::columns / 2)];
+  for (int c = 0; c < 8; ++c) dot += x[c] * z[c];
   return mapped;
+}
+
+// The same of a chunk of a tile.
+template <class Tile>
+__device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int row, int chunk,
+                                           float shift, float& dot) {
+  const Chunk raw = load_chunk(tile.at(row, chunk));
+  float x[8];
+  z_chunk<Tile::columns>(z, chunk, x);
+  return map_chunk<typename Tile::Element>(raw, x, shift, dot);
 }
 
 // σ of every row of a tile, in place and rounded; rows from `end` on become 0. `each(row, den,

@@ -70,18 +70,18 @@ constexpr int kSegmentColumns = Dv % 64 == 0 ? 64 : 32;
 template <int Dk>
 constexpr int kSegmentKeys = Dk > 128 ? Dk / 2 : Dk;
 
-// Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a
-// ring of [Dk x 32] panels.
+// Serial scan over segments: 32 columns of M per block, a warp per 16 rows; G streams through a ring
+// of [Dk x 32] panels, those of two segments where these are small enough.
 template <int Dk>
 struct ScanTile {
   static constexpr int warps = Dk / 16;
   static constexpr int threads = warps * kWarp;
   static constexpr int columns = 32;
-  static constexpr int panel = 32;
   static constexpr int blocks_per_sm = 1;
-  static constexpr int stages = 4;
-  // Panels of G; the operand form of M.
-  static constexpr int shared_bytes = 2 * (stages * Dk * panel + Dk * columns);
+  static constexpr int panel_bytes = 2 * Dk * 32;
+  static constexpr int panels = Dk > 192 ? 4 : Dk > 128 ? Dk / 32 : 2 * (Dk / 32);
+  // The ring; the operand form of M before two segments.
+  static constexpr int shared_bytes = panels * panel_bytes + 2 * 2 * Dk * columns;
 };
 
 // One-launch segment: attention blocks and update blocks side by side.
@@ -121,7 +121,7 @@ struct GroupAttentionTile {
   static constexpr int shared_bytes = tile_bytes + 640;
 };
 
-// A product over tokens, sigma(K)t X [Rows x Columns], Rows channels of K: consumer warpgroups of
+// A product over tokens, sigma(K)t X [Rows x Columns], Rows channels of K: warpgroups of
 // `row_tiles` x 64 of them, all columns of X in their registers; tiles of `tokens` tokens of
 // `Loaded` channels in all.
 template <int Rows, int Columns, int Loaded>
@@ -129,16 +129,14 @@ struct GroupUpdateTile {
   static constexpr int groups = Rows >= 128 ? 2 : 1;
   static constexpr int row_tiles = Rows / (64 * groups);
   static constexpr int tokens = 64;
-  static constexpr int stages = 4;
-  static constexpr int threads = 128 * (groups + 1);
-  static constexpr int blocks_per_sm = groups == 1 ? 2 : 1;
-  // With one group the registers at launch suffice for all.
-  static constexpr bool reallocates = groups == 2;
-  static constexpr int consumer_registers = 224;
-  static constexpr int producer_registers = 56;
-  // The ring; mbarriers, z, factors of the tokens.
-  static constexpr int ring_bytes = stages * tokens * Loaded * 2;
-  static constexpr int shared_bytes = ring_bytes + 128 + 4 * Loaded + 4 * stages * tokens;
+  static constexpr int threads = 128 * groups;
+  // Two where the sums leave room: one starts or ends while the other multiplies.
+  static constexpr int blocks_per_sm = row_tiles * Columns > 128 ? 1 : 2;
+  static constexpr int stage_bytes = tokens * Loaded * 2;
+  static constexpr int stages = blocks_per_sm * 4 * stage_bytes > 200 * 1024 ? 2 : 4;
+  // The ring; mbarriers, z, factors of the tokens of two tiles.
+  static constexpr int ring_bytes = stages * stage_bytes;
+  static constexpr int shared_bytes = ring_bytes + 128 + 4 * Loaded + 4 * 2 * tokens;
 };
 
 // segment_state: all of Dk, `kUpdateColumns` of Dv. segment_transition: so many rows of G.

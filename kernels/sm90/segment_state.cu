@@ -2,20 +2,19 @@
 // piece.
 //
 // Tile: GroupStateTile<Dk, Dv>: all channels of K and up to 128 columns of V; a producer warp keeps
-// a ring of four tiles of 64 tokens full. Grid (splits, Hkv * Dv / columns, pieces).
+// a ring of tiles of 64 tokens full. Grid (splits, Hkv * Dv / columns, pieces).
 //
 // K never goes back to shared memory: each warp reads its 16 channels of a tile by ldmatrix.trans,
 // maps them in registers, adds them to the column sums, and has the A fragments of sigma(K)t; V is
 // the B operand as it lies.
 //
-// Shared memory: ring [4] of key tile [64 x Dk] and value tile [64 x columns]; mbarriers: full
+// Shared memory: ring [stages] of key tile [64 x Dk] and value tile [64 x columns]; mbarriers: full
 // (the producer, bytes), empty (every consumer warp), the tail's.
 //
 // Per token and head 2 Dk Dv flops and Dk exponentials; reads Dk + Dv elements once (Dk twice at
 // Dv = 256, the second time from L2), writes 4 Dk (Dv + 1) bytes per split: memory bounds it.
 #include "sm90/instantiate.h"
-#include "sm90/pipeline.cuh"
-#include "sm90/token_tiles.cuh"
+#include "sm90/token_ring.cuh"
 
 namespace infini {
 
@@ -25,49 +24,51 @@ struct SegmentState {
   using Shape = GroupStateTile<Dk, Dv>;
   using KeyTile = SwizzledTile<T, Shape::tokens, Dk>;
   using ValueTile = SwizzledTile<T, Shape::tokens, kColumns>;
+  using Fragments = uint32_t[Shape::tokens / 16][4];
   static constexpr int kStageBytes = KeyTile::bytes + ValueTile::bytes;
+  static_assert(kStageBytes == Shape::stage_bytes);
   enum { kMapK, kMapV, kMapOpenK, kMapOpenV, kMaps };
 
   const InfiniSegmentState& p;
+  const ptx::TensorMap* maps;
   InfiniPiece piece;
   int kv_head, column;
-  TokenTiles<Shape::tokens> tiles;
-  uint32_t base = ptx::shared_address(dynamic_shared());
-  Cursor<Shape::stages> at;
+  TokenRing<Shape::tokens, Shape::stages> ring;
 
-  __device__ __forceinline__ KeyTile keys() const { return {base + at.stage() * kStageBytes}; }
-  __device__ __forceinline__ ValueTile values() const { return {keys().base + KeyTile::bytes}; }
-  __device__ __forceinline__ Ring<Shape::stages> ring() const { return {base + Shape::ring_bytes}; }
-  __device__ __forceinline__ uint32_t tail() const {
-    return ring().barriers + Ring<Shape::stages>::bytes;
+  static __device__ __forceinline__ KeyTile keys(int stage) {
+    return {ptx::shared_address(dynamic_shared()) + stage * kStageBytes};
+  }
+  static __device__ __forceinline__ ValueTile values(int stage) {
+    return {keys(stage).base + KeyTile::bytes};
   }
 
-  __device__ __forceinline__ void produce(const ptx::TensorMap* maps) {
-    TailCleaner<Shape::stages> cleaner{tail()};
-#pragma unroll 1
-    for (int i = 0; i < tiles.count(); ++i, at.advance()) {
-      const TokenTile tile = tiles.at(i);
-      ring().acquire(at);
-      cleaner.fill(ring(), at, kStageBytes, values(), tile.valid, [&](uint32_t full) {
-        keys().load(&maps[tile.open ? kMapOpenK : kMapK], token_box(p.k, piece, kv_head, tile, 0),
-                    full);
-        values().load(&maps[tile.open ? kMapOpenV : kMapV],
-                      token_box(p.v, piece, kv_head, tile, column), full);
-      });
-    }
+  // Copies of a tile.
+  __device__ __forceinline__ auto load() const {
+    return [this](int stage, const TokenTile& tile, uint32_t full) {
+      keys(stage).load(&maps[tile.open ? kMapOpenK : kMapK],
+                       token_box(p.k, piece, kv_head, tile, 0), full);
+      values(stage).load(&maps[tile.open ? kMapOpenV : kMapV],
+                         token_box(p.v, piece, kv_head, tile, column), full);
+    };
   }
 
-  // sigma(K)t of 16 tokens and a warp's 16 channels as an A fragment; tokens from `valid` on are 0.
-  __device__ __forceinline__ void map_keys(uint32_t (&a)[4], int token, int channel, int valid,
+  // sigma(K)t of a tile's tokens and a warp's 16 channels as A fragments. Whole: all tokens count,
+  // else those from `valid` on are 0.
+  template <bool Whole>
+  __device__ __forceinline__ void map_keys(Fragments& a, int channel, int valid,
                                            float (&sums)[2]) const {
-    keys().a_trans(a, token, channel);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack<T>(a[i]);
-      const int k = token + threadIdx.x % 4 * 2 + i / 2 * 8;
-      a[i] = pack<T>(k < valid ? sigma(x.x) : 0.0f, k + 1 < valid ? sigma(x.y) : 0.0f);
-      const float2 rounded = unpack<T>(a[i]);
-      sums[i % 2] += rounded.x + rounded.y;
+    for (int kk = 0; kk < Shape::tokens / 16; ++kk) {
+      keys(ring.stage()).a_trans(a[kk], kk * 16, channel);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<T>(a[kk][i]);
+        const int k = kk * 16 + threadIdx.x % 4 * 2 + i / 2 * 8;
+        a[kk][i] = pack<T>(Whole || k < valid ? sigma(x.x) : 0.0f,
+                           Whole || k + 1 < valid ? sigma(x.y) : 0.0f);
+        const float2 rounded = unpack<T>(a[kk][i]);
+        sums[i % 2] += rounded.x + rounded.y;
+      }
     }
   }
 
@@ -75,26 +76,35 @@ struct SegmentState {
     float d[Shape::row_tiles][kColumns / 2] = {}, sums[Shape::row_tiles][2] = {};
     const int channel = threadIdx.x / 128 * (64 * Shape::row_tiles) + threadIdx.x / 32 % 4 * 16;
 #pragma unroll 1
-    for (int i = 0; i < tiles.count(); ++i, at.advance()) {
-      const int valid = tiles.at(i).valid;
-      ring().wait(at);
+    for (; !ring.ends(); ++ring.at) {
+      __syncthreads();  // all are done with the tile before
+      ring.refill(kStageBytes, load());
+      const int valid = ring.valid();
+      const ValueTile v = values(ring.stage());
+      ring.wait();
+      if (valid < Shape::tokens) {
+        // What the copy finds behind the segment must not reach a product, not even times 0.
+        if (threadIdx.x < 32) v.clear_rows(valid);
+        ptx::fence_proxy_async_shared();
+        __syncthreads();
+      }
 #pragma unroll
       for (int r = 0; r < Shape::row_tiles; ++r) {
-        uint32_t a[Shape::tokens / 16][4];
-#pragma unroll
-        for (int kk = 0; kk < Shape::tokens / 16; ++kk) {
-          map_keys(a[kk], kk * 16, channel + r * 64, valid, sums[r]);
+        Fragments a;
+        if (valid >= Shape::tokens) {
+          map_keys<true>(a, channel + r * 64, valid, sums[r]);
+        } else {
+          map_keys<false>(a, channel + r * 64, valid, sums[r]);
         }
         ptx::settle(a);
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < Shape::tokens / 16; ++kk) {
-          ptx::Wgmma<T, kColumns>::template rs<1>(d[r], a[kk], values().along_rows(kk * 16), 1);
+          ptx::Wgmma<T, kColumns>::template rs<1>(d[r], a[kk], v.along_rows(kk * 16), 1);
         }
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<0>(d[r]);
       }
-      ring().release(at);
     }
     store(b, column_sums, channel, d, sums);
   }
@@ -131,21 +141,11 @@ __device__ __forceinline__ void segment_state(const ptx::TensorMap* maps,
   if (!piece.full) return;
 
   const int first = split * p.split_len, end = min(first + p.split_len, p.problem.segment_len);
-  Block block{p, piece, kv_head, slice * Block::kColumns, {piece, first, end}};
-  if (threadIdx.x == 0) {
-    block.ring().init(4 * Shape::groups);
-    TailCleaner<Shape::stages>{block.tail()}.init();
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (threadIdx.x >= 128 * Shape::groups) {
-    if (Shape::reallocates) ptx::setmaxnreg_dec<Shape::producer_registers>();
-    if (threadIdx.x % 128 < 32) block.produce(maps);
-  } else {
-    if (Shape::reallocates) ptx::setmaxnreg_inc<Shape::consumer_registers>();
-    const int64_t record = (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head) * p.splits + split;
-    block.consume(pointer<float>(p.b) + record * (Dk * Dv), pointer<float>(p.sums) + record * Dk);
-  }
+  const uint32_t barriers = ptx::shared_address(dynamic_shared()) + Shape::ring_bytes;
+  Block block{p, maps, piece, kv_head, slice * Block::kColumns, {{piece, first, end}, barriers}};
+  block.ring.start(Block::kStageBytes, block.load());
+  const int64_t record = (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head) * p.splits + split;
+  block.consume(pointer<float>(p.b) + record * (Dk * Dv), pointer<float>(p.sums) + record * Dk);
 }
 
 }  // namespace infini
