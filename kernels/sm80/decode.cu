@@ -1,8 +1,9 @@
 // A few new tokens per sequence: appended to the open segment, which they attend; retrieval, gate.
 //
 // Tile: DecodeTile<Dk, Dv>: 64 rows of (token, query head) pairs of one KV head, row = token *
-// group + head, so that a tile of keys serves the whole group. Grid (splits * row tiles, Hkv,
-// sequences): a block attends `split_len` keys of the open segment. With more than one split the
+// group + head, so that a tile of keys serves the whole group. Grid ((splits + 1) * row tiles, Hkv,
+// sequences): a block attends `split_len` keys of the open segment; the one more retrieves alone,
+// where a_mem is asked for. With more than one split the
 // blocks leave partial outputs, and the last block of a (sequence, KV head, row tile), known by a
 // ticket that all of them take, merges them in index order by their log-sum-exp; it retrieves,
 // gates and writes. The last head of a sequence moves the counters; a segment that is full now is
@@ -60,7 +61,7 @@ struct Decode {
 
   __device__ __forceinline__ int kv_head() const { return blockIdx.y; }
   // Blocks per row tile: the splits, and one more for a_mem.
-  __device__ __forceinline__ int blocks() const { return p.splits + (p.call.a_mem.data ? 1 : 0); }
+  __device__ __forceinline__ int blocks() const { return p.splits + 1; }
   __device__ __forceinline__ int split() const { return blockIdx.x % blocks(); }
   __device__ __forceinline__ int row_tile() const { return blockIdx.x / blocks(); }
   __device__ __forceinline__ int64_t head_index() const {
@@ -285,6 +286,7 @@ template <class T, int Dk, int Dv>
 __device__ __forceinline__ void decode(const InfiniDecode& p, unsigned char* shared) {
   __shared__ DecodeTask<T> task;
   const Decode<T, Dk, Dv> block{p, task};
+  if (block.split() == p.splits && !p.call.a_mem.data) return;
   if (threadIdx.x == 0) block.prepare();
   __syncthreads();
   block.run(shared);

@@ -42,7 +42,7 @@ pub fn plan_flush(problem: &Problem, state: &Mirror, slots: &[usize]) -> Result<
         let sequences = listed(&sequences, &mut plan, &mut workspace)?;
         let chunk = Chunks::of_open_segment(problem, longest);
         let partials = chunk.partials(problem, sequences.count as usize, &mut workspace)?;
-        commit(problem, state, sequences, chunk, partials, true, &mut plan)?;
+        commit(problem, state, sequences, chunk, partials, None, &mut plan)?;
     }
     Ok(plan.finish(Vec::new(), &workspace))
 }
@@ -86,14 +86,15 @@ impl Chunks {
     }
 }
 
-/// Launches `commit`: of full open segments, or of any under `flush`.
+/// Launches `commit`: of full open segments, by blocks that fill `fill` multiprocessors and go
+/// through the sequences, or without it of any open segment, by blocks of their own each.
 pub(super) fn commit(
     p: &Problem,
     state: &Mirror,
     sequences: InfiniSequences,
     chunks: Chunks,
     partials: u64,
-    flush: bool,
+    fill: Option<usize>,
     plan: &mut Plan,
 ) -> Result<()> {
     let kernel = find("commit", p, Arch::Sm80)?;
@@ -104,12 +105,14 @@ pub(super) fn commit(
         exchange: state.layout().exchange(partials),
         chunks: chunks.count as i32,
         chunk_len: chunks.len as i32,
-        flush: flush.into(),
+        flush: fill.is_none().into(),
         reserved: 0,
         sequences,
     };
-    let what = if flush { "open segments" } else { "segments that filled" };
+    let what = if fill.is_none() { "open segments" } else { "segments that filled" };
     let why = format!("{what}; chunks: {}, of {} tokens", chunks.count, chunks.len);
-    let grid = [chunks.count, p.kv_heads() * (p.value_dim() / kernel.columns), count];
+    let columns = p.kv_heads() * (p.value_dim() / kernel.columns);
+    let at_a_time = fill.map_or(count, |n| n.div_ceil(chunks.count * columns).min(count));
+    let grid = [chunks.count, columns, at_a_time];
     plan.launch(kernel, grid, params, why)
 }

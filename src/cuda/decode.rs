@@ -115,7 +115,8 @@ fn launches(
     let rows = p.group() * longest(call, options);
     let row_tiles = rows.div_ceil(kernel.rows);
     let part = kernel.rows * (p.value_dim() + 2);
-    let parts = workspace.part(&[count, p.kv_heads(), row_tiles, splits, part], 4)?;
+    // Of every split, and of the retrieval.
+    let parts = workspace.part(&[count, p.kv_heads(), row_tiles, splits + 1, part], 4)?;
     let steps = steps(call, state, options);
     let chunks = Chunks::of_open_segment(p, p.segment_len());
     let sums = match steps.contains(&true) {
@@ -136,10 +137,10 @@ fn launches(
         };
         let why =
             format!("step {step}; splits: {splits}, of {split_len} keys; rows per head: {rows}");
-        let blocks = (splits + usize::from(call.a_mem())) * row_tiles;
-        plan.launch(kernel, [blocks, p.kv_heads(), count], params, why)?;
+        let grid = [(splits + 1) * row_tiles, p.kv_heads(), count];
+        plan.launch(kernel, grid, params, why)?;
         if *fills {
-            commit(p, state, sequences, chunks, sums, false, plan)?;
+            commit(p, state, sequences, chunks, sums, Some(options.target.multiprocessors), plan)?;
         }
     }
     Ok(())
