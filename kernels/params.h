@@ -288,7 +288,7 @@ struct InfiniSegment {
 };
 
 // A few new tokens per sequence: append, attend the open segment in `splits` ranges of `split_len`
-// keys, retrieve, gate. A segment that fills is left to `commit`.
+// keys, retrieve (in a part of its own), gate. A segment that fills is left to `commit`.
 struct InfiniDecode {
   struct InfiniProblem problem;
   struct InfiniCall call;
@@ -296,7 +296,7 @@ struct InfiniDecode {
   struct InfiniExchange exchange;
   int32_t splits;
   int32_t split_len;  // keys, a multiple of 64
-  int32_t row_tiles;  // tiles of 64 (query head, token) rows per KV head
+  int32_t row_tiles;  // tiles of 32 (query head, token) rows per KV head
   int32_t step;       // 0: the first tokens of the call; later steps go on behind `taken`
   struct InfiniSequences sequences;
 };

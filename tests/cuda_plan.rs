@@ -248,7 +248,7 @@ fn arrays(p: &Problem, slots: usize, step: &Step) -> Vec<(u64, u64)> {
         "decode" => {
             let x: InfiniDecode = read(params);
             let tiles = (x.row_tiles * (x.splits + 1)) as usize * x.sequences.count as usize * h;
-            add(x.exchange.partials, tiles * 64 * (dv + 2), 4);
+            add(x.exchange.partials, tiles * 32 * (dv + 2), 4);
             add(x.exchange.head_tickets, slots * p.heads(), 4);
             add(x.exchange.sequence_tickets, slots, 4);
         }
