@@ -108,12 +108,13 @@ fn decode_steps_and_commits() {
     assert_eq!(names(&plan), ["decode", "clear_padding"], "no segment fills");
     let plan = decode(&p, &call(&p, &[3, 16]), &state, Runs::Once);
     assert_eq!(names(&plan), ["decode", "commit", "decode"]);
-    // 24 heads of a group by 16 tokens are 6 tiles of 64 rows; 200 keys are 4 splits of 64.
+    // 24 heads of a group by 16 tokens are 12 tiles of 32 rows; 200 keys are 4 splits of 64, and
+    // there is one block more for the retrieval.
     let first: InfiniDecode = params(&plan, "decode", 0);
-    assert_eq!((first.row_tiles, first.splits, first.split_len, first.step), (6, 4, 64, 0));
+    assert_eq!((first.row_tiles, first.splits, first.split_len, first.step), (12, 4, 64, 0));
     let second: InfiniDecode = params(&plan, "decode", 1);
     assert_eq!(second.step, 1);
-    assert_eq!(launches(&plan)[0].1, [24, 2, 3]);
+    assert_eq!(launches(&plan)[0].1, [60, 2, 3]);
     let commit: InfiniCommit = params(&plan, "commit", 0);
     // At least 170 tokens per chunk.
     assert_eq!((commit.chunks, commit.chunk_len, commit.flush), (2, 192, 0));
@@ -121,6 +122,20 @@ fn decode_steps_and_commits() {
     let exchange = plan.state().expect("of states").params(base(Operand::State));
     assert!(first.exchange.head_tickets > exchange.status);
     assert_ne!(first.exchange.partials, commit.exchange.partials);
+
+    // As many splits as one run needs; any number of runs may reach the segment's end.
+    let state = after(&p, &[0, 63, 64]);
+    for (runs, splits) in [(Runs::Once, 2), (Runs::Replay, 4), (Runs::Table, 4)] {
+        let plan = decode(&p, &call(&p, &[3, 1]), &state, runs);
+        assert_eq!(params::<InfiniDecode>(&plan, "decode", 0).splits, splits, "{runs:?}");
+    }
+    // Few multiprocessors are filled by the blocks of few sequences at a time.
+    for (multiprocessors, at_a_time) in [(1, 1), (5, 2), (132, 3)] {
+        let target = Target { multiprocessors, ..Target::DEFAULT };
+        let options = DecodeOptions { runs: Runs::Replay, target };
+        let plan = plan_decode(&p, &call(&p, &[3, 1]), &state, &options).expect("valid");
+        assert_eq!(launches(&plan)[1], ("commit", [2, 2, at_a_time]));
+    }
 
     let short = problem(|b| b.segment_len(4));
     for (tokens, steps) in [(1, 1), (2, 2), (5, 2), (6, 3), (16, 5)] {

@@ -293,8 +293,8 @@ fn tensor_flops_are_those_of_the_formulas() {
     check("segment_attention", "prefill", prefill_attention(d));
     check("commit", "flush", update((n / 2 + 1).next_multiple_of(64), d));
     check("segment", "segment", HEADS as u64 * (local(n, d) + retrieval(n, d)) + update(n, d));
-    // The one warp of a tile whose 16 rows hold the four.
-    let tile = 16 * ((n / 2 + 1).next_multiple_of(64) * 4 * d + 2 * d * d);
+    // 16 rows hold the four; warps take 16 keys at a time.
+    let tile = 16 * ((n / 2 + 1).next_multiple_of(16) * 4 * d + 2 * d * d);
     check("decode", "decode", tile);
 }
 

@@ -88,6 +88,30 @@ __device__ __forceinline__ void mma_m16n8k16<F16>(float (&d)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Counts up from 0 to `last` and around; gives what was there. What this thread has read and written
+// comes before it (release), what it does next after (acquire).
+__device__ __forceinline__ uint32_t atom_inc_release(uint32_t* at, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(last)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ uint32_t atom_inc_acq_rel(uint32_t* at, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(last)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void fence_acq_rel() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
   float d;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));

@@ -66,19 +66,23 @@ __device__ __forceinline__ void advance_counters(const InfiniProblem& p, const I
 // Whether this thread is the last of `count` to come here; the ticket is 0 before and after. What
 // the others wrote before they came is visible to the last.
 __device__ __forceinline__ bool last_thread(uint32_t* ticket, uint32_t count) {
-  __threadfence();  // what this one wrote comes before its ticket,
-  const bool last = atomicInc(ticket, count - 1) == count - 1;
-  __threadfence();  // and what it reads after the tickets before it
-  return last;
+  return ptx::atom_inc_acq_rel(ticket, count - 1) == count - 1;
 }
 
-// The same of a block. Every thread of it takes part.
-__device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks) {
+// The same of a block. Every thread of it takes part; `meanwhile()` runs in the other warps than the
+// first while the ticket is on its way.
+template <class Meanwhile>
+__device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks, Meanwhile meanwhile) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) last = last_thread(ticket, blocks);
+  if (threadIdx.x >= 32) meanwhile();
   __syncthreads();
   return last;
+}
+
+__device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks) {
+  return last_block(ticket, blocks, [] {});
 }
 
 }  // namespace infini

@@ -33,6 +33,7 @@ template <class T>
 struct DecodeTask {
   Keys<T> source;
   InfiniPiece piece;
+  int split, row_tile;
   int first, rows;  // rows of the tile among [len * group]; rows <= 0: none
   int begin, end;   // keys of this block
   int used;         // splits with keys
@@ -91,10 +92,8 @@ struct Decode {
   // ---- where this block and warp stand
 
   __device__ __forceinline__ int kv_head() const { return blockIdx.y; }
-  __device__ __forceinline__ int split() const { return blockIdx.x % (p.splits + 1); }
-  __device__ __forceinline__ int row_tile() const { return blockIdx.x / (p.splits + 1); }
   __device__ __forceinline__ int64_t head_index() const {
-    return (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head()) * p.row_tiles + row_tile();
+    return (int64_t{blockIdx.z} * p.problem.kv_heads + kv_head()) * p.row_tiles + task.row_tile;
   }
   __device__ __forceinline__ int token_of(int row) const {
     return (task.first + row) / p.problem.group;
@@ -123,9 +122,11 @@ struct Decode {
     task.piece = piece_of(p.problem, p.state, p.call.rope, p.sequences, s, task.taken);
     const InfiniPiece& piece = task.piece;
     const int end = piece.cached + piece.len;
-    task.first = row_tile() * kRows;
+    task.split = blockIdx.x % (p.splits + 1);
+    task.row_tile = blockIdx.x / (p.splits + 1);
+    task.first = task.row_tile * kRows;
     task.rows = min(kRows, piece.len * p.problem.group - task.first);
-    task.begin = split() * p.split_len;
+    task.begin = task.split * p.split_len;
     task.end = min(task.begin + p.split_len, end);
     task.used = (end + p.split_len - 1) / p.split_len;
     if (task.rows <= 0) return;
@@ -202,14 +203,11 @@ struct Decode {
     }
   }
 
-  // `meanwhile()` runs while the first tiles arrive.
-  template <class Meanwhile>
-  __device__ __forceinline__ void attend(Meanwhile meanwhile) const {
+  __device__ __forceinline__ void attend() const {
     load_queries();
-#pragma unroll
+#pragma unroll 1
     for (int tile = 0; tile < kStages; ++tile) load_keys(tile);
-    meanwhile();
-    if (row_tile() == 0 && split() == 0) {
+    if (task.row_tile == 0 && task.split == 0) {
       append_tokens<kThreads, T>(p.problem, p.call, p.state, task.piece, kv_head(), 0,
                                  task.piece.len);
     }
@@ -273,7 +271,7 @@ struct Decode {
   // The local branch of this split: the sums of the warps, in their order.
   __device__ __forceinline__ void leave() const {
     __syncthreads();
-    float* to = partial(split());
+    float* to = partial(task.split);
     each_four([&](int row, int column) {
       float2 head = {-INFINITY, 0.0f};
       for (int s = 0; s < shares(); ++s) {
@@ -293,8 +291,7 @@ struct Decode {
 
   // ---- retrieval
 
-  template <class Meanwhile>
-  __device__ __forceinline__ void retrieve(Meanwhile meanwhile) const {
+  __device__ __forceinline__ void retrieve() const {
     const int64_t matrix = int64_t{task.piece.slot} * p.problem.kv_heads + kv_head();
     const Rows<T> memory{pointer<const T>(p.state.snapshot) + matrix * (Dk * Dv), Dv};
     const float* normaliser = pointer<const float>(p.state.normalizer) + matrix * Dk;
@@ -305,7 +302,6 @@ struct Decode {
     }
     load_tile<kThreads>(tile, memory, 0, Dk);
     ptx::cp_async_commit_group();
-    meanwhile();
     ptx::cp_async_wait_group<0>();
     __syncthreads();
     map_queries<kThreads>(p.problem, queries(), z(), task.rows, [&](int row, float d, bool first) {
@@ -407,28 +403,28 @@ struct Decode {
   }
 
   __device__ __forceinline__ void run() const {
-    // The answer is not waited for before the end.
+    // After the block has read the counters; the answer is not waited for before the end.
     const uint32_t blocks = gridDim.x * gridDim.y;
     uint32_t before = 0;
     const auto count = [&] {
       if (threadIdx.x != kCounting) return;
-      __threadfence();
-      before = atomicInc(pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.z, blocks - 1);
+      uint32_t* ticket = pointer<uint32_t>(p.exchange.sequence_tickets) + blockIdx.z;
+      before = ptx::atom_inc_release(ticket, blocks - 1);
     };
-    const bool alone = split() == p.splits;
+    const bool alone = task.split == p.splits;
     if (task.rows > 0 && (alone ? retrieves() : task.begin < task.end)) {
       if (alone) {
-        retrieve(count);
+        retrieve();
       } else {
-        attend(count);
+        attend();
       }
       uint32_t* ticket = pointer<uint32_t>(p.exchange.head_tickets) + head_index();
-      if (last_block(ticket, task.used + (retrieves() ? 1 : 0))) finish();
+      if (last_block(ticket, task.used + (retrieves() ? 1 : 0), count)) finish();
     } else {
       count();
     }
     if (threadIdx.x == kCounting && before == blocks - 1) {
-      __threadfence();
+      ptx::fence_acq_rel();
       advance();
     }
   }

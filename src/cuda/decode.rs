@@ -98,6 +98,16 @@ fn steps(call: &Resolved<'_>, state: &Mirror, options: &DecodeOptions) -> Vec<bo
     fills
 }
 
+/// Most keys of an open segment, new ones included, that a step may attend.
+fn most_keys(call: &Resolved<'_>, state: &Mirror, options: &DecodeOptions) -> usize {
+    let n = call.problem.segment_len();
+    if options.runs != Runs::Once {
+        return n;
+    }
+    let keys = call.sequences.iter().map(|s| state.counters()[s.slot].open_len + s.len);
+    keys.max().unwrap_or(0).min(n)
+}
+
 fn launches(
     call: &Resolved<'_>,
     state: &Mirror,
@@ -111,7 +121,7 @@ fn launches(
     let sequences = sequences(call, table, plan, workspace)?;
     let count = sequences.count as usize;
     let split_len = options.target.split_len.min(p.segment_len()).next_multiple_of(TILE);
-    let splits = p.segment_len().div_ceil(split_len);
+    let splits = most_keys(call, state, options).div_ceil(split_len);
     let rows = p.group() * longest(call, options);
     let row_tiles = rows.div_ceil(kernel.rows);
     let part = kernel.rows * (p.value_dim() + 2);
