@@ -88,8 +88,8 @@ __device__ __forceinline__ void mma_m16n8k16<F16>(float (&d)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Counts up from 0 to `last` and around; gives what was there. What this thread has read and written
-// comes before it (release), what it does next after (acquire).
+// Counts up from 0 to `last` and around; gives what was there. What this thread has read and
+// written comes before it (release), what it does next after it (acquire).
 __device__ __forceinline__ uint32_t atom_inc_release(uint32_t* at, uint32_t last) {
   uint32_t before;
   asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"

@@ -69,8 +69,8 @@ __device__ __forceinline__ bool last_thread(uint32_t* ticket, uint32_t count) {
   return ptx::atom_inc_acq_rel(ticket, count - 1) == count - 1;
 }
 
-// The same of a block. Every thread of it takes part; `meanwhile()` runs in the other warps than the
-// first while the ticket is on its way.
+// The same of a block. Every thread of it takes part; `meanwhile()` runs in all warps but the first
+// while the ticket is on its way.
 template <class Meanwhile>
 __device__ __forceinline__ bool last_block(uint32_t* ticket, uint32_t blocks, Meanwhile meanwhile) {
   __shared__ bool last;

@@ -44,7 +44,8 @@ struct DecodeTile {
   static constexpr int blocks_per_sm = Dk + Dv > 256 ? 2 : 3;
   static constexpr int ring_bytes = stages * 2 * keys * (Dk + Dv);
   // Key and value tiles; query tile; z; a maximum and a sum per row and warp, a weight per row.
-  static constexpr int shared_bytes = ring_bytes + 2 * rows * Dk + 4 * Dk + 8 * 16 * warps + 4 * rows;
+  static constexpr int shared_bytes =
+      ring_bytes + 2 * rows * Dk + 4 * Dk + 8 * 16 * warps + 4 * rows;
 };
 
 // A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its

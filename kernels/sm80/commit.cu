@@ -77,9 +77,10 @@ __device__ __forceinline__ void finish(const InfiniCommit& p, int sequence) {
   const int kv_head = blockIdx.y / kSlices;
   const int64_t head = int64_t{sequence} * p.problem.kv_heads + kv_head;
   if (!last_block(pointer<uint32_t>(p.exchange.head_tickets) + head, gridDim.x * kSlices)) return;
-  finish_memory<kThreads, T, Dk, Dv>(
-      p.state, int64_t{open.slot} * p.problem.kv_heads + kv_head, open.empty,
-      partial_of<Dk, Dv>(p.exchange, head, p.chunks, 0), (open.len + p.chunk_len - 1) / p.chunk_len);
+  const int64_t matrix = int64_t{open.slot} * p.problem.kv_heads + kv_head;
+  finish_memory<kThreads, T, Dk, Dv>(p.state, matrix, open.empty,
+                                     partial_of<Dk, Dv>(p.exchange, head, p.chunks, 0),
+                                     (open.len + p.chunk_len - 1) / p.chunk_len);
   if (!last_block(pointer<uint32_t>(p.exchange.sequence_tickets) + sequence, p.problem.kv_heads)) {
     return;
   }
