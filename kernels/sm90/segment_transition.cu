@@ -86,7 +86,8 @@ struct SegmentTransition {
       }
       const float den = denominator(problem, lanes_sum<8>(dot[i]), 0.0f);
       // 0 above 2^126, where the key is as good as absent.
-      if (lane == 0) factors()[r] = den == 0.0f ? 0.0f : __fdividef(1.0f, den);
+      const bool absent = den == 0.0f || r >= valid;
+      if (lane == 0) factors()[r] = absent ? 0.0f : __fdividef(1.0f, den);
     }
   }
 
