@@ -26,9 +26,6 @@ const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 /// Compute capability of the devices that run the kernels of [`Arch::Sm90`].
 const SM90_CAPABILITY: (i32, i32) = (9, 0);
 
-/// Dynamic shared memory that a kernel gets without asking.
-const DEFAULT_SHARED: u32 = 48 << 10;
-
 /// A CUDA device and a stream on it. All work of a `Device` goes to its stream, in order, and is
 /// asynchronous: a call returns when everything is enqueued. A clone uses the same stream;
 /// [`Self::on`] another one. Loaded kernels are shared by all of them.
@@ -369,15 +366,12 @@ impl Device {
             }
         };
         let function = module.load_function(kernel.symbol).map_err(|e| self.failed(what(), e))?;
-        if kernel.shared_bytes > DEFAULT_SHARED {
-            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
-                self.failed(
-                    format!("{} with {} B of shared memory", what(), kernel.shared_bytes),
-                    e,
-                )
-            })?;
-        }
+        // For all of them: static shared memory counts towards what needs no asking for, and a driver
+        // that loads lazily loads the function now, not at a launch that may be captured.
+        let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
+            self.failed(format!("{} with {} B of shared memory", what(), kernel.shared_bytes), e)
+        })?;
         tables.functions.insert(kernel.symbol, function.clone());
         Ok(function)
     }

@@ -15,7 +15,7 @@ use crate::{DType, Error, Result};
 const PORTABLE_CLUSTER: u32 = 8;
 
 /// Largest table that [`CudaLauncher`] writes from the parameters of launches; more is copied.
-const TABLE_LIMIT: usize = 16 << 10;
+const TABLE_LIMIT: usize = 64 << 10;
 
 /// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
 /// can be captured in a graph.

@@ -114,11 +114,11 @@ fn run(p: &Problem, pieces: &[(Piece, Counters)]) -> Run {
     Run::new(p, pieces.iter().map(|(piece, _)| piece_params(piece)).collect(), chains)
 }
 
-/// Pieces whose tiles run together: as many as leave their keys and values in L2.
-fn piece_group(p: &Problem, l2_bytes: usize) -> i32 {
+/// Of so many pieces those whose tiles run together: as many as leave their keys and values in L2.
+fn piece_group(p: &Problem, l2_bytes: usize, pieces: usize) -> i32 {
     let row = (p.key_dim() + p.value_dim()) * p.dtype().bytes();
     let bytes = row.saturating_mul(p.kv_heads()).saturating_mul(p.segment_len());
-    (l2_bytes / bytes.max(1)).clamp(1, i32::MAX as usize) as i32
+    (l2_bytes / bytes.max(1)).clamp(1, pieces.clamp(1, i32::MAX as usize)) as i32
 }
 
 /// New tokens of the longest piece.
@@ -271,7 +271,7 @@ impl Planner<'_> {
             snapshot_scale: self.arrays.snapshot_scale,
             z: self.phases.arrays.z,
             tiles: tiles as i32,
-            piece_group: piece_group(p, target.l2_bytes),
+            piece_group: piece_group(p, target.l2_bytes, run.pieces.len()),
             shared_by: shared_by as i32,
             reserved: 0,
         };

@@ -37,7 +37,7 @@ pub struct Target {
     /// Blocks of segment_attention on [`Arch::Sm90`] that load keys and values together, where the
     /// number of query heads per KV head is even: 1 or 2. Default 2.
     pub shared_by: usize,
-    /// Bytes of L2 that the keys and values of tiles which run together may take. Default 32 MiB.
+    /// Bytes of L2 that the keys and values of tiles which run together may take. Default 16 MiB.
     pub l2_bytes: usize,
     /// Keys of the open segment that one block of decode attends; rounded up to a multiple of 64.
     /// Smaller is faster for few sequences, larger moves fewer bytes. Default 256.
@@ -50,7 +50,7 @@ impl Target {
         arch: Arch::Sm80,
         multiprocessors: 132,
         shared_by: 2,
-        l2_bytes: 32 << 20,
+        l2_bytes: 16 << 20,
         split_len: 256,
     };
 
