@@ -110,19 +110,21 @@ struct SegmentTile {
 #define INFINI_SM90_KEY_DIMS(X) X(64) X(128) X(256)
 
 // Local attention of one query head: consumer warpgroups of 64 query rows each and a producer
-// warpgroup; blocks of `keys` keys, rings of two. One block per SM: shared memory bounds it.
-template <int Dk, int Dv>
+// warpgroup; blocks of `keys` keys, rings of two; so many query tiles as `QueryStages` are there at a
+// time. One block per SM: shared memory bounds it.
+template <int Dk, int Dv, int QueryStages = (Dk > 128 ? 1 : 2)>
 struct GroupAttentionTile {
   static constexpr int groups = 2;
   static constexpr int rows = 64 * groups;
   static constexpr int keys = Dv > 128 ? 64 : 128;
   static constexpr int stages = 2;
+  static constexpr int query_stages = QueryStages;
   static constexpr int threads = 128 * (groups + 1);
   static constexpr int blocks_per_sm = 1;
   static constexpr int consumer_registers = 224;
   static constexpr int producer_registers = 56;
-  // Query tiles, key ring, value ring; mbarriers and jobs.
-  static constexpr int tile_bytes = 2 * (rows * Dk + stages * keys * (Dk + Dv));
+  // Query ring, key ring, value ring; mbarriers and jobs.
+  static constexpr int tile_bytes = 2 * (QueryStages * rows * Dk + stages * keys * (Dk + Dv));
   static constexpr int shared_bytes = tile_bytes + 640;
 };
 
@@ -153,7 +155,7 @@ using GroupTransitionTile = GroupUpdateTile<kUpdateColumns<Dk>, Dk, Dk>;
 // One-launch segment: a cluster of up to 8 blocks has a sequence's KV head to itself.
 template <int Dk, int Dv>
 struct GroupSegmentTile {
-  using Attention = GroupAttentionTile<Dk, Dv>;
+  using Attention = GroupAttentionTile<Dk, Dv, 1>;
   static constexpr int groups = Attention::groups;
   static constexpr int rows = Attention::rows;
   static constexpr int keys = Attention::keys;

@@ -4,7 +4,8 @@
 //   1. S' = Q K't of the next block is issued, then O += P V of this one
 //   2. S' has arrived: its keys are released; running softmax of S'
 //   3. O has arrived: the values are released; O is rescaled, P <- S'
-// The groups take turns at step 1, so that one multiplies while the other weighs.
+// The groups take turns at step 1, so that one multiplies while the other weighs; a group's operands
+// have arrived when its turn comes.
 //
 // Then O <- f O, O += sigma(Q) M, O <- e O as in common/attention.cuh: sigma(Q) is made in
 // registers, and M's snapshot comes through the value ring.
@@ -16,16 +17,16 @@
 
 namespace infini {
 
-template <class T, int Dk, int Dv>
+template <class T, int Dk, int Dv, int QueryStages = 1>
 struct AttentionConsumer {
-  using Shared = AttentionShared<T, Dk, Dv>;
+  using Shared = AttentionShared<T, Dk, Dv, QueryStages>;
   static constexpr int kGroups = Shared::kGroups, kKeys = Shared::kKeys;
   static constexpr int kStages = Shared::kStages;
   static constexpr int kMemoryRows = Shared::kMemoryRows;
 
   const ptx::TensorMap* maps;
   Shared shared;
-  Cursor<1> query;
+  Cursor<QueryStages> query;
   Cursor<kStages> key, value;
   Cursor<Shared::kJobs> jobs;
 
@@ -37,10 +38,30 @@ struct AttentionConsumer {
   using Scores = float[kKeys / 2];
   using Weights = uint32_t[kKeys / 16][4];  // A fragments
 
-  static __device__ __forceinline__ int group() { return ptx::tid_x() / 128; }
+  // What all lanes agree on and a shuffle says so stays in uniform registers, where the operands of
+  // wgmma are built. (Above Dv = 128 no register is to spare for it.)
+  const int uniform_group = uniform(threadIdx.x / 128);
+
+  static __device__ __forceinline__ uint32_t uniform(uint32_t x) {
+    return __shfl_sync(0xffffffff, x, 0);
+  }
+  __device__ __forceinline__ int group() const {
+    return Dv > 128 ? ptx::tid_x() / 128 : uniform_group;
+  }
   static __device__ __forceinline__ int warp_row() { return ptx::tid_x() / 32 % 4 * 16; }
   static __device__ __forceinline__ int row(int h) {
     return warp_row() + ptx::tid_x() % 32 / 4 + h * 8;
+  }
+
+  // The group's queries.
+  uint32_t query_base;
+  __device__ __forceinline__ typename Shared::QueryTile queries() const {
+    if (QueryStages == 1) return shared.queries(group());
+    return {query_base};
+  }
+  __device__ __forceinline__ void wait_queries() {
+    if (QueryStages > 1) query_base = uniform(shared.queries(group(), query.stage()).base);
+    shared.query_ring(group()).wait(query);
   }
 
   // ---- turns
@@ -62,9 +83,8 @@ struct AttentionConsumer {
 
   // Issues S = Q Kt of the key ring's next block.
   __device__ __forceinline__ void issue_scores(Scores& s) {
-    const auto q = shared.queries(group());
+    const auto q = queries();
     const auto k = shared.keys(key.stage());
-    shared.key_ring().wait(key);
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < Dk; kk += 16) {
@@ -78,14 +98,16 @@ struct AttentionConsumer {
     key.advance();
   }
 
-  // Issues O += P V of the value ring's next block.
+  // Issues O += P V of the value ring's next block. `kPasses`: passes the turn before the last
+  // products, so that those of the other group are there when the pipe runs empty.
+  template <bool kPasses>
   __device__ __forceinline__ void issue_values(const Weights& p) {
     const auto v = shared.values(value.stage());
-    shared.value_ring().wait(value);
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kKeys / 16; ++kk) {
       ptx::Wgmma<T, Dv>::template rs<1>(o, p[kk], v.along_rows(kk * 16), 1);
+      if (kPasses && kk == kKeys / 16 - 3) pass_turn();
     }
     ptx::wgmma_commit_group();
   }
@@ -119,6 +141,9 @@ struct AttentionConsumer {
         }
       }
       best = fmaxf(top[h], lanes_max<4>(best) * p.scale_log2);
+      // A maximum that grew by little stays, and O needs no rescaling: weights up to 2^8 are as
+      // exact.
+      if (best - top[h] <= 8.0f) best = top[h];
       // Nothing visible yet: any finite shift gives weights 0 instead of NaN.
       const float shift = best == -INFINITY ? 0.0f : best;
       shrink[h] = ptx::ex2_approx_ftz(top[h] - shift);
@@ -159,14 +184,19 @@ struct AttentionConsumer {
   __device__ __forceinline__ void attend_blocks(const InfiniProblem& problem,
                                                 const KeyBlocks& blocks, int from, int to,
                                                 Weights& p) {
+    from = uniform(from);
+    to = uniform(to);
+    key.count = uniform(key.count);
+    value.count = uniform(value.count);
 #pragma unroll 1
     for (int i = from; i < to; ++i) {
       Scores s;
       float shrink[2];
+      shared.key_ring().wait(key);
+      shared.value_ring().wait(value);
       take_turn();
       issue_scores(s);
-      issue_values(p);
-      pass_turn();
+      issue_values<true>(p);
       ptx::wgmma_wait_group<1>(s);
       release_keys();
       weigh<kMasked>(problem, s, blocks.at<kKeys>(i), shrink);
@@ -185,6 +215,7 @@ struct AttentionConsumer {
     {
       Scores s;
       float shrink[2];
+      shared.key_ring().wait(key);
       take_turn();
       issue_scores(s);
       pass_turn();
@@ -195,7 +226,8 @@ struct AttentionConsumer {
     }
     attend_blocks<true>(problem, blocks, 1, blocks.masked, p);
     attend_blocks<false>(problem, blocks, max(1, blocks.masked), blocks.count, p);
-    issue_values(p);
+    shared.value_ring().wait(value);
+    issue_values<false>(p);
     ptx::wgmma_wait_group<0>(o);
     release_values();
 #pragma unroll
@@ -212,7 +244,7 @@ struct AttentionConsumer {
   // A fragment of sigma(Q), of rows scaled by e^-shift.
   __device__ __forceinline__ void map_queries(uint32_t (&a)[4], int column,
                                               const float (&shift)[2]) const {
-    shared.queries(group()).a(a, warp_row(), column);
+    queries().a(a, warp_row(), column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack<T>(a[i]);
@@ -226,7 +258,7 @@ struct AttentionConsumer {
 #pragma unroll 4
     for (int column = 0; column < Dk; column += 16) {
       uint32_t a[4];
-      shared.queries(group()).a(a, warp_row(), column);
+      queries().a(a, warp_row(), column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack<T>(a[i]);
@@ -241,14 +273,19 @@ struct AttentionConsumer {
     }
   }
 
+  // sigma(Q) is mapped once where it fits the registers.
+  static constexpr bool kKeeps = Dk <= 128;
+  using Mapped = uint32_t[kKeeps ? Dk / 16 : 1][4];
+
   // sigma(Q) z of each row; 0 for rows that retrieve nothing.
   __device__ __forceinline__ void denominators(const InfiniProblem& p, const float* z,
-                                               const float (&shift)[2], float (&den)[2]) const {
+                                               const float (&shift)[2], float (&den)[2],
+                                               Mapped& mapped) const {
     const float2* pairs = reinterpret_cast<const float2*>(z) + ptx::tid_x() % 4;
     den[0] = den[1] = 0.0f;
-#pragma unroll 4
+#pragma unroll (kKeeps ? Dk / 16 : 4)
     for (int column = 0; column < Dk; column += 16) {
-      uint32_t a[4];
+      uint32_t(&a)[4] = mapped[kKeeps ? column / 16 : 0];
       map_queries(a, column, shift);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -261,12 +298,19 @@ struct AttentionConsumer {
   }
 
   // O += sigma(Q) snapshot.
-  __device__ __forceinline__ void retrieve(const float (&shift)[2]) {
+  __device__ __forceinline__ void retrieve(const float (&shift)[2], Mapped& mapped) {
 #pragma unroll 1
     for (int first = 0; first < Dk; first += kMemoryRows) {
       uint32_t a[kMemoryRows / 16][4];
 #pragma unroll
-      for (int kk = 0; kk < kMemoryRows / 16; ++kk) map_queries(a[kk], first + kk * 16, shift);
+      for (int kk = 0; kk < kMemoryRows / 16; ++kk) {
+        if constexpr (kKeeps) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[kk][i] = mapped[kk][i];
+        } else {
+          map_queries(a[kk], first + kk * 16, shift);
+        }
+      }
       const auto m = shared.memory(value.stage());
       shared.value_ring().wait(value);
       ptx::settle(a);
@@ -284,7 +328,7 @@ struct AttentionConsumer {
   // ---- outputs
 
   __device__ __forceinline__ typename Shared::OutputStage stage() const {
-    return {{shared.queries(group()).base}, warp_row()};
+    return {{queries().base}, warp_row()};
   }
 
   // What was staged of the warp's rows, to its place: whole 16 rows by the copy engine.
@@ -329,6 +373,7 @@ struct AttentionConsumer {
   // Requires reduced totals and the raw queries.
   __device__ __forceinline__ void gate_and_stage(const InfiniProblem& p, const AttentionJob& job) {
     float share[2], weight[2] = {0.0f, 0.0f}, shift[2];
+    Mapped mapped;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float w = job.gate.local;
@@ -336,7 +381,7 @@ struct AttentionConsumer {
     }
     if (job.retrieves) {
       shift_of(shift);
-      denominators(p, job.z, shift, weight);
+      denominators(p, job.z, shift, weight, mapped);
 #pragma unroll
       for (float& w : weight) w = w == 0.0f ? 0.0f : __fdividef(job.gate.memory, w);
       __syncwarp();  // all lanes have read the queries of rows that are staged now
@@ -365,7 +410,7 @@ struct AttentionConsumer {
         }
       }
     }
-    retrieve(shift);
+    retrieve(shift, mapped);
 #pragma unroll
     for (int i = 0; i < Dv / 2; i += 16) {
 #pragma unroll
@@ -385,7 +430,7 @@ struct AttentionConsumer {
   __device__ __forceinline__ bool run(const InfiniProblem& p, const InfiniCall& call,
                                       uint64_t status) {
     const Ring<Shared::kJobs> ring = shared.job_ring();
-    const Ring<1> queries = shared.query_ring(group());
+    const Ring<QueryStages> query_ring = shared.query_ring(group());
     const AttentionJob& job = shared.job(jobs.stage());
     ring.wait(jobs);
     if (job.rows == 0) return false;
@@ -393,18 +438,18 @@ struct AttentionConsumer {
     for (float& x : o) x = 0.0f;
     top[0] = top[1] = -INFINITY;
     total[0] = total[1] = 0.0f;
-    queries.wait(query);
+    wait_queries();
     if (job.rotates) rotate(call, job, status);
     if (job.attends) attend(p, job);
     if (job.attends && !job.memory) write_local(call, job);
     if (job.reloads) {
-      queries.release(query);
+      query_ring.release(query);
       query.advance();
-      queries.wait(query);
+      wait_queries();
     }
     gate_and_stage(p, job);
     write(job.memory ? call.a_mem : call.o, job.memory ? kMapAMem : kMapO, job);
-    queries.release(query);
+    query_ring.release(query);
     query.advance();
     ring.release(jobs);
     jobs.advance();
@@ -417,7 +462,7 @@ struct AttentionConsumer {
     const InfiniPiece& piece = job.piece;
     const int skip = job.first + group() * 64;
     rotate_tile<128>(
-        shared.queries(group()), 0, max(0, min(64, job.rows - group() * 64)), call.rope, status,
+        queries(), 0, max(0, min(64, job.rows - group() * 64)), call.rope, status,
         [&](int r) {
           return position_of(call.rope, piece.batch, piece.first + skip + r,
                              piece.position + skip + r);

@@ -5,14 +5,14 @@
 
 namespace infini {
 
-template <class T, int Dk, int Dv>
+template <class T, int Dk, int Dv, int QueryStages>
 struct AttentionProducer {
-  using Shared = AttentionShared<T, Dk, Dv>;
+  using Shared = AttentionShared<T, Dk, Dv, QueryStages>;
   static constexpr int kStages = Shared::kStages, kKeys = Shared::kKeys;
 
   const ptx::TensorMap* maps;
   Shared shared;
-  Cursor<1> query;  // of all groups
+  Cursor<QueryStages> query;  // of all groups
   Cursor<kStages> key, value;
   Cursor<Shared::kJobs> jobs;
   TailCleaner<kStages> tail{shared.tail()};
@@ -22,11 +22,13 @@ struct AttentionProducer {
   __device__ __forceinline__ void load_queries(const InfiniCall& call, const AttentionJob& job) {
 #pragma unroll
     for (int group = 0; group < Shared::kGroups; ++group) {
-      const Ring<1> ring = shared.query_ring(group);
+      const Ring<QueryStages> ring = shared.query_ring(group);
       ring.acquire(query);
       if (leader()) {
-        ptx::mbarrier_arrive_expect_tx(ring.full(0), Shared::QueryTile::bytes);
-        shared.queries(group).load(&maps[kMapQ], job.row_box(call.q, group * 64), ring.full(0));
+        const uint32_t full = ring.full(query.stage());
+        ptx::mbarrier_arrive_expect_tx(full, Shared::QueryTile::bytes);
+        const Box box = job.row_box(call.q, group * 64);
+        shared.queries(group, query.stage()).load(&maps[kMapQ], box, full);
       }
     }
     query.advance();

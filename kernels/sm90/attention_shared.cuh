@@ -1,6 +1,6 @@
 // Shared memory of the attention kernels, from the start of dynamic shared memory:
 //
-//   query tiles  [groups][64 x Dk]      by tensor copies; rotated, then staging of the outputs
+//   query ring   [stages][groups][64 x Dk]  by tensor copies; rotated, then staging of the outputs
 //   key ring     [stages][keys x Dk]
 //   value ring   [stages][keys x Dv]    after the last values: blocks of M's snapshot
 //   mbarriers    rings of queries, keys, values and jobs (full, empty); those of tails
@@ -13,9 +13,9 @@
 
 namespace infini {
 
-template <class T, int Dk, int Dv>
+template <class T, int Dk, int Dv, int QueryStages>
 struct AttentionShared {
-  using Shape = GroupAttentionTile<Dk, Dv>;
+  using Shape = GroupAttentionTile<Dk, Dv, QueryStages>;
   static constexpr int kGroups = Shape::groups, kKeys = Shape::keys, kStages = Shape::stages;
   static constexpr int kMemoryRows = kKeys < Dk ? kKeys : Dk;
 
@@ -26,7 +26,7 @@ struct AttentionShared {
   using OutputStage = Stage<T, 64, Dv>;
   static_assert(Dv <= Dk, "outputs are staged where the queries lay");
 
-  static constexpr int kKeysAt = kGroups * QueryTile::bytes;
+  static constexpr int kKeysAt = QueryStages * kGroups * QueryTile::bytes;
   static constexpr int kValuesAt = kKeysAt + kStages * KeyTile::bytes;
   static constexpr int kBarriersAt = kValuesAt + kStages * ValueTile::bytes;
   static_assert(kBarriersAt == Shape::tile_bytes);
@@ -36,8 +36,8 @@ struct AttentionShared {
   int shared_by = 1;  // blocks of a cluster that share keys, values and memory: see Ring
   uint32_t base = ptx::shared_address(dynamic_shared());
 
-  __device__ __forceinline__ QueryTile queries(int group) const {
-    return {base + group * QueryTile::bytes};
+  __device__ __forceinline__ QueryTile queries(int group, int stage = 0) const {
+    return {base + (stage * kGroups + group) * QueryTile::bytes};
   }
   __device__ __forceinline__ KeyTile keys(int stage) const {
     return {base + kKeysAt + stage * KeyTile::bytes};
@@ -48,12 +48,11 @@ struct AttentionShared {
   __device__ __forceinline__ MemoryTile memory(int stage) const {
     return {base + kValuesAt + stage * ValueTile::bytes};
   }
-  // A group's query tile is a ring of one stage.
-  __device__ __forceinline__ Ring<1> query_ring(int group) const {
-    return {base + kBarriersAt + group * Ring<1>::bytes};
+  __device__ __forceinline__ Ring<QueryStages> query_ring(int group) const {
+    return {base + kBarriersAt + group * Ring<QueryStages>::bytes};
   }
   __device__ __forceinline__ Ring<kStages> key_ring() const {
-    return {base + kBarriersAt + kGroups * Ring<1>::bytes, shared_by};
+    return {base + kBarriersAt + kGroups * Ring<QueryStages>::bytes, shared_by};
   }
   __device__ __forceinline__ Ring<kStages> value_ring() const {
     return {key_ring().barriers + Ring<kStages>::bytes, shared_by};
@@ -65,7 +64,7 @@ struct AttentionShared {
   __device__ __forceinline__ uint32_t tail() const {
     return job_ring().barriers + Ring<kJobs>::bytes;
   }
-  static_assert(kGroups * Ring<1>::bytes + 2 * Ring<kStages>::bytes + Ring<kJobs>::bytes +
+  static_assert(kGroups * Ring<QueryStages>::bytes + 2 * Ring<kStages>::bytes + Ring<kJobs>::bytes +
                     TailCleaner<kStages>::bytes <=
                 192);
 

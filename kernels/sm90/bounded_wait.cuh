@@ -61,13 +61,9 @@ __device__ __attribute__((used)) uint32_t infini_wait_given_up;
 
 namespace infini::ptx {
 
-// The two waits of sm90/ptx.cuh.
+// The wait of sm90/ptx.cuh.
 __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, int parity) {
   INFINI_BOUNDED_WAIT("mbarrier.test_wait.parity.shared::cta.b64", barrier, parity);
-}
-
-__device__ __forceinline__ void mbarrier_wait_parity_cluster(uint32_t barrier, int parity) {
-  INFINI_BOUNDED_WAIT("mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64", barrier, parity);
 }
 
 }  // namespace infini::ptx

@@ -29,9 +29,9 @@ struct UpdateChunk {
 };
 
 template <class T, int Dk, int Dv>
-struct UpdateShared : AttentionShared<T, Dk, Dv> {
+struct UpdateShared : AttentionShared<T, Dk, Dv, 1> {
   using Shape = GroupSegmentTile<Dk, Dv>;
-  using Base = AttentionShared<T, Dk, Dv>;
+  using Base = AttentionShared<T, Dk, Dv, 1>;
   static constexpr int kColumns = Shape::columns, kPasses = Dv / kColumns;
   static constexpr int kThreads = 128 * Shape::groups;
   // Partial sums of a block: one, or one per group.

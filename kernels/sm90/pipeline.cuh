@@ -41,7 +41,7 @@ struct Ring {
   // Producer: waits until the stage is free. A fresh barrier passes: it counts as completed for
   // parity 1.
   __device__ __forceinline__ void acquire(const Cursor<Stages>& at) const {
-    ptx::mbarrier_wait_parity_cluster(empty(at.stage()), at.parity() ^ 1);
+    ptx::mbarrier_wait_parity(empty(at.stage()), at.parity() ^ 1);
   }
 
   // Consumer: waits until the stage is filled.
@@ -56,7 +56,7 @@ struct Ring {
     if (lane == 0) ptx::mbarrier_arrive(empty(at.stage()));
     if (shared_by > 1 && lane == 1) {
       const uint32_t other = ptx::cluster_ctarank() ^ 1;
-      ptx::mbarrier_arrive_release_cluster(ptx::mapa(empty(at.stage()), other));
+      ptx::mbarrier_arrive_cluster(ptx::mapa(empty(at.stage()), other));
     }
   }
 };

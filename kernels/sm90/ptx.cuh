@@ -56,9 +56,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
                : "memory");
 }
 
-// `barrier` may lie in another block of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_release_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+// `barrier` may lie in another block of the cluster. Without `.release.cluster`, which assembles to a
+// memory barrier of the whole device: what is ordered here are reads of wgmma, complete before the
+// arrival, against copies issued behind the wait for it.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
 }
 
@@ -69,16 +71,6 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, int parit
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// What other blocks of the cluster did before they arrived is visible as well.
-__device__ __forceinline__ void mbarrier_wait_parity_cluster(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nWAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");

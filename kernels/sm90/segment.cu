@@ -105,7 +105,7 @@ struct Segment {
   }
 
   __device__ __forceinline__ void produce() const {
-    AttentionProducer<T, Dk, Dv> producer{maps, shared};
+    AttentionProducer<T, Dk, Dv, 1> producer{maps, shared};
     const int tiles = (piece().len + Shape::rows - 1) / Shape::rows;
     const int all = tiles * p.problem.group * (p.call.a_mem.data ? 2 : 1);
     int id = rank();
@@ -116,7 +116,10 @@ struct Segment {
     };
     while (producer.feed(p.call, next)) {
     }
-    if (!updates()) return;
+    if (!updates()) {
+      ptx::meet_cluster();
+      return;
+    }
     const UpdateChunk& part = Shared::chunk();
     const TokenTiles<Shape::keys> tokens(piece(), part.first, part.end);
 #pragma unroll 1
@@ -130,17 +133,28 @@ struct Segment {
         producer.load_values(tile.open ? kMapOpenV : kMapV,
                              token_box(p.call.v, piece(), part.kv_head, tile, 0), tile.valid);
       }
-      // The cluster's barriers wait for every thread that has not ended.
-      if (pass + 1 < Shared::kPasses) {
-        ptx::meet_cluster();
-        ptx::meet_cluster();
-      }
+      meet_twice();
     }
+  }
+
+  // Warps that bring nothing: every thread of the cluster takes part in its barriers.
+  __device__ __forceinline__ void attend_barriers() const {
+    if (!updates()) {
+      ptx::meet_cluster();
+      return;
+    }
+#pragma unroll 1
+    for (int pass = 0; pass < Shared::kPasses; ++pass) meet_twice();
+  }
+
+  static __device__ __forceinline__ void meet_twice() {
+    ptx::meet_cluster();
+    ptx::meet_cluster();
   }
 
   // A pass begins when all consumers have left the memory that it uses: the snapshot, or nothing,
   // comes through the rings of the queries.
-  __device__ __forceinline__ void load_snapshot(AttentionProducer<T, Dk, Dv>& producer,
+  __device__ __forceinline__ void load_snapshot(AttentionProducer<T, Dk, Dv, 1>& producer,
                                                 const UpdateChunk& part, int pass) const {
     for (int group = 0; group < Shape::groups; ++group) {
       shared.query_ring(group).acquire(producer.query);
@@ -164,7 +178,7 @@ struct Segment {
   // ---- consumers
 
   __device__ __forceinline__ void consume() const {
-    AttentionConsumer<T, Dk, Dv> consumer{maps, shared};
+    AttentionConsumer<T, Dk, Dv, 1> consumer{maps, shared};
     consumer.start_turns();
     while (consumer.run(p.problem, p.call, p.state.status)) {
     }
@@ -232,7 +246,11 @@ __device__ __forceinline__ void segment(const ptx::TensorMap* maps, const Infini
   }
   if (threadIdx.x >= Block::kThreads) {
     ptx::setmaxnreg_dec<Block::Shape::producer_registers>();
-    if (threadIdx.x % 128 < 32) block.produce();
+    if (threadIdx.x % 128 < 32) {
+      block.produce();
+    } else {
+      block.attend_barriers();
+    }
   } else {
     ptx::setmaxnreg_inc<Block::Shape::consumer_registers>();
     block.consume();

@@ -49,24 +49,26 @@ template <class T, int Dk, int Dv>
 __device__ __forceinline__ void segment_attention(const ptx::TensorMap* maps,
                                                   const InfiniSegmentAttention& p) {
   using Shape = GroupAttentionTile<Dk, Dv>;
-  const AttentionShared<T, Dk, Dv> shared{p.shared_by};
+  constexpr int kStages = Shape::query_stages;
+  const AttentionShared<T, Dk, Dv, kStages> shared{p.shared_by};
   if (threadIdx.x == 0) shared.init();
   ptx::meet_cluster();
   if (threadIdx.x >= 128 * Shape::groups) {
     ptx::setmaxnreg_dec<Shape::producer_registers>();
-    if (threadIdx.x % 128 >= 32) return;
-    AttentionProducer<T, Dk, Dv> producer{maps, shared};
-    const int tiles = tile_count(p);
-    int id = blockIdx.x;
-    const auto next = [&](AttentionJob& job) {
-      job.rows = 0;
-      for (; id < tiles && job.rows == 0; id += gridDim.x) find_job<Dk, Dv>(p, id, job);
-    };
-    while (producer.feed(p.call, next)) {
+    if (threadIdx.x % 128 < 32) {
+      AttentionProducer<T, Dk, Dv, kStages> producer{maps, shared};
+      const int tiles = tile_count(p);
+      int id = blockIdx.x;
+      const auto next = [&](AttentionJob& job) {
+        job.rows = 0;
+        for (; id < tiles && job.rows == 0; id += gridDim.x) find_job<Dk, Dv>(p, id, job);
+      };
+      while (producer.feed(p.call, next)) {
+      }
     }
   } else {
     ptx::setmaxnreg_inc<Shape::consumer_registers>();
-    AttentionConsumer<T, Dk, Dv> consumer{maps, shared};
+    AttentionConsumer<T, Dk, Dv, kStages> consumer{maps, shared};
     consumer.start_turns();
     while (consumer.run(p.problem, p.call, p.state.status)) {
     }

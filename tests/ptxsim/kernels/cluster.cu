@@ -41,6 +41,21 @@ extern "C" __global__ void __launch_bounds__(128) cluster_sum(const float* in, f
   ptx::barrier_cluster_wait();
 }
 
+// What a block wrote before it arrives is visible to the one that waits.
+__device__ __forceinline__ void arrive_release_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_acquire_cluster(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 extern "C" __global__ void __launch_bounds__(128) cluster_push(const float* in, float* out) {
   __shared__ float parts[4], sums[8];
   __shared__ __align__(8) uint64_t ready;
@@ -55,9 +70,9 @@ extern "C" __global__ void __launch_bounds__(128) cluster_push(const float* in, 
   const float mine = block_sum(in[blockIdx.x * 128 + threadIdx.x], parts);
   if (threadIdx.x == 0) {
     ptx::st_shared_cluster(ptx::mapa(ptx::shared_address(&sums[rank]), 0), mine);
-    ptx::mbarrier_arrive_release_cluster(ptx::mapa(barrier, 0));
+    arrive_release_cluster(ptx::mapa(barrier, 0));
     if (rank == 0) {
-      ptx::mbarrier_wait_parity_cluster(barrier, 0);
+      wait_acquire_cluster(barrier, 0);
       float all = 0.0f;
       for (uint32_t r = 0; r < blocks; ++r) all += sums[r];
       out[blockIdx.x / blocks] = all;
