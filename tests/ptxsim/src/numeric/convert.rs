@@ -2,14 +2,22 @@
 use super::int::Int;
 use super::{Format, Rounding, f64_to_f32};
 
-/// `cvt.{rn,rna,rz}.tf32.f32`: bits with the low 13 zero; NaN becomes 0x7FFFFFFF.
+/// `cvt.{rn,rna,rz}.tf32.f32`: bits with the low 13 zero. NaN becomes 0x7FFFFFFF, but by `.rna`,
+/// which cuts it as an H100 does (an infinity where the payload lay below).
 pub fn f32_to_tf32(x: f32, rounding: Rounding) -> u32 {
-    if x.is_nan() { 0x7FFF_FFFF } else { Format::TF32.round(x.into(), rounding) << 13 }
+    match rounding {
+        Rounding::NearestAway if x.is_nan() => x.to_bits() & TF32_BITS,
+        _ if x.is_nan() => 0x7FFF_FFFF,
+        _ => Format::TF32.round(x.into(), rounding) << 13,
+    }
 }
+
+/// Of the bits of an f32 those that a tf32 has.
+const TF32_BITS: u32 = 0xFFFF_E000;
 
 /// What the tensor cores read of a register given as `tf32`.
 pub fn tf32_operand(bits: u32) -> f32 {
-    f32::from_bits(bits & 0xFFFF_E000)
+    f32::from_bits(bits & TF32_BITS)
 }
 
 /// Value rounded to an integral one: `.rni`, `.rzi`, `.rmi`, `.rpi`.

@@ -234,6 +234,8 @@ fn conversions() {
     assert_eq!(f32_to_tf32(f32::from_bits(0x3F80_1000), NearestAway), 0x3F80_2000);
     assert_eq!(f32_to_tf32(f32::from_bits(0x3F80_1000), Nearest), 0x3F80_0000);
     assert_eq!(f32_to_tf32(f32::NAN, Nearest), 0x7FFF_FFFF);
+    assert_eq!(f32_to_tf32(f32::from_bits(0x7F80_0001), NearestAway), 0x7F80_0000);
+    assert_eq!(f32_to_tf32(f32::from_bits(0xFFC0_1234), NearestAway), 0xFFC0_0000);
     assert_eq!(Half::F16.from_f32(65520.0, Zero), 0x7BFF);
     assert_eq!(Half::Bf16.relu(0xBF80), 0);
     assert_eq!(pair2(0x3F80_3F80, 0x3F80_4000, |a, b| Half::Bf16.add(a, b)), 0x4000_4040);
