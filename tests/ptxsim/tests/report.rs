@@ -226,6 +226,36 @@ fn a_failed_assertion_ends_the_launch() {
     }
 }
 
+/// A printf is known, and prints nothing.
+#[test]
+fn a_printf_changes_nothing() {
+    let text = "
+        .version 8.0 .target sm_80 .address_size 64
+        .extern .func (.param .b32 result) vprintf (.param .b64 format, .param .b64 values);
+        .visible .entry prints(.param .u64 out) {
+            .reg .b32 %r<2>; .reg .b64 %x<3>;
+            mov.u64 %x0, 0; mov.u32 %r0, 7;
+            { .param .b64 format; .param .b64 values; .param .b32 result;
+              st.param.b64 [format], %x0; st.param.b64 [values], %x0;
+              call.uni (result), vprintf, (format, values);
+              ld.param.b32 %r1, [result];
+            }
+            add.u32 %r0, %r0, %r1;
+            ld.param.u64 %x1, [out];
+            mov.u32 %r1, %tid.x;
+            mad.wide.u32 %x1, %r1, 4, %x1;
+            st.global.u32 [%x1], %r0;
+            ret;
+        }";
+    let module = Module::parse(text).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let out = device.uninitialised::<u32>("out", 32);
+    let report = device.launch(&module, "prints", &Launch::linear(1, 32), &[out.into()]);
+    let report = report.expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(device.read::<u32>(out).expect("written"), [7; 32]);
+}
+
 /// Lanes that have ended are not waited for, by barriers of the block and of the cluster.
 #[test]
 fn lanes_that_end_early_hold_nobody_up() {

@@ -17,7 +17,7 @@ use crate::gang::State;
 use crate::launch::Grid;
 use crate::ops::atomic::{OPERATIONS, Operation, operation};
 use crate::ops::mbarrier::{At, cell, deliver, find_async};
-use crate::program::{Address, Decoded, Src};
+use crate::program::{Address, Decoded, Lanes, Src};
 use crate::shadow::Proxy;
 use crate::tensor_map::Dtype;
 
@@ -135,7 +135,7 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize, read: bool) {
 }
 
 /// A warp has ended: nobody else can wait until its stores have read shared memory, which the block
-/// gives back.
+/// gives back. Hardware has been seen to read it in time.
 pub fn warp_ended(cx: &mut Cx<'_, '_>) {
     let warp = cx.warp.global;
     let of_warp = cx.gang.bulk.lanes.range((warp, 0)..(warp + 1, 0));
@@ -143,7 +143,8 @@ pub fn warp_ended(cx: &mut Cx<'_, '_>) {
     let unread: Vec<_> = unread.map(|((_, l), lane)| (lane.last.1, warp, *l)).collect();
     for by in unread {
         let text = "the thread ends before it knows that the copy has read shared memory".into();
-        cx.gang.report(cx.grid, Kind::PendingRead, by, text);
+        let diagnostic = cx.grid.diagnostic(Kind::PendingRead, by, text);
+        cx.gang.forgiven(cx.grid).add(by.0, None, diagnostic);
     }
 }
 
@@ -266,7 +267,12 @@ impl Copy {
     fn issue(&self, cx: &mut Cx<'_, '_>) {
         let shared = cx.addresses(&self.shared);
         let size = self.size.as_ref().map(|s| cx.read(s));
-        for l in lanes(cx.mask) {
+        let repeats = self.repeats(cx, &shared, size.as_ref());
+        if repeats != 0 {
+            let text = format!("{} lanes issue the same copy", repeats.count_ones() + 1);
+            cx.warn(Kind::Repeated, repeats.trailing_zeros(), text);
+        }
+        for l in lanes(cx.mask & !repeats) {
             let size = size.map(|s| s[l] as u32);
             let Some((runs, bytes, dtype)) = self.runs(cx, l, size) else { continue };
             match &self.completion {
@@ -278,6 +284,27 @@ impl Copy {
                 Completion::Group => self.store(cx, l, runs, bytes, shared[l], dtype),
             }
         }
+    }
+
+    /// Lanes whose store a lower lane of the instruction has made: the same bytes, to the same
+    /// place.
+    fn repeats(&self, cx: &mut Cx<'_, '_>, shared: &Lanes, size: Option<&Lanes>) -> u32 {
+        let stores = matches!(self.completion, Completion::Group) && self.reduction.is_none();
+        if !stores || cx.mask.is_power_of_two() {
+            return 0;
+        }
+        let mut operands: Vec<Lanes> = size.into_iter().chain([shared]).copied().collect();
+        match &self.global {
+            None => {}
+            Some(Global::Linear(a)) => operands.push(cx.addresses(a)),
+            Some(Global::Tensor { map, coordinates }) => {
+                operands.push(cx.addresses(map));
+                operands.extend(coordinates.iter().map(|c| cx.read(c)));
+            }
+        }
+        let same = |a: usize, b: usize| operands.iter().all(|o| o[a] == o[b]);
+        let before = |l: usize| lanes(cx.mask & ((1 << l) - 1));
+        lanes(cx.mask).filter(|l| before(*l).any(|b| same(b, *l))).fold(0, |m, l| m | 1 << l)
     }
 
     /// The runs of the copy, its bytes, and the element type of a tensor; None after a report.

@@ -169,7 +169,7 @@ fn bank_conflicts_are_counted() {
     let run = |sign| {
         let (text, marks) = case.text(sign);
         let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-        let (mut device, args) = case.device();
+        let (mut device, _, args) = case.device();
         let report = device.launch(&module, "k", &Launch::linear(1, 32), &args);
         let report = report.unwrap_or_else(|e| panic!("{e}"));
         assert!(report.is_clean(), "{report}");
@@ -199,7 +199,7 @@ fn results_that_depend_on_the_schedule() {
     let case = Case::new(EXCHANGE);
     let explore = |sign| {
         let module = Module::parse(&case.text(sign).0).unwrap_or_else(|e| panic!("{e}"));
-        let (mut device, args) = case.device();
+        let (mut device, _, args) = case.device();
         let report = device.explore(&module, "k", &Launch::linear(1, 256), &args, 8);
         report.unwrap_or_else(|e| panic!("{e}"))
     };
