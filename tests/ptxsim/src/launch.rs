@@ -49,7 +49,8 @@ pub enum Residency {
 }
 
 /// How a launch is simulated.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Deserialize, serde::Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Order of blocks and warps.
     pub seed: u64,

@@ -66,6 +66,7 @@ mod memory;
 mod module;
 pub mod named_barrier;
 pub mod numeric;
+pub mod occupancy;
 mod ops;
 pub mod parser;
 mod program;

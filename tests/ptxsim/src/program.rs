@@ -246,6 +246,13 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Most threads of a block by the kernel's directives.
+    pub fn most_threads(&self) -> u32 {
+        let ast::Directives { max_threads, required_threads, .. } = &self.directives;
+        let limit = required_threads.or(*max_threads);
+        limit.map_or(1024, |dims| dims.iter().fold(1, |n: u32, d| n.saturating_mul(*d)))
+    }
+
     /// CUDA source file and line of an instruction.
     pub fn source(&self, instr: &Instr) -> Option<(Arc<str>, u32)> {
         let (file, line) = instr.source?;
