@@ -60,11 +60,11 @@ impl Version {
     }
 }
 
-/// Products of m x n x k that must be clean.
-fn products(program: &str, shapes: &[[usize; 3]]) {
-    let program_of = Program::new(program, CUTLASS, &[]);
+/// Products of m x n x k; an instruction that their way of working needs must have been executed.
+fn products(name: &str, shapes: &[[usize; 3]], mnemonic: &str) {
+    let program = Program::new(name, CUTLASS, &[]);
     for &[m, n, k] in shapes {
-        let case = format!("{program} {m} x {n} x {k}");
+        let case = format!("{name} {m} x {n} x {k}");
         let mut rng = generator(&case);
         let a: Vec<bf16> = random(&mut rng, m * k, 1.0);
         let b: Vec<bf16> = random(&mut rng, n * k, 1.0);
@@ -75,8 +75,9 @@ fn products(program: &str, shapes: &[[usize; 3]]) {
         let files = [("a", cast_slice(&a)), ("b", cast_slice(&b)), ("c", cast_slice(&c))];
         for schedule in SCHEDULES {
             let case = format!("{case}, {schedule:?}");
-            let outcome = program_of.run(schedule, &[m, n, k], &files);
+            let outcome = program.run(schedule, &[m, n, k], &files);
             assert_clean(&case, &outcome);
+            assert!(outcome.executed(mnemonic) > 0, "{case}: no {mnemonic}");
             assert_close(&case, &outcome.output::<f32>("d"), &want, 1e-6);
         }
     }
@@ -85,13 +86,16 @@ fn products(program: &str, shapes: &[[usize; 3]]) {
 #[test]
 #[ignore = "compiles for minutes"]
 fn cutlass_pingpong() {
-    products("cutlass_pingpong", &[[384, 256, 320], [200, 136, 72]]);
+    let shapes = [[384, 256, 320], [200, 136, 72]];
+    products("cutlass_pingpong", &shapes, "cp.async.bulk.tensor.3d.global");
 }
 
 #[test]
 #[ignore = "compiles for minutes"]
 fn cutlass_stream_k() {
-    products("cutlass_stream_k", &[[384, 256, 1024], [200, 136, 520]]);
+    // More blocks than tiles, or tiles and a half: parts of a tile are added through global memory.
+    let shapes = [[256, 128, 1024], [200, 300, 1000]];
+    products("cutlass_stream_k", &shapes, "red.relaxed.gpu");
 }
 
 /// Inputs of an attention: [heads][tokens][128].

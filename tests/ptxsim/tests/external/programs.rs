@@ -110,6 +110,15 @@ impl Outcome {
             self.launches.iter().flat_map(|l| [&l["report"]["errors"], &l["report"]["races"]]);
         lists.flat_map(|list| list.as_array().expect("a list of findings")).collect()
     }
+
+    /// How often instructions that begin so were executed.
+    pub fn executed(&self, mnemonic: &str) -> u64 {
+        let lines = |launch: &Value| launch["report"]["counts"]["lines"].as_array().cloned();
+        let lines = self.launches.iter().flat_map(|l| lines(l).expect("counts of lines"));
+        let named =
+            lines.filter(|l| l["mnemonic"].as_str().is_some_and(|m| m.starts_with(mnemonic)));
+        named.filter_map(|line| line["executed"].as_u64()).sum()
+    }
 }
 
 fn here() -> PathBuf {
