@@ -67,6 +67,7 @@ mod module;
 pub mod named_barrier;
 pub mod numeric;
 mod ops;
+pub mod order;
 pub mod parser;
 mod program;
 pub mod report;
