@@ -125,8 +125,8 @@ impl Report {
         self.findings.iter()
     }
 
-    /// What breaks a rule that hardware is known not to insist on ([`Options::strict_proxies`]); a
-    /// clean report may have some.
+    /// What breaks a rule that hardware is known not to insist on ([`Options::strict_proxies`]), or
+    /// does no harm; a clean report may have some.
     ///
     /// [`Options::strict_proxies`]: crate::Options::strict_proxies
     pub fn warnings(&self) -> impl Iterator<Item = &Diagnostic> {

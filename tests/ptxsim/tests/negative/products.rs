@@ -171,6 +171,26 @@ fn operand_overwritten_before_the_wait() {
     .reports(PendingRead);
 }
 
+/// The product reads its operands when all four warps have issued it, or as late as the wait allows.
+#[test]
+fn operand_overwritten_before_the_wait_is_read_early_or_late() {
+    let body = published!(
+        "mov.u32 r11, 0x3f803f80;
+        setp.ne.u32 p, r9, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        bar.sync 0;
+        st.shared.v4.u32 [r8], {r11, r11, r11, r11};
+        @q st.shared.v4.u32 [r8+2048], {r11, r11, r11, r11};
+        bar.sync 0;
+        wgmma.wait_group.sync.aligned 0;
+        mad.wide.u32 d2, tid, 4, out;
+        st.global.f32 [d2], f3;"
+    );
+    case(body).differs_by_timing(&[0; 128], &[16f32.to_bits(); 128]);
+}
+
 #[test]
 fn operand_beyond_the_end() {
     case(published!(
