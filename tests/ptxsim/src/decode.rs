@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::ast::{self, Base, Operand, Pos, Space, Type};
 use crate::ops;
+use crate::order::OrderCost;
 use crate::program::{Address, Decoded, Dst, Instr, Kernel, Pred, PredDst, Preset, Src};
 use crate::scope::{Flat, Symbol};
 
@@ -40,7 +41,7 @@ pub fn kernel(
             let mut op = Opcode::new(i);
             let decoded = ops::decode(&mut op, &env)?;
             op.finish()?;
-            let Decoded { exec, class } = decoded;
+            let Decoded { exec, class } = decoded.counting(OrderCost::of(&i.root, &i.mods));
             let (line, source) = (i.pos.line, placed.source);
             Ok(Instr { exec, guard, class, mnemonic: mnemonic.as_str().into(), line, source })
         };

@@ -61,16 +61,17 @@ pub struct Options {
     /// Whether accesses are checked for races and uninitialised values; bounds and alignment always
     /// are.
     pub checks: bool,
-    /// Whether the lack of a proxy fence between cp.async and wgmma or bulk copies that read its
-    /// bytes, and between mbarrier.init and bulk copies that complete there, is an error; otherwise
-    /// it is a warning. The instruction set asks for the fences; compilers (Triton) leave them out,
-    /// and the hardware is known to work without.
+    /// Whether what the instruction set asks for and hardware is known not to insist on is an error;
+    /// otherwise it is a warning. Proxy fences first of all: between cp.async and wgmma or bulk
+    /// copies that read its bytes, between mbarrier.init and bulk copies that complete there;
+    /// docs/ptxsim.md lists the others.
     pub strict_proxies: bool,
     /// Perturbs the results of `.approx` instructions within their documented bounds.
     pub perturb: Option<u64>,
     /// Order of tensor-core sums.
     pub accumulation: Accumulation,
-    /// Shared variables get no more alignment than the text promises.
+    /// Shared variables get no more alignment than the text promises: for kernels that align their
+    /// dynamic shared memory themselves, or declare what they need.
     pub weak_alignment: bool,
     /// A gang that has executed more warp instructions than this is reported as endless.
     pub max_instructions: u64,

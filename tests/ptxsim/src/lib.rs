@@ -68,6 +68,7 @@ pub mod named_barrier;
 pub mod numeric;
 pub mod occupancy;
 mod ops;
+pub mod order;
 pub mod parser;
 mod program;
 pub mod report;

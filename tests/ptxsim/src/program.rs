@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::ast;
 use crate::context::Cx;
 use crate::count::Class;
+use crate::order::OrderCost;
 
 /// Values of one register in the 32 lanes of a warp, in the low bits whatever the type.
 pub type Lanes = [u64; 32];
@@ -57,6 +58,22 @@ impl Decoded {
         Self::flow(class, move |cx| {
             exec(cx);
             Flow::Next
+        })
+    }
+
+    /// Counts what the order of the instruction costs each time it is done; polls that fail and
+    /// waits under way are left out, for how often they repeat is the schedule's.
+    pub fn counting(self, cost: OrderCost) -> Self {
+        if cost.is_none() {
+            return self;
+        }
+        let Self { exec, class } = self;
+        Self::flow(class, move |cx| {
+            let flow = exec(cx);
+            if matches!(flow, Flow::Next) {
+                *cx.gang.counters.order.entry(cx.pc).or_default() += cost;
+            }
+            flow
         })
     }
 

@@ -224,6 +224,18 @@ impl Case {
         });
     }
 
+    /// What is left at the start of `out` in each of the two timings, whatever is reported.
+    #[track_caller]
+    pub fn differs_by_timing(&self, eager: &[u32], lazy: &[u32]) {
+        self.run(&self.text('+').0, true, |report, left, how| {
+            let expected = match report.schedules[0].timing {
+                Timing::Eager => eager,
+                Timing::Lazy => lazy,
+            };
+            assert_eq!(left[..expected.len()], *expected, "{how}");
+        });
+    }
+
     /// What is no mistake, though it looks like one.
     #[track_caller]
     pub fn both_are_clean(&self) {

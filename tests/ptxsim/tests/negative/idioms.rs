@@ -27,7 +27,7 @@ const PIPELINE: &str = "
     mov.u32 r3, 0;
     setp.ge.u32 q, warp, 4;
     @q bra PRODUCER;
-    setp.ne.u32 q, tid, 0;
+    setp.ne.u32 q, tid, 64;
     mov.b32 r4, 0x3f803f80;
     mov.f32 f0, 0f00000000;
     mov.f32 f1, 0f00000000;
@@ -264,7 +264,7 @@ fn epilogue_for_warps_that_have_ended() {
 }
 
 /// Two blocks publish their mbarriers by the light-weight fence and a relaxed arrival; each thread 0
-/// then writes to the other block and arrives there, in the default form.
+/// then writes to the other block and arrives there.
 const CLUSTER: &str = "
     .shared .align 8 .b8 bar[8];
     .shared .align 4 .b8 word[4];
@@ -283,7 +283,7 @@ const CLUSTER: &str = "
     mapa.shared::cluster.u32 r4, r0, r3;
     mapa.shared::cluster.u32 r5, r1, r3;
     @!q st.shared::cluster.u32 [r5], r2;
-    @!q mbarrier.arrive.shared::cluster.b64 _, [r4];
+    @!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];
     WAIT:
     mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [r0], 0;
     @!p bra WAIT;
@@ -321,7 +321,7 @@ fn cluster_that_does_not_wait_for_the_others_initialisation() {
 #[test]
 fn remote_arrival_that_releases_nothing() {
     let (right, wrong) = (
-        "@!q mbarrier.arrive.shared::cluster.b64 _, [r4];",
+        "@!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];",
         "@!q mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [r4];",
     );
     cluster(right, wrong).at("@!q st.shared::cluster").at("ld.shared::cta").reports(Race);
@@ -329,8 +329,48 @@ fn remote_arrival_that_releases_nothing() {
 
 #[test]
 fn remote_arrival_left_out() {
-    let right = "@!q mbarrier.arrive.shared::cluster.b64 _, [r4];";
+    let right = "@!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];";
     cluster(right, "").at(POLL).at("@!p bra").reports_at_one(Deadlock);
+}
+
+/// Thread 0 of each block reads its word and releases it to the other block by the default form of
+/// the arrival, which costs no memory barrier; the other then writes there.
+const REMOTE_RELEASE: &str = "
+    .shared .align 8 .b8 bar[8];
+    .shared .align 4 .b8 word[4];
+    mov.u32 r0, bar;
+    mov.u32 r1, word;
+    setp.ne.u32 q, tid, 0;
+    mov.u32 r2, %cluster_ctarank;
+    xor.b32 r3, r2, 1;
+    mapa.shared::cluster.u32 r4, r0, r3;
+    mapa.shared::cluster.u32 r5, r1, r3;
+    @!q mbarrier.init.shared::cta.b64 [r0], 1;
+    @!q st.shared.u32 [r1], r2;
+    barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;
+    @q bra JOIN;
+    ld.shared::cta.u32 r6, [r1];
+    mbarrier.arrive.shared::cluster.b64 _, [r4];
+    WAIT:
+    mbarrier.try_wait.parity.shared::cta.b64 p, [r0], 0;
+    @!p bra WAIT;
+    st.shared::cluster.u32 [r5], r2;
+    JOIN:
+    barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;";
+
+#[test]
+fn word_released_to_another_block() {
+    let right = "mbarrier.arrive.shared::cluster.b64 _, [r4];";
+    let case = Case::planted(REMOTE_RELEASE, right, "").cluster(2);
+    case.at(POLL).at("@!p bra").reports_at_one(Deadlock);
+}
+
+#[test]
+fn word_of_another_block_that_is_not_waited_for() {
+    let case = Case::planted(REMOTE_RELEASE, "@!p bra WAIT;", "").cluster(2);
+    case.at("ld.shared::cta").at("st.shared::cluster").reports(Race);
 }
 
 /// The fence of the initialisation publishes nothing else.
@@ -375,6 +415,15 @@ fn store_by_all_lanes_whose_source_is_overwritten() {
     let right = "cp.async.bulk.wait_group.read 0;";
     let case = Case::planted(STORE, right, "cp.async.bulk.wait_group.read 1;");
     case.at(STORED).at("st.shared.u32 [r0], 0").reports(PendingRead);
+}
+
+/// A reduction by all lanes is one for each.
+#[test]
+fn reduction_by_all_lanes() {
+    let text = STORE.replace("cp.async.bulk.global", "cp.reduce.async.bulk.global");
+    let text = text.replace("bulk_group [out]", "bulk_group.add.u32 [out]");
+    let expected: Vec<u32> = (0..32).map(|lane| 32 * lane).collect();
+    Case::new(&text).leaves(&expected);
 }
 
 #[test]
