@@ -333,6 +333,13 @@ impl Cx<'_, '_> {
         self.gang.findings.add(self.pc, other_pc, diagnostic);
     }
 
+    /// Warns of what does no harm.
+    #[cold]
+    pub fn warn(&mut self, kind: Kind, lane: u32, message: String) {
+        let diagnostic = self.diagnostic(kind, lane, message, None, None);
+        self.gang.warnings.add(self.pc, None, diagnostic);
+    }
+
     fn diagnostic(
         &self,
         kind: Kind,

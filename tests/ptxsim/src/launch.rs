@@ -103,7 +103,10 @@ pub struct Launch {
     pub cluster: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// Registers per thread, where the assembler has told; checked against the register file.
+    /// Registers per thread at entry, where the assembler has told. Without, they are known of kernels
+    /// with setmaxnreg whose directives bound them; see [`Reallocation::at_entry`].
+    ///
+    /// [`Reallocation::at_entry`]: crate::registers::Reallocation::at_entry
     pub registers: Option<u32>,
 }
 
@@ -206,6 +209,8 @@ pub struct Grid<'g> {
     pub arch: Arch,
     /// The dimensions.
     pub launch: Launch,
+    /// Registers per thread at entry, where they are known.
+    pub registers: Option<u32>,
     /// The parameter block.
     pub params: Vec<u8>,
     /// Layout of shared memory.
@@ -237,12 +242,14 @@ impl<'g> Grid<'g> {
         variables: &'g [GlobalBuffer],
         options: &'g Options,
     ) -> Result<Self, LaunchError> {
-        check_limits(kernel, arch, &launch)?;
+        let registers = launch.registers.or_else(|| kernel.registers_at_entry(arch));
+        check_limits(kernel, arch, &launch, registers)?;
         let (shared, dynamic) = shared_layout(kernel, &launch, options.weak_alignment);
         Ok(Self {
             kernel,
             arch,
             launch,
+            registers,
             params,
             shared,
             dynamic,
@@ -427,7 +434,12 @@ fn limit(what: &str, given: impl ToString, limit: impl ToString) -> LaunchError 
     LaunchError::Limit { what: what.into(), given: given.to_string(), limit: limit.to_string() }
 }
 
-fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), LaunchError> {
+fn check_limits(
+    kernel: &Kernel,
+    arch: Arch,
+    launch: &Launch,
+    registers: Option<u32>,
+) -> Result<(), LaunchError> {
     let product = |v: [u32; 3]| v.iter().fold(1, |p: u64, n| p.saturating_mul((*n).into()));
     let threads = product(launch.block);
     if threads == 0 || product(launch.grid) == 0 || product(launch.cluster) == 0 {
@@ -477,8 +489,9 @@ fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), Laun
     if shared > u64::from(arch.shared_per_block()) {
         return Err(limit("shared memory per block", shared, arch.shared_per_block()));
     }
-    if let Some(registers) = launch.registers {
-        let used = u64::from(registers).next_multiple_of(8) * threads.next_multiple_of(32);
+    if let Some(registers) = registers {
+        // Warps are dealt to the four parts of a multiprocessor.
+        let used = u64::from(registers).next_multiple_of(8) * threads.next_multiple_of(128);
         if used > u64::from(arch.registers()) {
             return Err(limit("registers per block", used, arch.registers()));
         }

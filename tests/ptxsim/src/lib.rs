@@ -70,6 +70,7 @@ pub mod occupancy;
 mod ops;
 pub mod parser;
 mod program;
+pub mod registers;
 pub mod report;
 mod scope;
 pub mod shadow;

@@ -7,7 +7,7 @@ use ptxsim::{Arg, Buffer, Launch, LaunchError, Module, Residency};
 
 use crate::error::{
     COOPERATIVE_TOO_LARGE, Code, INVALID_CLUSTER, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX,
-    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, Result,
+    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, OUT_OF_RESOURCES, Result,
 };
 use crate::machine::{Machine, Owned};
 
@@ -129,12 +129,15 @@ impl Machine {
         let (function, module) = self.function(function)?;
         let kernel = module.kernel(&function.name).map_err(|error| refusal(&error))?;
         let required = kernel.directives.cluster.unwrap_or_default();
-        let capability = self.settings.arch.capability();
+        let arch = self.settings.arch;
+        let capability = arch.capability();
         let version = 10 * capability.0 + capability.1;
         let value = match attribute {
-            0 => kernel.most_threads(),
+            0 => kernel.directives.threads().unwrap_or(1024),
             1 => kernel.static_shared,
             3 => kernel.frame,
+            // Registers: those of kernels that change them are known, of others the most.
+            4 => kernel.registers_at_entry(arch).unwrap_or_else(|| kernel.most_registers(arch)),
             // PTX and the binary made of it.
             5 | 6 => version,
             8 => function.most_shared,
@@ -160,7 +163,7 @@ impl Machine {
         let (function, module) = self.function(function)?;
         let kernel = module.kernel(&function.name).map_err(|error| refusal(&error))?;
         let shared = kernel.static_shared.saturating_add(shared_bytes);
-        Ok(Block { threads, registers: None, shared })
+        Ok(Block { threads, registers: kernel.registers_at_entry(self.settings.arch), shared })
     }
 
     /// Blocks that a multiprocessor holds.
@@ -210,6 +213,11 @@ impl Machine {
         }
         let blocks = product(launch.cluster);
         self.check_cluster(*function, blocks)?;
+        let threads = product(launch.block);
+        let registers = Block { shared: 0, ..self.block(*function, threads, 0)? };
+        if threads <= 1024 && registers.per_multiprocessor(self.settings.arch) == 0 {
+            return Err(OUT_OF_RESOURCES);
+        }
         let clusters = self.resident_clusters(*function, launch)?;
         if blocks > 1 && clusters == 0 {
             return Err(INVALID_CLUSTER);
