@@ -61,6 +61,7 @@ mod gang;
 pub mod launch;
 pub mod layout;
 mod lexer;
+mod limits;
 pub mod mbarrier;
 mod memory;
 mod module;

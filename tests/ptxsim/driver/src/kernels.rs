@@ -7,7 +7,7 @@ use ptxsim::{Arg, Buffer, Launch, LaunchError, Module, Residency};
 
 use crate::error::{
     COOPERATIVE_TOO_LARGE, Code, INVALID_CLUSTER, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX,
-    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, OUT_OF_RESOURCES, Result,
+    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, NOT_SUPPORTED, OUT_OF_RESOURCES, Result,
 };
 use crate::machine::{Machine, Owned};
 
@@ -99,7 +99,8 @@ impl Machine {
         attribute: u32,
         value: i32,
     ) -> Result {
-        let most = self.settings.arch.shared_per_block();
+        let own = self.block(function, 0, 0)?.shared;
+        let most = self.settings.arch.shared_per_block().saturating_sub(own);
         let function = &mut self.functions.get_mut(&function).ok_or(INVALID_HANDLE)?.value;
         match attribute {
             // Dynamic shared memory.
@@ -108,8 +109,10 @@ impl Machine {
                 _ => return Err(INVALID_VALUE),
             },
             14 => function.non_portable = value != 0,
-            // How shared memory and L1 are cut, the cluster's dimensions and scheduling.
-            9 | 11..=13 | 15 => {}
+            // How shared memory and L1 are cut, how clusters are scheduled.
+            9 | 15 => {}
+            // A cluster's dimensions.
+            11..=13 => return Err(NOT_SUPPORTED),
             _ => return Err(INVALID_VALUE),
         }
         Ok(())
