@@ -252,12 +252,12 @@ pub struct Kernel {
 impl Kernel {
     /// Registers of a thread at entry, where the text tells; see [`Reallocation::at_entry`].
     pub fn registers_at_entry(&self, arch: Arch) -> Option<u32> {
-        self.reallocation?.at_entry(&self.directives, arch.registers())
+        self.reallocation?.at_entry(&self.directives, arch)
     }
 
     /// The most registers of a thread that the text allows.
     pub fn most_registers(&self, arch: Arch) -> u32 {
-        registers::most_registers(&self.directives, arch.registers()).unwrap_or(registers::MOST)
+        registers::most_registers(&self.directives, arch).unwrap_or(registers::MOST)
     }
 
     /// CUDA source file and line of an instruction.

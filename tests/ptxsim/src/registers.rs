@@ -4,9 +4,11 @@
 //! some of them to the block, `setmaxnreg.inc` takes some that were left, and waits until there are
 //! enough. What a warp has at its end stays its own.
 
+use crate::arch::Arch;
 use crate::ast::{Directives, Instr, Operand};
 
-/// Most registers of a thread.
+/// Fewest and most registers of a thread.
+const LEAST: u32 = 24;
 pub const MOST: u32 = 255;
 
 /// What the setmaxnreg of a kernel ask for.
@@ -31,22 +33,26 @@ impl Reallocation {
     /// Registers of a thread at entry, as ptxas allots them to a kernel with setmaxnreg: all that the
     /// directives allow, but no more than the largest increase. None where they allow any number:
     /// then ptxas ignores setmaxnreg.
-    pub fn at_entry(&self, directives: &Directives, registers: u32) -> Option<u32> {
-        let bound = most_registers(directives, registers)?;
+    pub fn at_entry(&self, directives: &Directives, arch: Arch) -> Option<u32> {
+        let bound = most_registers(directives, arch)?;
         Some(self.largest.map_or(bound, |largest| largest.min(bound)))
     }
 }
 
 /// The most registers of a thread that a kernel's directives allow: `.maxnreg`, or the share of each
-/// thread when `.minnctapersm` blocks of `.maxntid` (`.reqntid`) threads, in whole warpgroups, fill a
-/// multiprocessor of so many `registers`.
-pub fn most_registers(directives: &Directives, registers: u32) -> Option<u32> {
-    let threads = directives.threads().map(|n| n.max(1).next_multiple_of(128));
-    let share = directives.min_blocks.zip(threads).map(|(blocks, threads)| {
-        let all = blocks.max(1).saturating_mul(threads);
-        (registers / all / 8 * 8).min(MOST)
+/// thread when `.minnctapersm` blocks of `.maxntid` (`.reqntid`) threads are on a multiprocessor, their
+/// warps dealt to its four parts. More blocks or threads than it holds say nothing.
+pub fn most_registers(directives: &Directives, arch: Arch) -> Option<u32> {
+    let asked = directives.max_registers.map(|n| n.clamp(LEAST, MOST));
+    let warps = directives.threads().map(|n| n.div_ceil(32).max(1));
+    let resident = directives.min_blocks.zip(warps).and_then(|(blocks, warps)| {
+        let all = blocks.max(1).checked_mul(warps)?;
+        let fits = blocks <= arch.blocks_per_multiprocessor()
+            && all <= arch.threads_per_multiprocessor() / 32;
+        fits.then(|| all.next_multiple_of(4))
     });
-    [directives.max_registers, share].into_iter().flatten().min()
+    let share = resident.map(|warps| (arch.registers() / (32 * warps) / 8 * 8).min(MOST));
+    [asked, share].into_iter().flatten().min()
 }
 
 /// Why a warp cannot go on at a setmaxnreg.
@@ -141,16 +147,19 @@ mod tests {
     fn entry_counts_are_those_of_ptxas() {
         let of = |threads, blocks, most, largest| {
             let directives = bounds(threads, blocks, most);
-            Reallocation { largest }.at_entry(&directives, 65_536)
+            Reallocation { largest }.at_entry(&directives, Arch::Sm90a)
         };
         let inc = Some(232);
         assert_eq!(of(Some(384), Some(1), None, inc), Some(168));
         assert_eq!(of(Some(384), Some(2), None, inc), Some(80));
         assert_eq!(of(Some(384), Some(3), None, inc), Some(56));
         assert_eq!(of(Some(512), Some(1), None, inc), Some(128));
-        // Nine and ten warps count as twelve.
+        // Nine warps count as twelve, but eighteen as twenty, fifteen as sixteen.
         assert_eq!(of(Some(288), Some(1), None, inc), Some(168));
-        assert_eq!(of(Some(320), Some(1), None, inc), Some(168));
+        assert_eq!(of(Some(288), Some(2), None, inc), Some(96));
+        assert_eq!(of(Some(96), Some(5), None, inc), Some(128));
+        assert_eq!(of(Some(32), Some(31), None, inc), Some(64));
+        assert_eq!(of(Some(1025), Some(1), None, inc), Some(56));
         // No more than the largest increase; without one, all.
         assert_eq!(of(Some(256), Some(1), None, inc), Some(232));
         assert_eq!(of(Some(384), Some(1), None, Some(160)), Some(160));
@@ -158,10 +167,16 @@ mod tests {
         assert_eq!(of(None, None, Some(200), Some(160)), Some(160));
         assert_eq!(of(None, None, Some(165), inc), Some(165));
         assert_eq!(of(Some(384), Some(1), Some(160), inc), Some(160));
+        assert_eq!(of(None, None, Some(16), inc), Some(24));
+        assert_eq!(of(None, None, Some(300), None), Some(255));
         // "'setmaxnreg' ignored; unable to determine register count at entry."
         assert_eq!(of(Some(384), None, None, inc), None);
         assert_eq!(of(None, Some(1), None, inc), None);
         assert_eq!(of(None, None, None, inc), None);
+        assert_eq!(of(Some(512), Some(5), None, inc), None);
+        assert_eq!(of(Some(64), Some(33), None, inc), None);
+        assert_eq!(of(Some(4096), Some(1), None, inc), None);
+        assert_eq!(of(Some(u32::MAX), Some(u32::MAX), None, inc), None);
     }
 
     #[test]
@@ -171,7 +186,7 @@ mod tests {
             min_blocks: Some(1),
             ..Default::default()
         };
-        assert_eq!(most_registers(&directives, 65_536), Some(80));
+        assert_eq!(most_registers(&directives, Arch::Sm90a), Some(80));
     }
 
     #[test]
