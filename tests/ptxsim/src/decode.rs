@@ -7,6 +7,7 @@ use crate::ast::{self, Base, Operand, Pos, Space, Type};
 use crate::ops;
 use crate::order::OrderCost;
 use crate::program::{Address, Decoded, Dst, Instr, Kernel, Pred, PredDst, Preset, Src};
+use crate::registers::Reallocation;
 use crate::scope::{Flat, Symbol};
 
 /// An instruction the simulator does not know, or that makes no sense.
@@ -60,6 +61,7 @@ pub fn kernel(
         dynamic_align: flat.dynamic_align,
         locals: flat.locals,
         frame: flat.frame,
+        reallocation: Reallocation::of(flat.instrs.iter().map(|placed| placed.instr)),
         directives: function.directives.clone(),
         files: module.files.iter().map(|(i, name)| (*i, name.as_str().into())).collect(),
         names: slots.names,

@@ -14,6 +14,7 @@ use crate::launch::Grid;
 use crate::memory::SharedMemory;
 use crate::ops;
 use crate::program::{Flow, Waiting};
+use crate::registers::Registers;
 use crate::warp::{Group, Warp};
 
 /// Rounds in which every warp only polls, after which nothing is expected to happen any more.
@@ -37,8 +38,8 @@ pub struct Block {
     pub barriers: ops::barrier::BlockState,
     /// What atomics in its shared memory carry.
     pub sync: SyncTable,
-    /// Registers per thread of each warp; 0 where the launch does not tell.
-    pub registers: Vec<u32>,
+    /// Its registers, where the launch or the kernel tells their number.
+    pub registers: Option<Registers>,
     /// Warps that have not ended.
     pub running: u32,
 }
@@ -176,10 +177,9 @@ impl<'g> Gang<'g> {
                 shared: SharedMemory::new(&grid.shared),
                 barriers: ops::barrier::BlockState::new(grid.threads()),
                 sync: SyncTable::default(),
-                registers: vec![
-                    grid.launch.registers.unwrap_or(0);
-                    grid.warps_per_block() as usize
-                ],
+                registers: grid
+                    .registers
+                    .map(|entry| Registers::new(grid.warps_per_block(), entry)),
                 running: grid.warps_per_block(),
             });
             warps.extend((0..grid.warps_per_block()).map(|w| grid.warp(block, linear, w)));
@@ -435,6 +435,7 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     ops::bulk::warp_ended(cx);
     if ended {
         ops::mbarrier::block_ended(cx);
+        ops::misc::block_ended(cx);
     }
     Step::Ended
 }

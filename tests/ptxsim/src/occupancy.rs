@@ -42,10 +42,7 @@ impl Block {
             None | Some(0) => u32::MAX,
             Some(warp) => {
                 let warp = warp.div_ceil(REGISTER_UNIT).saturating_mul(REGISTER_UNIT);
-                let dealt = warps.next_multiple_of(PARTITIONS);
-                let fits = dealt.saturating_mul(warp) <= arch.registers();
-                let room = arch.registers() / PARTITIONS / warp * PARTITIONS;
-                if fits { room / warps } else { 0 }
+                arch.registers() / PARTITIONS / warp * PARTITIONS / warps
             }
         };
         [

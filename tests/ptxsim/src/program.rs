@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::arch::Arch;
 use crate::ast;
 use crate::context::Cx;
 use crate::count::Class;
 use crate::order::OrderCost;
+use crate::registers::{self, Reallocation};
 
 /// Values of one register in the 32 lanes of a warp, in the low bits whatever the type.
 pub type Lanes = [u64; 32];
@@ -254,6 +256,8 @@ pub struct Kernel {
     pub locals: Vec<Variable>,
     /// Bytes of local memory per thread.
     pub frame: u32,
+    /// What its setmaxnreg ask for; None without.
+    pub reallocation: Option<Reallocation>,
     /// Launch directives.
     pub directives: ast::Directives,
     /// Source files by number.
@@ -263,11 +267,14 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Most threads of a block by the kernel's directives.
-    pub fn most_threads(&self) -> u32 {
-        let ast::Directives { max_threads, required_threads, .. } = &self.directives;
-        let limit = required_threads.or(*max_threads);
-        limit.map_or(1024, |dims| dims.iter().fold(1, |n: u32, d| n.saturating_mul(*d)))
+    /// Registers of a thread at entry, where the text tells; see [`Reallocation::at_entry`].
+    pub fn registers_at_entry(&self, arch: Arch) -> Option<u32> {
+        self.reallocation?.at_entry(&self.directives, arch)
+    }
+
+    /// The most registers of a thread that the text allows.
+    pub fn most_registers(&self, arch: Arch) -> u32 {
+        registers::most_registers(&self.directives, arch).unwrap_or(registers::MOST)
     }
 
     /// CUDA source file and line of an instruction.

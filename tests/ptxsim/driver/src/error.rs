@@ -27,6 +27,7 @@ codes! {
     INVALID_HANDLE = 400, c"CUDA_ERROR_INVALID_HANDLE": c"invalid resource handle";
     ILLEGAL_STATE = 401, c"CUDA_ERROR_ILLEGAL_STATE": c"the operation cannot be performed in this state";
     NOT_FOUND = 500, c"CUDA_ERROR_NOT_FOUND": c"named symbol not found";
+    OUT_OF_RESOURCES = 701, c"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES": c"too many resources requested for launch";
     LAUNCH_FAILED = 719, c"CUDA_ERROR_LAUNCH_FAILED": c"the simulator has found a mistake";
     COOPERATIVE_TOO_LARGE = 720, c"CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": c"too many blocks in cooperative launch";
     NOT_SUPPORTED = 801, c"CUDA_ERROR_NOT_SUPPORTED": c"operation not supported";

@@ -7,7 +7,7 @@ use ptxsim::{Arg, Buffer, Launch, LaunchError, Module, Residency};
 
 use crate::error::{
     COOPERATIVE_TOO_LARGE, Code, INVALID_CLUSTER, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX,
-    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, Result,
+    INVALID_VALUE, LAUNCH_FAILED, NO_BINARY, NOT_FOUND, NOT_SUPPORTED, OUT_OF_RESOURCES, Result,
 };
 use crate::machine::{Machine, Owned};
 
@@ -99,7 +99,8 @@ impl Machine {
         attribute: u32,
         value: i32,
     ) -> Result {
-        let most = self.settings.arch.shared_per_block();
+        let own = self.block(function, 0, 0)?.shared;
+        let most = self.settings.arch.shared_per_block().saturating_sub(own);
         let function = &mut self.functions.get_mut(&function).ok_or(INVALID_HANDLE)?.value;
         match attribute {
             // Dynamic shared memory.
@@ -108,8 +109,10 @@ impl Machine {
                 _ => return Err(INVALID_VALUE),
             },
             14 => function.non_portable = value != 0,
-            // How shared memory and L1 are cut, the cluster's dimensions and scheduling.
-            9 | 11..=13 | 15 => {}
+            // How shared memory and L1 are cut, how clusters are scheduled.
+            9 | 15 => {}
+            // A cluster's dimensions.
+            11..=13 => return Err(NOT_SUPPORTED),
             _ => return Err(INVALID_VALUE),
         }
         Ok(())
@@ -129,12 +132,15 @@ impl Machine {
         let (function, module) = self.function(function)?;
         let kernel = module.kernel(&function.name).map_err(|error| refusal(&error))?;
         let required = kernel.directives.cluster.unwrap_or_default();
-        let capability = self.settings.arch.capability();
+        let arch = self.settings.arch;
+        let capability = arch.capability();
         let version = 10 * capability.0 + capability.1;
         let value = match attribute {
-            0 => kernel.most_threads(),
+            0 => kernel.directives.threads().unwrap_or(1024),
             1 => kernel.static_shared,
             3 => kernel.frame,
+            // Registers: those of kernels that change them are known, of others the most.
+            4 => kernel.registers_at_entry(arch).unwrap_or_else(|| kernel.most_registers(arch)),
             // PTX and the binary made of it.
             5 | 6 => version,
             8 => function.most_shared,
@@ -160,7 +166,7 @@ impl Machine {
         let (function, module) = self.function(function)?;
         let kernel = module.kernel(&function.name).map_err(|error| refusal(&error))?;
         let shared = kernel.static_shared.saturating_add(shared_bytes);
-        Ok(Block { threads, registers: None, shared })
+        Ok(Block { threads, registers: kernel.registers_at_entry(self.settings.arch), shared })
     }
 
     /// Blocks that a multiprocessor holds.
@@ -210,6 +216,11 @@ impl Machine {
         }
         let blocks = product(launch.cluster);
         self.check_cluster(*function, blocks)?;
+        let threads = product(launch.block);
+        let registers = Block { shared: 0, ..self.block(*function, threads, 0)? };
+        if threads <= 1024 && registers.per_multiprocessor(self.settings.arch) == 0 {
+            return Err(OUT_OF_RESOURCES);
+        }
         let clusters = self.resident_clusters(*function, launch)?;
         if blocks > 1 && clusters == 0 {
             return Err(INVALID_CLUSTER);

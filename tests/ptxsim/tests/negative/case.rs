@@ -14,7 +14,7 @@ const HEADER: &str = "\
 .address_size 64
 .global .align 4 .u32 ticket = 0;
 .visible .entry k(.param .u64 p_in, .param .u64 p_out, .param .u64 p_raw,
-    .param .align 64 .b8 map[128])
+    .param .align 64 .b8 map[128]) /* directives */
 {
 .reg .pred p, q;
 .reg .b16 h<8>;
@@ -37,6 +37,7 @@ mov.u32 block, %ctaid.x;
 /// be reported ends with `// <-- here`; a race has two such lines, in either order.
 pub struct Case {
     body: String,
+    directives: &'static str,
     launch: Launch,
     residency: Residency,
     weak_alignment: bool,
@@ -50,6 +51,7 @@ impl Case {
     pub fn new(body: &str) -> Self {
         Self {
             body: body.into(),
+            directives: "",
             launch: Launch::linear(1, 32),
             residency: Residency::Sequential,
             weak_alignment: false,
@@ -98,6 +100,12 @@ impl Case {
     pub fn cluster(mut self, n: u32) -> Self {
         self.launch.cluster = [n, 1, 1];
         self.blocks(n)
+    }
+
+    /// Directives of the kernel.
+    pub fn directives(mut self, text: &'static str) -> Self {
+        self.directives = text;
+        self
     }
 
     /// Registers per thread.
@@ -257,7 +265,8 @@ impl Case {
 
     /// The text of one of the two kernels, and its marked lines.
     pub fn text(&self, sign: char) -> (String, Vec<u32>) {
-        let (mut text, mut marks) = (HEADER.to_string(), Vec::new());
+        let (mut text, mut marks) =
+            (HEADER.replace("/* directives */", self.directives), Vec::new());
         for line in self.body.lines().chain(["ret;", "}"]) {
             let line = line.trim_start();
             let kept = match line.strip_prefix(['-', '+']) {

@@ -107,12 +107,15 @@ fn clusters() {
 
 #[test]
 fn registers_of_a_block() {
-    let of = |registers| {
+    let of = |threads, registers| {
         let registers = Some(registers);
-        launch(Arch::Sm90a, "fixed", Launch { registers, ..Launch::linear(1, 384) }, &[])
+        launch(Arch::Sm90a, "fixed", Launch { registers, ..Launch::linear(1, threads) }, &[])
     };
-    assert!(of(168).is_ok());
-    refused(of(176), "registers");
+    assert!(of(384, 168).is_ok());
+    refused(of(384, 176), "registers");
+    // Nine warps take the place of twelve.
+    assert!(of(288, 168).is_ok() && of(256, 176).is_ok());
+    refused(of(288, 176), "registers");
 }
 
 #[test]

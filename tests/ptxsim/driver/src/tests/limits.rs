@@ -1,7 +1,9 @@
 //! What the device says it is able to do, and what it refuses.
 
 use super::*;
-use crate::error::{COOPERATIVE_TOO_LARGE, INVALID_CLUSTER, INVALID_DEVICE, INVALID_VALUE};
+use crate::error::{
+    COOPERATIVE_TOO_LARGE, INVALID_CLUSTER, INVALID_DEVICE, INVALID_VALUE, OUT_OF_RESOURCES,
+};
 
 fn resident(function: usize, threads: c_int, shared: usize) -> std::result::Result<c_int, Code> {
     let call =
@@ -14,7 +16,7 @@ fn launch(function: usize, blocks: u32, id: u32, value: [u32; 3]) -> Code {
     let [x, y, z] = value;
     let mut attribute = Attribute { id, padding: 0, value: [0; 16] };
     attribute.value[..3].copy_from_slice(&[x, y, z]);
-    let args = [0u64; 2].map(|_| (&raw const ZERO).cast::<u8>());
+    let args = [(&raw const ZERO).cast::<u8>(); 2];
     let config = config(blocks, &attribute);
     unsafe { cuLaunchKernelEx(&config, function, args.as_ptr(), null_mut()) }
 }
@@ -46,7 +48,9 @@ fn shared_memory_of_a_kernel() {
     // Threads, static shared memory, the most of the dynamic.
     assert_eq!([0, 1, 8].map(get), [Ok(1024), Ok(4096), Ok(48 << 10)]);
     unsafe {
-        assert_eq!(cuFuncSetAttribute(large, 8, 166_913), INVALID_VALUE);
+        // The kernel's own 4 KiB count as well.
+        ok(cuFuncSetAttribute(large, 8, 166_912 - 4096));
+        assert_eq!(cuFuncSetAttribute(large, 8, 166_913 - 4096), INVALID_VALUE);
         assert_eq!(cuFuncSetAttribute(large, 8, -1), INVALID_VALUE);
         ok(cuFuncSetAttribute(large, 8, 100_000));
         assert_eq!((get(8), get(4711)), (Ok(100_000), Err(INVALID_VALUE)));
@@ -110,4 +114,23 @@ fn cooperative_launches_fit_the_device() {
     assert_eq!(launch(large, 1729, COOPERATIVE, [1, 0, 0]), COOPERATIVE_TOO_LARGE);
     ok(launch(large, 1729, COOPERATIVE, [0, 0, 0]));
     ok(launch(large, 108, COOPERATIVE, [1, 0, 0]));
+}
+
+#[test]
+fn registers() {
+    if with("tests::limits::registers", &[("PTXSIM_ARCH", "sm_90a")]).is_some() {
+        return;
+    }
+    let _context = Context::new();
+    let moves = function(load(MOVES), "moves");
+    let registers = given(|value| unsafe { cuFuncGetAttribute(value, 4, moves) });
+    assert_eq!(registers, Ok(168));
+    assert_eq!([256, 384, 512].map(|n| resident(moves, n, 0)), [Ok(1), Ok(1), Ok(0)]);
+    let run = |threads| {
+        let args = [(&raw const ZERO).cast::<u8>(); 2];
+        unsafe { cuLaunchKernel(moves, 1, 1, 1, threads, 1, 1, 0, 0, args.as_ptr(), null_mut()) }
+    };
+    assert_eq!(run(512), OUT_OF_RESOURCES);
+    ok(run(384));
+    ok(run(256));
 }

@@ -44,6 +44,23 @@ const PTX: &str = ".version 8.0
         ret;
     }";
 
+/// A producer gives registers to consumers.
+const MOVES: &str = ".version 8.0
+    .target sm_90a
+    .address_size 64
+    .visible .entry moves(.param .u64 to, .param .u32 value) .maxnreg 168 {
+        .reg .pred p;
+        .reg .b32 r;
+        mov.u32 r, %tid.x;
+        setp.lt.u32 p, r, 128;
+        @p bra PRODUCER;
+        setmaxnreg.inc.sync.aligned.u32 240;
+        ret;
+        PRODUCER:
+        setmaxnreg.dec.sync.aligned.u32 24;
+        ret;
+    }";
+
 #[track_caller]
 fn ok(code: Code) {
     assert_eq!(code, SUCCESS);
@@ -76,9 +93,13 @@ impl Drop for Context {
     }
 }
 
-fn module() -> usize {
-    let text = CString::new(PTX).unwrap();
+fn load(ptx: &str) -> usize {
+    let text = CString::new(ptx).unwrap();
     given(|m| unsafe { cuModuleLoadData(m, text.as_ptr().cast()) }).unwrap()
+}
+
+fn module() -> usize {
+    load(PTX)
 }
 
 fn function(module: usize, name: &str) -> usize {
