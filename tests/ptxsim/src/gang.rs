@@ -19,6 +19,9 @@ use crate::warp::{Group, Warp};
 
 /// Rounds in which every warp only polls, after which nothing is expected to happen any more.
 const STALLED_ROUNDS: u32 = 64;
+/// Rounds without a change to memory or a barrier, after which an operation that was put off is
+/// performed: a warp may be polling memory with loads.
+const IDLE_ROUNDS: u32 = 64;
 /// Most instructions a warp runs before another one has its turn.
 const QUANTUM: u32 = 256;
 /// Used-up turns after which divergent lanes change places.
@@ -190,7 +193,7 @@ impl<'g> Gang<'g> {
 
     /// Runs all warps to their end.
     pub fn run(mut self) -> Outcome {
-        let mut stalled = 0;
+        let (mut stalled, mut idle) = (0, 0);
         let mut seen = (0, 0);
         let mut order: Vec<usize> = Vec::new();
         let complete = loop {
@@ -199,7 +202,12 @@ impl<'g> Gang<'g> {
             }
             let now = (self.state.version, self.state.activity);
             if now != seen {
-                (seen, stalled) = (now, 0);
+                (seen, stalled, idle) = (now, 0, 0);
+            }
+            idle += 1;
+            if idle > IDLE_ROUNDS {
+                idle = 0;
+                self.perform_one();
             }
             order.clear();
             order.extend((0..self.warps.len()).filter(|w| self.ready(*w)));
