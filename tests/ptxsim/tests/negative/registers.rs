@@ -251,7 +251,7 @@ fn decrease(
         Case::new("setmaxnreg.dec.sync.aligned.u32 40;      // <-- here").directives(directives);
     let (text, marks) = case.text('-');
     let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-    let (mut device, args) = case.device();
+    let (mut device, _, args) = case.device();
     let launch = Launch { registers, ..Launch::linear(1, 384) };
     (device.launch(&module, "k", &launch, &args), marks[0])
 }
