@@ -1,5 +1,6 @@
 // The backward pass of CUTLASS' attention for Hopper (its example 88): three kernels, of which the
-// main one has a producer warp, two consumer warpgroups and a warp that adds up dq in global memory.
+// main one has a producer warp, two consumer warpgroups and a warp that adds up dq in global
+// memory.
 #include "cute/tensor.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 
@@ -9,11 +10,11 @@
 namespace cute {
 template <int>
 CUTE_DEVICE void wait_for_products() {
-    warpgroup_wait<0>();
+  warpgroup_wait<0>();
 }
 template <int>
 CUTE_DEVICE void wait_for_stores() {
-    tma_store_wait<0>();
+  tma_store_wait<0>();
 }
 }  // namespace cute
 #define warpgroup_wait wait_for_products
@@ -24,41 +25,38 @@ CUTE_DEVICE void wait_for_stores() {
 #include "host.h"
 
 using Element = cutlass::half_t;
-using Tile = cute::Shape<cute::_64, cute::_128, cute::_128>;
+using Operation =
+    cutlass::fmha::device::FmhaBwd<Element, float, cute::Shape<cute::_64, cute::_128, cute::_128>,
+                                   cutlass::fmha::collective::CausalFusion>;
+constexpr int kDim = 128;
 
-/// Everything [heads][tokens][128]; lse [heads][tokens].
-template <class Fusion>
-void differentiate(int heads, int tokens) {
-    using Operation = cutlass::fmha::device::FmhaBwd<Element, float, Tile, Fusion>;
-    constexpr int D = 128;
-    size_t count = size_t(heads) * tokens * D;
-    auto shape = cute::make_shape(1, heads, tokens, D);
-    auto stride = cute::make_stride(heads * tokens * D, tokens * D, D, cute::_1{});
-    auto rows = cute::make_stride(heads * tokens, tokens, cute::_1{});
-    auto q = load<Element>("q", count), k = load<Element>("k", count);
-    auto v = load<Element>("v", count), o = load<Element>("o", count);
-    auto lse = load<float>("lse", size_t(heads) * tokens);
-    auto d_o = load<Element>("do", count);
-    auto d_q = allocate<Element>(count), d_k = allocate<Element>(count);
-    auto d_v = allocate<Element>(count);
-    typename Operation::Arguments arguments{
-        {1, heads, tokens, tokens, D}, q,   stride, k,   stride, v,   stride, o,       stride, lse,
-        rows,                          d_o, stride, d_q, stride, d_k, stride, d_v,     stride, {0, 132}};
-    auto succeeds = [](cutlass::Status status, const char* what) {
-        require(status == cutlass::Status::kSuccess, what);
-    };
-    Operation operation;
-    succeeds(operation.can_implement(arguments), "can_implement");
-    auto workspace = allocate<char>(Operation::get_workspace_size(arguments));
-    succeeds(operation.initialize(arguments, workspace), "initialize");
-    succeeds(operation.run(), "run");
-    save("dq", d_q, count);
-    save("dk", d_k, count);
-    save("dv", d_v, count);
-}
-
-/// Arguments: heads, tokens.
+/// Arguments: heads, tokens; reads the files q, k, v, o, do, all [heads][tokens][128], and lse
+/// [heads][tokens], writes dq, dk, dv.
 int main(int argc, char** argv) {
-    differentiate<cutlass::fmha::collective::CausalFusion>(argument(argc, argv, 1),
-                                                           argument(argc, argv, 2));
+  int heads = argument(argc, argv, 1), tokens = argument(argc, argv, 2);
+  size_t rows = size_t(heads) * tokens, count = rows * kDim;
+  Operation::Arguments arguments{};
+  arguments.problem_size = {1, heads, tokens, tokens, kDim};
+  arguments.ptr_Q = load<Element>("q", count);
+  arguments.ptr_K = load<Element>("k", count);
+  arguments.ptr_V = load<Element>("v", count);
+  arguments.ptr_O = load<Element>("o", count);
+  arguments.ptr_dO = load<Element>("do", count);
+  arguments.ptr_LSE = load<float>("lse", rows);
+  arguments.ptr_dQ = allocate<Element>(count);
+  arguments.ptr_dK = allocate<Element>(count);
+  arguments.ptr_dV = allocate<Element>(count);
+  auto stride = cute::make_stride(heads * tokens * kDim, tokens * kDim, kDim, cute::_1{});
+  arguments.stride_Q = arguments.stride_K = arguments.stride_V = arguments.stride_O = stride;
+  arguments.stride_dQ = arguments.stride_dK = arguments.stride_dV = arguments.stride_dO = stride;
+  arguments.stride_LSE = cute::make_stride(heads * tokens, tokens, cute::_1{});
+
+  Operation operation;
+  require_success(operation.can_implement(arguments), "can_implement");
+  auto workspace = allocate<char>(Operation::get_workspace_size(arguments));
+  require_success(operation.initialize(arguments, workspace), "initialize");
+  require_success(operation.run(), "run");
+  save("dq", arguments.ptr_dQ, count);
+  save("dk", arguments.ptr_dK, count);
+  save("dv", arguments.ptr_dV, count);
 }

@@ -1,4 +1,5 @@
-// Two consumer warpgroups that share a tile; blocks share tiles along k and add their parts in turn.
+// Two consumer warpgroups that share a tile; blocks share tiles along k and add their parts in
+// turn.
 #include "gemm.cuh"
 
 using Cooperative =
@@ -7,7 +8,7 @@ using Cooperative =
             cutlass::epilogue::TmaWarpSpecializedCooperative, cutlass::gemm::StreamKScheduler>;
 
 int main(int argc, char** argv) {
-    Cooperative::Schedule schedule;
-    schedule.decomposition_mode = decltype(schedule.decomposition_mode)::StreamK;
-    Cooperative::run(argc, argv, schedule);
+  Cooperative::Schedule schedule;
+  schedule.decomposition_mode = decltype(schedule.decomposition_mode)::StreamK;
+  Cooperative::run(argc, argv, schedule);
 }

@@ -21,6 +21,10 @@ use support::reference::{self, Attention};
 /// Unit round-off of f16.
 const F16: f64 = 1.0 / 2048.0;
 
+/// A copy to several blocks of a cluster.
+const MULTICAST: &str = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.\
+    multicast::cluster";
+
 /// Fails if anything was found.
 #[track_caller]
 fn assert_clean(case: &str, outcome: &Outcome) {
@@ -87,7 +91,7 @@ fn products(name: &str, shapes: &[[usize; 3]], mnemonic: &str) {
 #[ignore = "compiles for minutes"]
 fn cutlass_pingpong() {
     let shapes = [[384, 256, 320], [200, 136, 72]];
-    products("cutlass_pingpong", &shapes, "cp.async.bulk.tensor.3d.global");
+    products("cutlass_pingpong", &shapes, MULTICAST);
 }
 
 #[test]
@@ -130,8 +134,7 @@ fn prefill(version: Version, cases: &[(usize, bool)]) {
         let files = [("q", 0), ("k", 1), ("v", 2)].map(|(name, i)| (name, cast_slice(&stored[i])));
         for schedule in SCHEDULES {
             let case = format!("{case}, {schedule:?}");
-            let args = [tokens, tokens, shape.heads, shape.heads, causal.into()];
-            let outcome = program.run(schedule, &args, &files);
+            let outcome = program.run(schedule, &[tokens, shape.heads, causal.into()], &files);
             let lse = exchanged(&outcome.output::<f32>("lse"), [shape.heads, tokens, 1]);
             assert_close(&case, &lse, &log_sums, 1e-6);
             match version {

@@ -16,16 +16,27 @@ const INSTALL: &str = "install the sources with `scripts/test`, or with `python3
     target/external-venv && target/external-venv/bin/pip install --no-deps -r \
     tests/ptxsim/tests/external/requirements.txt` in the root of the repository";
 
+/// PTX of the device's code.
+const FLAGS: [&str; 5] = [
+    "-std=c++17",
+    "-gencode=arch=compute_90a,code=compute_90a",
+    "-lineinfo",
+    "--expt-relaxed-constexpr",
+    "-cudart=none",
+];
+
 /// The seeds and timings every program runs under.
 pub const SCHEDULES: [(u32, &str); 4] = [(1, "eager"), (1, "lazy"), (2, "eager"), (2, "lazy")];
 
-/// Headers of a wheel, in its folder of site-packages.
+/// Folders of a wheel's headers, from site-packages.
 pub type Headers = &'static [&'static str];
+/// Those of CUTLASS and its attention.
 pub const CUTLASS: Headers = &[
     "cutlass_library/source/include",
     "cutlass_library/source/tools/util/include",
     "cutlass_library/source/examples/88_hopper_fmha",
 ];
+/// Those of FlashInfer, and of CUTLASS for it.
 pub const FLASHINFER: Headers = &["flashinfer/data/include", "flashinfer/data/cutlass/include"];
 
 /// A compiled program.
@@ -46,7 +57,7 @@ impl Program {
         let (compiler, source) = (compiler(), here().join(name).with_extension("cu"));
         let runtime = here().join("cudart.cpp");
         let mut hasher = DefaultHasher::new();
-        (&compiler, macros).hash(&mut hasher);
+        (&compiler, FLAGS, macros).hash(&mut hasher);
         for file in ["host.h", "gemm.cuh", "requirements.txt"].map(|name| here().join(name)) {
             read(&file).hash(&mut hasher);
         }
@@ -58,10 +69,7 @@ impl Program {
             // Another process may compile the same program: each writes its own.
             let own = cache.join(format!("{name}-{:016x}-{}", hasher.finish(), process::id()));
             let mut command = Command::new(&compiler);
-            // Unoptimised host code is compiled sooner; the PTX is optimised.
-            command.args(["-std=c++17", "-gencode=arch=compute_90a,code=compute_90a", "-lineinfo"]);
-            command.args(["--expt-relaxed-constexpr", "-Xcompiler=-O0", "-cudart=none"]);
-            command.args(macros.iter().map(|name| format!("-D{name}")));
+            command.args(FLAGS).args(macros.iter().map(|name| format!("-D{name}")));
             command.args(headers.iter().flat_map(|name| ["-I".into(), installed(name)]));
             command.args([&source, &runtime]).arg("-L").arg(driver()).arg("-lcuda");
             execute(command.arg("-o").arg(&own));
