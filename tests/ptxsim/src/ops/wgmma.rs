@@ -141,7 +141,9 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) -> Flow {
     let done = state.closed - left as u32;
     if let Some(missing) = group::of(&mut cx.gang.warpgroups, cx.warp).missing(done) {
         cx.note = Some(done.into());
-        let text = format!("wgmma group {done}, which warps {missing} have not committed");
+        let text = format!(
+            "wgmma group {done}, which warps {missing} of the warpgroup have not committed"
+        );
         return Flow::Wait(Waiting::On(text));
     }
     while cx.warp.wgmma.groups.len() > left {
