@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::ast::{Operand, Type};
-use crate::clock::{self, ALL_LANES, Epoch};
+use crate::clock::{self, ALL_LANES, Epoch, Knowledge};
 use crate::context::Cx;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
@@ -39,8 +39,8 @@ pub struct WarpState {
     groups: VecDeque<Vec<Issued>>,
     /// Closed groups.
     closed: u32,
-    /// Whether wgmma.fence has been executed at all.
-    fenced: bool,
+    /// What the warp knew at its last wgmma.fence, if there was one.
+    fence: Option<Rc<Knowledge>>,
 }
 
 /// A warp's part of a product under way.
@@ -115,9 +115,7 @@ fn together(cx: &mut Cx<'_, '_>) -> Option<Flow> {
 
 fn fence(cx: &mut Cx<'_, '_>) -> Flow {
     cx.warp.wgmma_fence();
-    cx.warp.wgmma.fenced = true;
-    let known = cx.warp.clock.release(cx.mask);
-    group::of(&mut cx.gang.warpgroups, cx.warp).fence(cx.warp.index, known);
+    cx.warp.wgmma.fence = Some(Rc::new(cx.warp.clock.release(cx.mask)));
     Flow::Next
 }
 
@@ -269,7 +267,7 @@ fn issue(cx: &mut Cx<'_, '_>, product: &Arc<Product>) -> Flow {
 /// Registers must have passed a wgmma.fence since they were written, and accumulators in flight
 /// must belong to products of the same shape.
 fn check_registers(cx: &mut Cx<'_, '_>, product: &Product, accumulate: bool) {
-    if !cx.warp.wgmma.fenced {
+    if cx.warp.wgmma.fence.is_none() {
         let text = "no wgmma.fence before the first wgmma.mma_async".into();
         cx.report(Kind::MissingWgmmaFence, text);
     }

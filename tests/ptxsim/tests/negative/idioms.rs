@@ -170,6 +170,25 @@ fn operands_by_all_warps_without_a_proxy_fence() {
     operands("fence.proxy.async.shared::cta;", "").reports(MissingProxyFence);
 }
 
+/// What a warp writes after it has issued a product is not in order before it, though a wgmma.fence
+/// for the next one follows while other warps are still to issue the first.
+#[test]
+fn operand_rewritten_for_the_next_product() {
+    let wait = "wgmma.wait_group.sync.aligned 0;";
+    let again = OPERANDS.replace(
+        wait,
+        "setp.eq.u32 q, warp, 0;
+        mov.u32 r4, 0;
+        fence.proxy.async.shared::cta;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;",
+    );
+    let case = Case::planted(&again, "mov.u32 r4, 0;", "@q st.shared.u32 [sh], r0;").lenient();
+    case.threads(128).reports_one_of(&[PendingRead, Race]);
+}
+
 /// Two warps take turns by two barriers; each arrives for its own first turn.
 const TURNS: &str = "
     .shared .align 4 .b8 word[4];
