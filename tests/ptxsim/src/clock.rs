@@ -10,6 +10,7 @@
 use std::cmp::Ordering;
 
 mod memo;
+mod own;
 mod sync;
 mod warp;
 

@@ -3,59 +3,8 @@
 use std::ops::RangeInclusive;
 
 use super::memo::Memo;
-use super::{
-    ALL_LANES, Actor, ActorKind, Epoch, Knowledge, ProxySpace, Scope, bits, completes_with_fence,
-};
-
-/// Index of a clock in [`Knowledge`]: all, or what passed a fence of a space.
-const GENERIC: usize = 0;
-
-fn fenced(space: ProxySpace) -> usize {
-    match space {
-        ProxySpace::Shared => 1,
-        ProxySpace::Global => 2,
-    }
-}
-
-/// Kinds of actors whose lanes are the warp's.
-const OWN: [ActorKind; 5] =
-    [ActorKind::Thread, ActorKind::Init, ActorKind::CpAsync, ActorKind::Bulk, ActorKind::BulkRead];
-/// Positions in it.
-const THREAD: usize = 0;
-const INIT: usize = 1;
-
-/// What a lane knows of its own operations of each kind, per clock. The same numbers serve all lanes
-/// though each stands for another access: lane 3 knows those of lane 3.
-#[derive(Copy, Clone, Debug, Default)]
-struct Own([[u32; OWN.len()]; 3]);
-
-impl Own {
-    fn join(&mut self, other: &Self) {
-        for (mine, theirs) in self.0.as_flattened_mut().iter_mut().zip(other.0.as_flattened()) {
-            *mine = (*mine).max(*theirs);
-        }
-    }
-
-    /// What passed a fence of that space: all so far.
-    fn fence(&mut self, clock: usize, now: u32) {
-        self.0[clock] = self.0[GENERIC];
-        self.0[clock][THREAD] = now;
-    }
-
-    /// Initialisations of mbarriers pass the fences of all spaces.
-    fn fence_inits(&mut self) {
-        let known = self.0[GENERIC][INIT];
-        self.0.iter_mut().for_each(|clock| clock[INIT] = known);
-    }
-
-    /// Nothing but the initialisations.
-    fn inits(&self) -> Self {
-        let mut inits = Self::default();
-        inits.0[GENERIC][INIT] = self.0[GENERIC][INIT];
-        inits.fence_inits();
-        inits
-    }
-}
+use super::own::{GENERIC, OWN, Own, THREAD, add_own, fenced};
+use super::{ALL_LANES, Actor, Epoch, Knowledge, ProxySpace, Scope, bits, completes_with_fence};
 
 /// How far a fence reaches: the patterns of relaxed accesses and fences are kept apart for each.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
@@ -499,16 +448,4 @@ impl WarpClock {
 fn copy_generic(k: &mut Knowledge, clock: usize) {
     let [generic, rest @ ..] = k.clocks_mut();
     rest[clock - 1].join(generic);
-}
-
-/// Adds what lanes know of themselves.
-fn add_own(k: &mut Knowledge, warp: u32, lanes: u32, now: u32, own: &Own) {
-    for (i, (clock, mut times)) in k.clocks_mut().into_iter().zip(own.0).enumerate() {
-        if i == GENERIC {
-            times[THREAD] = now;
-        }
-        for (kind, time) in OWN.into_iter().zip(times) {
-            clock.learn(&Epoch { actor: Actor::new(kind, warp), clock: time, lanes });
-        }
-    }
 }

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::ast::{Operand, Type};
-use crate::clock::{self, ALL_LANES, Epoch};
+use crate::clock::{self, ALL_LANES, Epoch, Knowledge};
 use crate::context::Cx;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
@@ -39,8 +39,8 @@ pub struct WarpState {
     groups: VecDeque<Vec<Issued>>,
     /// Closed groups.
     closed: u32,
-    /// Whether wgmma.fence has been executed at all.
-    fenced: bool,
+    /// What the warp knew at its last wgmma.fence, if there was one.
+    fence: Option<Rc<Knowledge>>,
 }
 
 /// A warp's part of a product under way.
@@ -115,9 +115,7 @@ fn together(cx: &mut Cx<'_, '_>) -> Option<Flow> {
 
 fn fence(cx: &mut Cx<'_, '_>) -> Flow {
     cx.warp.wgmma_fence();
-    cx.warp.wgmma.fenced = true;
-    let known = cx.warp.clock.release(cx.mask);
-    group::of(&mut cx.gang.warpgroups, cx.warp).fence(cx.warp.index, known);
+    cx.warp.wgmma.fence = Some(Rc::new(cx.warp.clock.release(cx.mask)));
     Flow::Next
 }
 
@@ -141,7 +139,9 @@ fn wait(cx: &mut Cx<'_, '_>, n: usize) -> Flow {
     let done = state.closed - left as u32;
     if let Some(missing) = group::of(&mut cx.gang.warpgroups, cx.warp).missing(done) {
         cx.note = Some(done.into());
-        let text = format!("wgmma group {done}, which warps {missing} have not committed");
+        let text = format!(
+            "wgmma group {done}, which warps {missing} of the warpgroup have not committed"
+        );
         return Flow::Wait(Waiting::On(text));
     }
     while cx.warp.wgmma.groups.len() > left {
@@ -267,7 +267,7 @@ fn issue(cx: &mut Cx<'_, '_>, product: &Arc<Product>) -> Flow {
 /// Registers must have passed a wgmma.fence since they were written, and accumulators in flight
 /// must belong to products of the same shape.
 fn check_registers(cx: &mut Cx<'_, '_>, product: &Product, accumulate: bool) {
-    if !cx.warp.wgmma.fenced {
+    if cx.warp.wgmma.fence.is_none() {
         let text = "no wgmma.fence before the first wgmma.mma_async".into();
         cx.report(Kind::MissingWgmmaFence, text);
     }

@@ -170,6 +170,64 @@ fn operands_by_all_warps_without_a_proxy_fence() {
     operands("fence.proxy.async.shared::cta;", "").reports(MissingProxyFence);
 }
 
+/// Each warp writes the rows of A that its own accumulators need, and waits for no other.
+const OWN_ROWS: &str = "
+    .shared .align 128 .b8 tile[2304];
+    mov.u32 sh, tile;
+    mov.u32 r0, 0x3f803f80;
+    setp.lt.u32 q, tid, 16;
+    mad.lo.u32 r1, tid, 16, sh;
+    @q st.shared.v4.u32 [r1+2048], {r0, r0, r0, r0};
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    st.shared.v4.u32 [r1], {r0, r0, r0, r0};
+    fence.proxy.async.shared::cta;
+    bar.warp.sync -1;
+    shr.u32 r3, sh, 4;
+    cvt.u64.u32 d0, r3;
+    or.b64 d0, d0, 0x1000080000;
+    add.u64 d1, d0, 128;
+    setp.ne.u32 p, r0, r0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    mad.wide.u32 d2, tid, 4, out;
+    st.global.f32 [d2], f0;";
+
+#[test]
+fn rows_of_a_warp_by_that_warp() {
+    Case::new(OWN_ROWS).threads(128).leaves(&[16f32.to_bits(); 128]);
+    let case = Case::planted(OWN_ROWS, "bar.warp.sync -1;", "").threads(128);
+    case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
+}
+
+#[test]
+fn rows_of_a_warp_by_another() {
+    let (right, wrong) = ("add.u64 d1, d0, 128;", "add.u64 d1, d0, 0;");
+    let case = Case::planted(OWN_ROWS, right, wrong).threads(128);
+    case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
+}
+
+/// What a warp writes after it has issued a product is not in order before it, though a wgmma.fence
+/// for the next one follows while other warps are still to issue the first.
+#[test]
+fn operand_rewritten_for_the_next_product() {
+    let wait = "wgmma.wait_group.sync.aligned 0;";
+    let again = OPERANDS.replace(
+        wait,
+        "setp.eq.u32 q, warp, 0;
+        mov.u32 r4, 0;
+        fence.proxy.async.shared::cta;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;",
+    );
+    let case = Case::planted(&again, "mov.u32 r4, 0;", "@q st.shared.u32 [sh], r0;").lenient();
+    case.threads(128).reports_one_of(&[PendingRead, Race]);
+}
+
 /// Two warps take turns by two barriers; each arrives for its own first turn.
 const TURNS: &str = "
     .shared .align 4 .b8 word[4];

@@ -282,7 +282,7 @@ fn group_that_a_warp_commits_only_after_another_barrier() {
         wgmma.wait_group.sync.aligned 0;    // <-- here
         -@!q bar.sync 1, 128;"
     ))
-    .says("wgmma group 1, which warps 3 have not committed")
+    .says("wgmma group 1, which warps 3 of the warpgroup have not committed")
     .reports_at_one(Deadlock);
 }
 

@@ -34,8 +34,6 @@ pub struct Warpgroup {
     issued: VecDeque<Rc<RefCell<Operation>>>,
     /// Groups each warp has committed.
     committed: [u32; WARPS],
-    /// What each warp knew at its last wgmma.fence.
-    fences: [Knowledge; WARPS],
 }
 
 /// What all four warps have to agree in.
@@ -77,6 +75,16 @@ struct Entry {
     first: u32,
 }
 
+/// A warp that has issued a product.
+pub struct Issuer {
+    /// Its place in the warpgroup.
+    pub place: usize,
+    /// What it knew.
+    pub clock: WarpClock,
+    /// What it knew at its last wgmma.fence.
+    pub fence: Rc<Knowledge>,
+}
+
 /// One product of the warpgroup.
 pub struct Operation {
     pub product: Arc<Product>,
@@ -86,8 +94,8 @@ pub struct Operation {
     pub accumulate: bool,
     /// Number of its group.
     pub group: u32,
-    /// What each warp knew when it issued it, until it starts.
-    pub issuers: Vec<(usize, WarpClock)>,
+    /// The warps that have issued it, until it starts.
+    pub issuers: Vec<Issuer>,
     /// The operands in shared memory, once it has started.
     pub operands: Option<(Option<Matrix>, Matrix)>,
 }
@@ -111,16 +119,6 @@ impl Operation {
 }
 
 impl Warpgroup {
-    /// A warp has executed wgmma.fence.
-    pub fn fence(&mut self, warp: u32, known: Knowledge) {
-        self.fences[place(warp)] = known;
-    }
-
-    /// What the warps knew at their last wgmma.fence.
-    pub fn fences(&self) -> &[Knowledge] {
-        &self.fences
-    }
-
     /// A warp has committed its group number `closed`; whether it was the last of the four.
     pub fn commit(&mut self, warp: u32, closed: u32) -> bool {
         self.committed[place(warp)] = closed;
@@ -136,8 +134,10 @@ impl Warpgroup {
 
     /// A warp issues its next product, `new` if it is the first to.
     pub fn issue(&mut self, warp: &Warp, new: Operation) -> Rc<RefCell<Operation>> {
-        let w = place(warp.index);
-        let mine = |o: &&Rc<RefCell<Operation>>| o.borrow().issuers.iter().all(|(i, _)| *i != w);
+        let place = place(warp.index);
+        let (clock, fence) = (warp.clock.clone(), warp.wgmma.fence.clone().unwrap_or_default());
+        let mine =
+            |o: &&Rc<RefCell<Operation>>| o.borrow().issuers.iter().all(|i| i.place != place);
         let operation = match self.issued.iter().find(mine) {
             Some(operation) => operation.clone(),
             None => {
@@ -146,7 +146,7 @@ impl Warpgroup {
                 operation
             }
         };
-        operation.borrow_mut().issuers.push((w, warp.clock.clone()));
+        operation.borrow_mut().issuers.push(Issuer { place, clock, fence });
         if operation.borrow().is_issued() {
             self.issued.pop_front();
         }

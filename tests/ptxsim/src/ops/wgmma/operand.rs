@@ -1,7 +1,7 @@
 //! The operands of a product in shared memory: where they lie, what is known of their bytes, and
 //! their values.
 
-use super::group::{self, Operation};
+use super::group::{self, Issuer, Operation};
 use super::{M, Product};
 use crate::access::{Actor, Region, Window};
 use crate::clock::{self, ALL_LANES, Epoch, WarpClock};
@@ -45,9 +45,9 @@ impl Operation {
         if cx.grid.options.checks {
             let actor = clock::Actor::wgmma(group::first_warp(cx));
             let epoch = Epoch { actor, clock: self.group, lanes: ALL_LANES };
-            for (warp, clock) in &issuers {
-                let rows = a.iter().flat_map(|a| a.of_warp(*warp));
-                record(cx, rows.chain(b.chunks.iter().copied()), clock, epoch);
+            for i in 0..issuers.len() {
+                let rows = a.iter().flat_map(|a| a.of_warp(issuers[i].place));
+                record(cx, rows.chain(b.chunks.iter().copied()), &issuers, i, epoch);
             }
         }
         self.operands = Some((a, b));
@@ -67,20 +67,26 @@ impl Operation {
     }
 }
 
-/// Records reads for a warp that knew `clock` when it issued the product. What another warp wrote
-/// and fenced before its wgmma.fence is in order too if the product is one operation, as on
-/// hardware; the text of the rules does not promise it.
-fn record(cx: &mut Cx<'_, '_>, chunks: impl Iterator<Item = u32>, clock: &WarpClock, epoch: Epoch) {
+/// Records reads for issuer number `i`. What another warp wrote and fenced before its wgmma.fence is
+/// in order too if the product is one operation, as on hardware; the text of the rules does not
+/// promise it.
+fn record(
+    cx: &mut Cx<'_, '_>,
+    chunks: impl Iterator<Item = u32>,
+    issuers: &[Issuer],
+    i: usize,
+    epoch: Epoch,
+) {
     let lane = cx.mask.trailing_zeros() & 31;
     let actor = Actor { lane, epoch, proxy: Proxy::Async, strong: None };
+    let clock = &issuers[i].clock;
     let mut all: Option<WarpClock> = None;
     for address in chunks {
         let region = Region::Shared { block: cx.warp.block, address };
         let Err(own) = cx.read_by(region, CHUNK, actor, clock) else { continue };
         let all = all.get_or_insert_with(|| {
             let mut all = clock.clone();
-            let fences = group::of(&mut cx.gang.warpgroups, cx.warp).fences();
-            fences.iter().for_each(|known| all.acquire(ALL_LANES, known));
+            issuers.iter().for_each(|issuer| all.acquire(ALL_LANES, &issuer.fence));
             all
         });
         let (race, what, forgiven) = match cx.read_by(region, CHUNK, actor, all) {
