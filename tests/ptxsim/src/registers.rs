@@ -7,8 +7,9 @@
 use crate::arch::Arch;
 use crate::ast::{Directives, Instr, Operand};
 
-/// Fewest and most registers of a thread.
+/// Fewest registers of a thread.
 const LEAST: u32 = 24;
+/// Most registers of a thread.
 pub const MOST: u32 = 255;
 
 /// What the setmaxnreg of a kernel ask for.

@@ -108,16 +108,21 @@ impl Contexts {
     }
 }
 
+/// The contexts of this thread, none while it ends.
+fn stack<T>(work: impl FnOnce(&mut Vec<usize>) -> T) -> Option<T> {
+    CURRENT.try_with(|current| work(&mut current.borrow_mut())).ok()
+}
+
 fn push(handle: usize) {
-    CURRENT.with_borrow_mut(|current| current.push(handle));
+    stack(|current| current.push(handle));
 }
 
 /// The handle that is current in this thread, 0 without one.
 pub fn current() -> usize {
-    CURRENT.with_borrow(|current| current.last().copied().unwrap_or(0))
+    stack(|current| current.last().copied()).flatten().unwrap_or(0)
 }
 
 /// Takes the current context off.
 pub fn pop() -> Result<usize> {
-    CURRENT.with_borrow_mut(Vec::pop).ok_or(INVALID_CONTEXT)
+    stack(Vec::pop).flatten().ok_or(INVALID_CONTEXT)
 }

@@ -222,7 +222,8 @@ impl Machine {
             return Err(OUT_OF_RESOURCES);
         }
         let clusters = self.resident_clusters(*function, launch)?;
-        if blocks > 1 && clusters == 0 {
+        let cut = (0..3).any(|d| !launch.grid[d].is_multiple_of(launch.cluster[d]));
+        if cut || blocks > 1 && clusters == 0 {
             return Err(INVALID_CLUSTER);
         }
         if *cooperative && product(launch.grid) > clusters.saturating_mul(blocks) {

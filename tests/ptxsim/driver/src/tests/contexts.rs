@@ -1,5 +1,7 @@
 //! Contexts and what belongs to them.
 
+use std::cell::RefCell;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
 use super::*;
@@ -65,6 +67,33 @@ fn contexts_are_a_stack_of_the_thread() {
         assert_eq!(cuCtxSetCurrent(0xbad), INVALID_CONTEXT);
         assert_eq!(cuCtxPopCurrent_v2(null_mut()), INVALID_CONTEXT);
     }
+}
+
+/// Tells, when its thread ends, what is current there.
+struct AtEnd(Sender<std::result::Result<usize, Code>>);
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        _ = self.0.send(given(|c| unsafe { cuCtxGetCurrent(c) }));
+    }
+}
+
+#[test]
+fn a_thread_that_ends_has_no_context() {
+    thread_local! {
+        static LAST: RefCell<Option<AtEnd>> = const { RefCell::new(None) };
+    }
+    let context = Context::new();
+    let handle = context.0;
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        // What a thread sets first ends last.
+        LAST.with_borrow_mut(|last| *last = Some(AtEnd(sender)));
+        ok(unsafe { cuCtxSetCurrent(handle) });
+    })
+    .join()
+    .unwrap();
+    assert_eq!(receiver.recv(), Ok(Ok(0)));
 }
 
 #[test]

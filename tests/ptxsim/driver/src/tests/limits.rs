@@ -89,7 +89,7 @@ fn clusters() {
     assert_eq!(of(8), (Ok(8), Ok(132 * 2)));
     assert_eq!(of(16), (Ok(8), Err(INVALID_CLUSTER)));
     assert_eq!(launch(large, 32, CLUSTER, [16, 1, 1]), INVALID_CLUSTER);
-    assert_eq!(launch(large, 32, CLUSTER, [3, 1, 1]), INVALID_VALUE);
+    assert_eq!(launch(large, 32, CLUSTER, [3, 1, 1]), INVALID_CLUSTER);
     ok(launch(large, 32, CLUSTER, [4, 1, 1]));
     ok(unsafe { cuFuncSetAttribute(large, 14, 1) });
     assert_eq!(of(16), (Ok(16), Ok(132)));
