@@ -167,9 +167,21 @@ impl<'g> Cx<'_, 'g> {
         self.count_access(window, bytes, at, Mode::Write);
         self.gang.activity += 1;
         let mut open = OpenPage::default();
+        let repeats = strong.is_none() && !ascends(at, self.mask);
+        let mut stored = 0;
         for l in lanes(self.mask) {
+            if stored >> l & 1 != 0 {
+                continue;
+            }
             let Some(region) = self.locate(l as u32, window, at[l], bytes, bytes) else { continue };
-            self.touch_open(&mut open, region, bytes, Mode::Write, self.own(l, strong), "store");
+            let mut actor = self.own(l, strong);
+            if repeats && !matches!(region, Region::Local(_)) {
+                // One value to one address: whichever lane is last, so they count as one access.
+                let alike = |o: &usize| at[*o] == at[l] && values[*o] == values[l];
+                actor.epoch.lanes = lanes(self.mask).filter(alike).fold(0, |m, o| m | 1 << o);
+                stored |= actor.epoch.lanes;
+            }
+            self.touch_open(&mut open, region, bytes, Mode::Write, actor, "store");
             let data = &values[l].to_le_bytes()[..bytes as usize];
             match region {
                 Region::Global { buffer, offset } => {
@@ -264,6 +276,11 @@ impl<'g> Cx<'_, 'g> {
             Region::Param(_) => {}
         }
     }
+}
+
+/// Whether addresses ascend from lane to lane, so that no two are the same.
+fn ascends(at: &Lanes, mask: u32) -> bool {
+    lanes(mask).zip(lanes(mask).skip(1)).all(|(a, b)| at[a] < at[b])
 }
 
 /// A constant or register as the base of an address.

@@ -97,9 +97,74 @@ impl Arch {
         }
     }
 
+    /// Shared memory of a multiprocessor, of which every block takes [`Self::reserved_shared`] bytes
+    /// besides its own.
+    pub fn shared_per_multiprocessor(self) -> u32 {
+        match self {
+            Self::Sm80 => 167_936,
+            Self::Sm86 | Self::Sm89 => 102_400,
+            Self::Sm90 | Self::Sm90a => 233_472,
+        }
+    }
+
+    /// Bytes of shared memory that the system keeps for itself in every block.
+    pub fn reserved_shared(self) -> u32 {
+        1024
+    }
+
+    /// Most threads that a multiprocessor holds.
+    pub fn threads_per_multiprocessor(self) -> u32 {
+        match self {
+            Self::Sm86 | Self::Sm89 => 1536,
+            _ => 2048,
+        }
+    }
+
+    /// Most blocks that a multiprocessor holds.
+    pub fn blocks_per_multiprocessor(self) -> u32 {
+        match self {
+            Self::Sm86 => 16,
+            Self::Sm89 => 24,
+            _ => 32,
+        }
+    }
+
+    /// Bytes of the L2 cache.
+    pub fn l2_bytes(self) -> u32 {
+        let mebibytes = match self {
+            Self::Sm80 => 40,
+            Self::Sm86 => 6,
+            Self::Sm89 => 48,
+            Self::Sm90 | Self::Sm90a => 50,
+        };
+        mebibytes << 20
+    }
+
+    /// Multiprocessors of each processing cluster (GPC), all of which a cluster of blocks shares; none
+    /// where there are no such clusters. 132 of the 8 × 18 multiprocessors of the chip are enabled,
+    /// and which differs from one device to another.
+    pub fn processing_clusters(self) -> &'static [u32] {
+        if self.is_hopper() { &[18, 18, 16, 16, 16, 16, 16, 16] } else { &[] }
+    }
+
+    /// Major and minor compute capability.
+    pub fn capability(self) -> (u32, u32) {
+        match self {
+            Self::Sm80 => (8, 0),
+            Self::Sm86 => (8, 6),
+            Self::Sm89 => (8, 9),
+            Self::Sm90 | Self::Sm90a => (9, 0),
+        }
+    }
+
     /// Most blocks of a cluster; 16 need the kernel's consent, which PTX does not show.
     pub fn max_cluster(self) -> u32 {
         if self.is_hopper() { 16 } else { 1 }
+    }
+
+    /// Most blocks of a cluster without the kernel's consent.
+    pub fn portable_cluster(self) -> u32 {
+        self.max_cluster().min(8)
     }
 
     /// 32-bit registers of a multiprocessor, all of which one block may use.
@@ -147,6 +212,21 @@ mod tests {
         assert!(Arch::Sm90a.runs("sm_90a") && Arch::Sm90a.runs("sm_90, debug"));
         assert!(!Arch::Sm80.runs("sm_86") && !Arch::Sm90.runs("sm_90a"));
         assert!(!Arch::Sm90a.runs("sm_100a") && !Arch::Sm90a.runs("texmode_unified"));
+    }
+
+    #[test]
+    fn processing_clusters_are_the_whole_device() {
+        for arch in [Arch::Sm90, Arch::Sm90a] {
+            assert_eq!(arch.processing_clusters().iter().sum::<u32>(), arch.multiprocessors());
+        }
+    }
+
+    #[test]
+    fn a_block_of_all_shared_memory_leaves_what_is_reserved() {
+        for (_, arch) in NAMES {
+            let largest = arch.shared_per_block() + arch.reserved_shared();
+            assert_eq!(largest, arch.shared_per_multiprocessor(), "{arch}");
+        }
     }
 
     #[test]

@@ -87,6 +87,14 @@ pub struct Directives {
     pub explicit_cluster: bool,
 }
 
+impl Directives {
+    /// Threads of the largest block that is allowed.
+    pub fn threads(&self) -> Option<u32> {
+        let dims = self.required_threads.or(self.max_threads)?;
+        Some(dims.iter().fold(1, |n: u32, d| n.saturating_mul(*d)))
+    }
+}
+
 /// State space of a variable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Space {

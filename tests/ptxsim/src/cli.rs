@@ -3,7 +3,14 @@
 //! Paths are relative to the file. A buffer is described where it is first named, as an argument or
 //! in the optional list `buffers`: with `file` it holds that file, with `bytes` alone nobody has
 //! written it yet. The same name again is the same buffer. `out` names a file for what the first
-//! schedule left in it.
+//! schedule left in it. A structure is given by its bytes, with the places where addresses of buffers
+//! and tensor maps stand:
+//!
+//! ```json
+//! {"bytes_hex": "00000000000000002a000000", "patches": [{"offset": 0, "buffer": "data"}]}
+//! ```
+//!
+//! All of a launch:
 //!
 //! ```
 //! # fn main() -> anyhow::Result<()> {
@@ -46,6 +53,8 @@
 //! # }
 //! ```
 
+mod argument;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,12 +63,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::device::{Arg, Buffer, Device};
+use crate::device::{Buffer, Device};
 use crate::launch::{Launch, LaunchError, Options, Residency, Timing};
 use crate::module::Module;
 use crate::numeric::tensor::Accumulation;
 use crate::report::Report;
-use crate::tensor_map::TensorMap;
+use argument::{Argument, BufferArgument, Value};
 
 /// All buffers together; more than any test of a kernel needs, and less than stops a machine.
 const MOST_BYTES: u64 = 4 << 30;
@@ -161,82 +170,6 @@ impl Description {
     }
 }
 
-/// An argument as it is written: the fields of all sorts, so that errors name what is there.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Argument {
-    buffer: Option<String>,
-    file: Option<PathBuf>,
-    bytes: Option<u64>,
-    out: Option<PathBuf>,
-    i32: Option<i32>,
-    u32: Option<u32>,
-    i64: Option<i64>,
-    u64: Option<u64>,
-    f32: Option<f32>,
-    bytes_hex: Option<String>,
-    tensor_map: Option<serde_json::Map<String, serde_json::Value>>,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct BufferArgument {
-    #[serde(rename = "buffer")]
-    name: String,
-    file: Option<PathBuf>,
-    bytes: Option<u64>,
-    out: Option<PathBuf>,
-}
-
-/// An argument whose buffers may not exist yet.
-enum Value {
-    Buffer(BufferArgument),
-    Plain(Arg),
-    TensorMap { buffer: String, map: TensorMap },
-}
-
-impl Argument {
-    fn value(self) -> Result<Value> {
-        let Self { file, bytes, out, .. } = self;
-        let stray = file.is_some() || bytes.is_some() || out.is_some();
-        let buffer = self.buffer.map(|name| BufferArgument { name, file, bytes, out });
-        ensure!(buffer.is_some() || !stray, "file, bytes and out need the name of a buffer");
-        let values = [
-            buffer.map(|b| Ok(Value::Buffer(b))),
-            self.i32.map(|v| Ok(Value::Plain(Arg::I32(v)))),
-            self.u32.map(|v| Ok(Value::Plain(Arg::U32(v)))),
-            self.i64.map(|v| Ok(Value::Plain(Arg::I64(v)))),
-            self.u64.map(|v| Ok(Value::Plain(Arg::U64(v)))),
-            self.f32.map(|v| Ok(Value::Plain(Arg::F32(v)))),
-            self.bytes_hex.map(|text| hex(&text).map(Arg::Bytes).map(Value::Plain)),
-            self.tensor_map.map(tensor_map),
-        ];
-        let mut values = values.into_iter().flatten();
-        match (values.next(), values.next()) {
-            (Some(value), None) => value,
-            _ => bail!(
-                "exactly one of buffer, i32, u32, i64, u64, f32, bytes_hex and tensor_map is needed"
-            ),
-        }
-    }
-}
-
-fn hex(text: &str) -> Result<Vec<u8>> {
-    let digit = |c: &u8| char::from(*c).to_digit(16).map(|d| d as u8);
-    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-    let byte = |[high, low]: &[u8; 2]| Some(digit(high)? << 4 | digit(low)?);
-    let bytes = pairs.iter().map(byte).collect::<Option<_>>().filter(|_| rest.is_empty());
-    bytes.ok_or_else(|| anyhow!("bytes_hex: pairs of hexadecimal digits are needed"))
-}
-
-fn tensor_map(mut fields: serde_json::Map<String, serde_json::Value>) -> Result<Value> {
-    let Some(serde_json::Value::String(buffer)) = fields.remove("buffer") else {
-        bail!("tensor_map: the name of a buffer is needed");
-    };
-    let map = serde_json::from_value(fields.into()).context("tensor_map")?;
-    Ok(Value::TensorMap { buffer, map })
-}
-
 /// The buffers of a launch, in the order they are named in.
 #[derive(Default)]
 struct Buffers {
@@ -335,7 +268,11 @@ pub fn run(command: &Command) -> Result<Outcome> {
         ensure!(exists, "no folder {} for the output of buffer {name}", folder.display());
     }
     let made = buffers.create(&mut device, dir)?;
-    let args = arguments(values, &device, &made)?;
+    let args = values
+        .into_iter()
+        .enumerate()
+        .map(|(i, value)| value.resolve(&device, &made).with_context(|| format!("argument {i}")));
+    let args: Vec<_> = args.collect::<Result<_>>()?;
 
     let launch = description.launch();
     let report = device
@@ -347,24 +284,6 @@ pub fn run(command: &Command) -> Result<Outcome> {
 
 fn read_text(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-fn arguments(
-    values: Vec<Value>,
-    device: &Device,
-    made: &HashMap<String, Buffer>,
-) -> Result<Vec<Arg>> {
-    let argument = |(i, value)| match value {
-        Value::Buffer(b) => Ok(Arg::Buffer(made[&b.name])),
-        Value::Plain(arg) => Ok(arg),
-        Value::TensorMap { buffer, map } => {
-            let found = made.get(&buffer).ok_or_else(|| {
-                anyhow!("argument {i}: tensor_map: no argument and no entry of buffers is {buffer}")
-            })?;
-            Ok(Arg::TensorMap(TensorMap { address: device.address(*found), ..map }))
-        }
-    };
-    values.into_iter().enumerate().map(argument).collect()
 }
 
 /// A launch error; those in the text say in which file.

@@ -10,6 +10,7 @@
 use std::cmp::Ordering;
 
 mod memo;
+mod own;
 mod sync;
 mod warp;
 
@@ -25,13 +26,15 @@ pub const ALL_LANES: u32 = !0;
 pub enum ActorKind {
     /// The threads of a warp.
     Thread,
+    /// The `mbarrier.init` of a warp's threads, which have a fence of their own.
+    Init,
     /// The `cp.async` groups of a warp's lanes; generic proxy.
     CpAsync,
     /// The bulk copy groups of a warp's lanes; async proxy.
     Bulk,
     /// The source reads of a warp's bulk copies; async proxy.
     BulkRead,
-    /// The `wgmma` groups of a warp; async proxy.
+    /// The `wgmma` groups of a warpgroup; async proxy.
     Wgmma,
     /// The bulk copies that complete at one mbarrier; async proxy.
     Barrier,
@@ -56,6 +59,11 @@ impl Actor {
         Self::new(ActorKind::Thread, warp)
     }
 
+    /// The `mbarrier.init` of a warp.
+    pub const fn init(warp: u32) -> Self {
+        Self::new(ActorKind::Init, warp)
+    }
+
     /// The `cp.async` operations of a warp.
     pub const fn cp_async(warp: u32) -> Self {
         Self::new(ActorKind::CpAsync, warp)
@@ -71,7 +79,7 @@ impl Actor {
         Self::new(ActorKind::BulkRead, warp)
     }
 
-    /// The `wgmma` operations of a warp.
+    /// The `wgmma` operations of a warpgroup, by its first warp.
     pub const fn wgmma(warp: u32) -> Self {
         Self::new(ActorKind::Wgmma, warp)
     }
@@ -81,14 +89,20 @@ impl Actor {
         Self::new(ActorKind::Barrier, id)
     }
 
+    /// Whether its accesses take place when they are made, and not some time before a wait.
+    pub const fn is_synchronous(self) -> bool {
+        matches!(self.kind(), ActorKind::Thread | ActorKind::Init)
+    }
+
     /// What the actor is.
     pub const fn kind(self) -> ActorKind {
         match self.0 & ((1 << Self::KIND_BITS) - 1) {
             0 => ActorKind::Thread,
-            1 => ActorKind::CpAsync,
-            2 => ActorKind::Bulk,
-            3 => ActorKind::BulkRead,
-            4 => ActorKind::Wgmma,
+            1 => ActorKind::Init,
+            2 => ActorKind::CpAsync,
+            3 => ActorKind::Bulk,
+            4 => ActorKind::BulkRead,
+            5 => ActorKind::Wgmma,
             _ => ActorKind::Barrier,
         }
     }
@@ -287,7 +301,7 @@ impl Knowledge {
 }
 
 fn completes_with_fence(kind: ActorKind) -> bool {
-    !matches!(kind, ActorKind::Thread | ActorKind::CpAsync)
+    !matches!(kind, ActorKind::Thread | ActorKind::Init | ActorKind::CpAsync)
 }
 
 /// The positions of the set bits.

@@ -333,6 +333,20 @@ impl Cx<'_, '_> {
         self.gang.findings.add(self.pc, other_pc, diagnostic);
     }
 
+    /// Warns of what does no harm.
+    #[cold]
+    pub fn warn(&mut self, kind: Kind, lane: u32, message: String) {
+        let diagnostic = self.diagnostic(kind, lane, message, None, None);
+        self.gang.warnings.add(self.pc, None, diagnostic);
+    }
+
+    /// Reports what breaks a rule that hardware is known not to insist on.
+    #[cold]
+    pub fn forgive(&mut self, kind: Kind, lane: u32, message: String) {
+        let diagnostic = self.diagnostic(kind, lane, message, None, None);
+        self.gang.forgiven(self.grid).add(self.pc, None, diagnostic);
+    }
+
     fn diagnostic(
         &self,
         kind: Kind,
@@ -341,8 +355,8 @@ impl Cx<'_, '_> {
         address: Option<Place>,
         other: Option<Location>,
     ) -> Diagnostic {
-        let at = self.grid.location(self.pc, self.warp.global, lane);
-        Diagnostic { kind, message, at, other, address, repeated: 1 }
+        let by = (self.pc, self.warp.global, lane);
+        Diagnostic { other, address, ..self.grid.diagnostic(kind, by, message) }
     }
 
     /// Reports something after which the launch cannot go on.
@@ -399,6 +413,12 @@ impl Cx<'_, '_> {
 }
 
 impl Grid<'_> {
+    /// Something that the instruction at `by` (program counter, warp and lane) has caused.
+    pub fn diagnostic(&self, kind: Kind, by: (u32, u32, u32), message: String) -> Diagnostic {
+        let at = self.location(by.0, by.1, by.2);
+        Diagnostic { kind, message, at, other: None, address: None, repeated: 1 }
+    }
+
     /// Where a lane of a warp stands.
     pub fn location(&self, pc: u32, warp: u32, lane: u32) -> Location {
         let (ptx_line, source) = match self.kernel.instrs.get(pc as usize) {
@@ -424,6 +444,7 @@ impl Grid<'_> {
     pub fn actor(&self, actor: Actor) -> &'static str {
         match actor.kind() {
             ActorKind::Thread => "an ordinary access",
+            ActorKind::Init => "an mbarrier.init",
             ActorKind::CpAsync => "a cp.async",
             ActorKind::Bulk | ActorKind::BulkRead => "a bulk copy",
             ActorKind::Wgmma => "a wgmma",

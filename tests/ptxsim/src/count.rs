@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::bank::Phases;
+use crate::order::OrderCost;
 
 /// Kinds of instructions.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -120,6 +121,8 @@ pub struct Counters {
     pub shared: BTreeMap<u32, SharedPhases>,
     /// Tensor-core flop, by program counter.
     pub flops: BTreeMap<u32, u64>,
+    /// What order among blocks costs, by program counter.
+    pub order: BTreeMap<u32, OrderCost>,
     /// Global traffic, by program counter and buffer.
     pub traffic: BTreeMap<(u32, usize), Traffic>,
     /// Bytes touched, by buffer.
@@ -185,6 +188,9 @@ impl Counters {
         for (pc, flops) in other.flops {
             self.add_flops(pc, flops);
         }
+        for (pc, cost) in other.order {
+            *self.order.entry(pc).or_default() += cost;
+        }
         for ((pc, buffer), traffic) in other.traffic {
             self.add_traffic(pc, buffer, traffic);
         }
@@ -225,6 +231,8 @@ mod tests {
                 for (pc, buffer, offset, bytes) in part {
                     c.executed[*pc as usize] += 1;
                     c.add_flops(*pc, u64::from(*bytes));
+                    let cost = OrderCost { memory_barriers: 1, invalidations: (*bytes).into() };
+                    *c.order.entry(*pc).or_default() += cost;
                     c.add_phases(*pc, Phases { phases: *bytes, excess: 1 });
                     c.touch(*buffer, *offset, *bytes, true, *pc == 0);
                     let traffic = Traffic { read: u64::from(*bytes), ..Traffic::default() };

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use crate::ast::{self, Base, Operand, Pos, Space, Type};
 use crate::ops;
+use crate::order::OrderCost;
 use crate::program::{Address, Decoded, Dst, Instr, Kernel, Pred, PredDst, Preset, Src};
+use crate::registers::Reallocation;
 use crate::scope::{Flat, Symbol};
 
 /// An instruction the simulator does not know, or that makes no sense.
@@ -40,7 +42,7 @@ pub fn kernel(
             let mut op = Opcode::new(i);
             let decoded = ops::decode(&mut op, &env)?;
             op.finish()?;
-            let Decoded { exec, class } = decoded;
+            let Decoded { exec, class } = decoded.counting(OrderCost::of(&i.root, &i.mods));
             let (line, source) = (i.pos.line, placed.source);
             Ok(Instr { exec, guard, class, mnemonic: mnemonic.as_str().into(), line, source })
         };
@@ -59,6 +61,7 @@ pub fn kernel(
         dynamic_align: flat.dynamic_align,
         locals: flat.locals,
         frame: flat.frame,
+        reallocation: Reallocation::of(flat.instrs.iter().map(|placed| placed.instr)),
         directives: function.directives.clone(),
         files: module.files.iter().map(|(i, name)| (*i, name.as_str().into())).collect(),
         names: slots.names,

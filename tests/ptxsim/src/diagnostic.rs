@@ -48,6 +48,8 @@ pub enum Kind {
     Trap,
     /// An operand the instruction does not allow.
     InvalidOperand,
+    /// The same operation by several lanes of one instruction, of which one would do.
+    Repeated,
 }
 
 impl fmt::Display for Kind {

@@ -9,15 +9,19 @@ use rand_chacha::ChaCha8Rng;
 use crate::clock::SyncTable;
 use crate::context::Cx;
 use crate::count::Counters;
-use crate::diagnostic::{Diagnostic, Findings, Kind};
+use crate::diagnostic::{Findings, Kind};
 use crate::launch::Grid;
 use crate::memory::SharedMemory;
 use crate::ops;
 use crate::program::{Flow, Waiting};
+use crate::registers::Registers;
 use crate::warp::{Group, Warp};
 
 /// Rounds in which every warp only polls, after which nothing is expected to happen any more.
 const STALLED_ROUNDS: u32 = 64;
+/// Rounds without a change to memory or a barrier, after which an operation that was put off is
+/// performed: a warp may be polling memory with loads.
+const IDLE_ROUNDS: u32 = 64;
 /// Most instructions a warp runs before another one has its turn.
 const QUANTUM: u32 = 256;
 /// Used-up turns after which divergent lanes change places.
@@ -37,8 +41,8 @@ pub struct Block {
     pub barriers: ops::barrier::BlockState,
     /// What atomics in its shared memory carry.
     pub sync: SyncTable,
-    /// Registers per thread of each warp; 0 where the launch does not tell.
-    pub registers: Vec<u32>,
+    /// Its registers, where the launch or the kernel tells their number.
+    pub registers: Option<Registers>,
     /// Warps that have not ended.
     pub running: u32,
 }
@@ -76,7 +80,7 @@ pub struct State {
     pub bulk: ops::bulk::GangState,
     /// Cluster barriers.
     pub clusters: ops::cluster::GangState,
-    /// Instruction order of each warpgroup.
+    /// What the warps of each warpgroup do together.
     pub warpgroups: ops::wgmma::GangState,
     /// A counter for %clock and %globaltimer.
     pub time: u64,
@@ -93,10 +97,12 @@ impl State {
     /// Reports something that no instruction under way has caused: `by` is the program counter,
     /// warp and lane of the one that once did.
     pub fn report(&mut self, grid: &Grid<'_>, kind: Kind, by: (u32, u32, u32), message: String) {
-        let (pc, warp, lane) = by;
-        let at = grid.location(pc, warp, lane);
-        let (other, address, repeated) = (None, None, 1);
-        self.findings.add(pc, None, Diagnostic { kind, message, at, other, address, repeated });
+        self.findings.add(by.0, None, grid.diagnostic(kind, by, message));
+    }
+
+    /// Where what breaks a rule belongs that hardware is known not to insist on.
+    pub fn forgiven(&mut self, grid: &Grid<'_>) -> &mut Findings {
+        if grid.options.strict_proxies { &mut self.findings } else { &mut self.warnings }
     }
 
     /// Performs an operation now, or puts it off when asynchronous operations are lazy.
@@ -174,10 +180,9 @@ impl<'g> Gang<'g> {
                 shared: SharedMemory::new(&grid.shared),
                 barriers: ops::barrier::BlockState::new(grid.threads()),
                 sync: SyncTable::default(),
-                registers: vec![
-                    grid.launch.registers.unwrap_or(0);
-                    grid.warps_per_block() as usize
-                ],
+                registers: grid
+                    .registers
+                    .map(|entry| Registers::new(grid.warps_per_block(), entry)),
                 running: grid.warps_per_block(),
             });
             warps.extend((0..grid.warps_per_block()).map(|w| grid.warp(block, linear, w)));
@@ -188,7 +193,7 @@ impl<'g> Gang<'g> {
 
     /// Runs all warps to their end.
     pub fn run(mut self) -> Outcome {
-        let mut stalled = 0;
+        let (mut stalled, mut idle) = (0, 0);
         let mut seen = (0, 0);
         let mut order: Vec<usize> = Vec::new();
         let complete = loop {
@@ -197,7 +202,12 @@ impl<'g> Gang<'g> {
             }
             let now = (self.state.version, self.state.activity);
             if now != seen {
-                (seen, stalled) = (now, 0);
+                (seen, stalled, idle) = (now, 0, 0);
+            }
+            idle += 1;
+            if idle > IDLE_ROUNDS {
+                idle = 0;
+                self.perform_one();
             }
             order.clear();
             order.extend((0..self.warps.len()).filter(|w| self.ready(*w)));
@@ -424,10 +434,8 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     if cx.warp.live != 0 {
         return Step::On;
     }
-    let pending = cx.warp.wgmma.pending();
-    if pending > 0 {
-        let text = format!("{pending} wgmma were never waited for");
-        cx.report(Kind::AccumulatorInFlight, text);
+    if !ops::wgmma::warp_ended(cx) {
+        return Step::Fault;
     }
     let block = cx.block();
     block.running -= 1;
@@ -435,10 +443,7 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
     ops::bulk::warp_ended(cx);
     if ended {
         ops::mbarrier::block_ended(cx);
-        for pc in cx.gang.warpgroups.unfinished(cx.warp.block) {
-            let text = "not every warp of the warpgroup executed this".into();
-            cx.gang.report(cx.grid, Kind::Divergence, (pc, cx.warp.global, 0), text);
-        }
+        ops::misc::block_ended(cx);
     }
     Step::Ended
 }

@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::arch::Arch;
 use crate::clock::SyncTable;
 use crate::decode::DecodeError;
-use crate::memory::{GlobalBuffer, RANK_SHIFT, SharedRange};
+use crate::limits;
+use crate::memory::{GlobalBuffer, SharedRange};
 use crate::numeric::tensor::Accumulation;
 use crate::program::{Kernel, Preset};
 use crate::warp::Warp;
@@ -49,7 +50,8 @@ pub enum Residency {
 }
 
 /// How a launch is simulated.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Deserialize, serde::Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Order of blocks and warps.
     pub seed: u64,
@@ -60,16 +62,17 @@ pub struct Options {
     /// Whether accesses are checked for races and uninitialised values; bounds and alignment always
     /// are.
     pub checks: bool,
-    /// Whether the lack of a proxy fence between cp.async and wgmma or bulk copies that read its
-    /// bytes, and between mbarrier.init and bulk copies that complete there, is an error; otherwise
-    /// it is a warning. The instruction set asks for the fences; compilers (Triton) leave them out,
-    /// and the hardware is known to work without.
+    /// Whether what the instruction set asks for and hardware is known not to insist on is an error;
+    /// otherwise it is a warning. Proxy fences first of all: between cp.async and wgmma or bulk
+    /// copies that read its bytes, between mbarrier.init and bulk copies that complete there;
+    /// docs/ptxsim.md lists the others.
     pub strict_proxies: bool,
     /// Perturbs the results of `.approx` instructions within their documented bounds.
     pub perturb: Option<u64>,
     /// Order of tensor-core sums.
     pub accumulation: Accumulation,
-    /// Shared variables get no more alignment than the text promises.
+    /// Shared variables get no more alignment than the text promises: for kernels that align their
+    /// dynamic shared memory themselves, or declare what they need.
     pub weak_alignment: bool,
     /// A gang that has executed more warp instructions than this is reported as endless.
     pub max_instructions: u64,
@@ -102,7 +105,10 @@ pub struct Launch {
     pub cluster: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// Registers per thread, where the assembler has told; checked against the register file.
+    /// Registers per thread at entry, where the assembler has told. Without, they are known of kernels
+    /// with setmaxnreg whose directives bound them; see [`Reallocation::at_entry`].
+    ///
+    /// [`Reallocation::at_entry`]: crate::registers::Reallocation::at_entry
     pub registers: Option<u32>,
 }
 
@@ -205,6 +211,8 @@ pub struct Grid<'g> {
     pub arch: Arch,
     /// The dimensions.
     pub launch: Launch,
+    /// Registers per thread at entry, where they are known.
+    pub registers: Option<u32>,
     /// The parameter block.
     pub params: Vec<u8>,
     /// Layout of shared memory.
@@ -236,12 +244,14 @@ impl<'g> Grid<'g> {
         variables: &'g [GlobalBuffer],
         options: &'g Options,
     ) -> Result<Self, LaunchError> {
-        check_limits(kernel, arch, &launch)?;
+        let registers = launch.registers.or_else(|| kernel.registers_at_entry(arch));
+        limits::check(kernel, arch, &launch, registers)?;
         let (shared, dynamic) = shared_layout(kernel, &launch, options.weak_alignment);
         Ok(Self {
             kernel,
             arch,
             launch,
+            registers,
             params,
             shared,
             dynamic,
@@ -420,68 +430,4 @@ fn shared_layout(kernel: &Kernel, launch: &Launch, weak: bool) -> (Vec<SharedRan
 fn next_aligned(from: u32, align: u32, weak: bool) -> u32 {
     let at = from.next_multiple_of(align);
     if weak && at.is_multiple_of(2 * align) { at + align } else { at }
-}
-
-fn limit(what: &str, given: impl ToString, limit: impl ToString) -> LaunchError {
-    LaunchError::Limit { what: what.into(), given: given.to_string(), limit: limit.to_string() }
-}
-
-fn check_limits(kernel: &Kernel, arch: Arch, launch: &Launch) -> Result<(), LaunchError> {
-    let product = |v: [u32; 3]| v.iter().fold(1, |p: u64, n| p.saturating_mul((*n).into()));
-    let threads = product(launch.block);
-    if threads == 0 || product(launch.grid) == 0 || product(launch.cluster) == 0 {
-        return Err(limit("a dimension of the grid, block or cluster", 0, "1 or more"));
-    }
-    if threads > 1024 || launch.block[2] > 64 {
-        return Err(limit("the block", format!("{:?}", launch.block), "1024 threads, 64 in z"));
-    }
-    if launch.grid[0] > i32::MAX as u32 || launch.grid[1] > 65535 || launch.grid[2] > 65535 {
-        return Err(limit("the grid", format!("{:?}", launch.grid), "[2147483647, 65535, 65535]"));
-    }
-    let warps = product(launch.grid).saturating_mul(threads.div_ceil(32));
-    if warps >= 1 << 28 {
-        return Err(limit("the number of warps", warps, (1 << 28) - 1));
-    }
-    let d = &kernel.directives;
-    if let Some(max) = d.max_threads.map(product).filter(|max| threads > *max) {
-        return Err(limit("the number of threads (.maxntid)", threads, max));
-    }
-    if let Some(required) = d.required_threads.filter(|r| *r != launch.block) {
-        return Err(limit(
-            "the block (.reqntid)",
-            format!("{:?}", launch.block),
-            format!("{required:?}"),
-        ));
-    }
-    if let Some(required) = d.cluster.filter(|r| product(*r) > 0 && *r != launch.cluster) {
-        let given = format!("{:?}", launch.cluster);
-        return Err(limit("the cluster (.reqnctapercluster)", given, format!("{required:?}")));
-    }
-    let cluster = product(launch.cluster);
-    if cluster > u64::from(arch.max_cluster()) {
-        return Err(limit("the number of blocks in a cluster", cluster, arch.max_cluster()));
-    }
-    if (0..3).any(|i| !launch.grid[i].is_multiple_of(launch.cluster[i])) {
-        let given = format!("{:?}", launch.grid);
-        return Err(limit(
-            "the grid",
-            given,
-            format!("a multiple of the cluster {:?}", launch.cluster),
-        ));
-    }
-    if kernel.static_shared > 48 * 1024 {
-        return Err(limit("static shared memory", kernel.static_shared, 48 * 1024));
-    }
-    let shared = u64::from(kernel.static_shared) + u64::from(launch.shared_bytes);
-    if shared > u64::from(arch.shared_per_block()) {
-        return Err(limit("shared memory per block", shared, arch.shared_per_block()));
-    }
-    if let Some(registers) = launch.registers {
-        let used = u64::from(registers).next_multiple_of(8) * threads.next_multiple_of(32);
-        if used > u64::from(arch.registers()) {
-            return Err(limit("registers per block", used, arch.registers()));
-        }
-    }
-    const { assert!(RANK_SHIFT == 24) };
-    Ok(())
 }

@@ -1,7 +1,8 @@
 //! The 16 named barriers of a block (`bar`, `barrier`) and the barrier of a cluster.
 //!
-//! Named barriers count warps: a warp has arrived once all its threads that have not exited
-//! executed the instruction. Lane sets and warp sets are bit masks.
+//! Named barriers count threads, by whole warps: a warp arrives once all its threads that have not
+//! exited executed the instruction, and may do so again in the same round unless it waits. Lane
+//! sets and warp sets are bit masks.
 
 use std::fmt;
 
@@ -32,8 +33,8 @@ pub enum BarrierError {
     /// Reduction mixed with something else.
     #[error("barrier {id}: warp {warp} executes {second}, this round began with {first}")]
     Mixed { id: u32, warp: u32, first: Operation, second: Operation },
-    /// A warp arrived a second time before the barrier was complete.
-    #[error("barrier {id}: warp {warp} arrives again, {arrived} of {needed} warps have arrived")]
+    /// Lanes that already wait for the barrier, or for the rest of their warp there, arrived again.
+    #[error("barrier {id}: warp {warp} arrives while it waits; {arrived} of {needed} threads have")]
     Twice { id: u32, warp: u32, arrived: u32, needed: u32 },
     /// An aligned instruction executed by some lanes only.
     #[error("barrier {id}: partial warp {warp}: lanes {lanes:#010x} of {live:#010x} are executing")]
@@ -123,8 +124,15 @@ pub struct Release {
 #[derive(Clone, Debug)]
 struct Round {
     operation: Operation,
+    /// Threads it waits for.
     threads: u32,
+    /// Threads that have arrived, in whole warps.
+    count: u32,
+    /// Whether a count was given: without, threads that exit are not waited for.
+    counted: bool,
+    /// Warps that have arrived.
     arrived: u32,
+    /// Warps that wait.
     waiting: u32,
     /// Lanes of warps that have arrived in part, with whether any of them waits.
     partial: Vec<(u32, u32, bool)>,
@@ -134,6 +142,7 @@ struct Round {
 
 impl Round {
     fn arrive_warp(&mut self, warp: u32, waits: bool) {
+        self.count += 32;
         self.arrived |= 1 << warp;
         self.waiting |= u32::from(waits) << warp;
     }
@@ -173,12 +182,15 @@ impl NamedBarriers {
         let round = self.rounds[id as usize].get_or_insert_with(|| Round {
             operation,
             threads,
+            count: 0,
+            counted: false,
             arrived: 0,
             waiting: 0,
             partial: Vec::new(),
             trues: 0,
             falses: 0,
         });
+        round.counted |= a.count.is_some();
         let predicate = a.predicate & lanes;
         round.trues += predicate.count_ones();
         round.falses += (lanes & !predicate).count_ones();
@@ -209,8 +221,8 @@ impl NamedBarriers {
         (0..BARRIERS as u32).filter_map(|id| self.finish(id)).collect()
     }
 
-    /// Barriers with an incomplete round, each described as in "barrier 3: 2 of 4 warps arrived
-    /// (0, 2)": for deadlock reports and for arrivals left over at the end.
+    /// Barriers with an incomplete round, each described as in "barrier 3: 64 of 128 threads
+    /// arrived (warps 0, 2)": for deadlock reports and for arrivals left over at the end.
     pub fn incomplete(&self) -> Vec<(u32, String)> {
         let rounds = self.rounds.iter().enumerate();
         rounds
@@ -220,11 +232,9 @@ impl NamedBarriers {
                     .filter(|w| round.arrived >> w & 1 == 1)
                     .map(|w| w.to_string())
                     .collect();
-                let (arrived, needed) = (round.arrived.count_ones(), round.threads / 32);
-                let text = format!(
-                    "barrier {id}: {arrived} of {needed} warps arrived ({})",
-                    warps.join(", ")
-                );
+                let (count, threads, warps) = (round.count, round.threads, warps.join(", "));
+                let text =
+                    format!("barrier {id}: {count} of {threads} threads arrived (warps {warps})");
                 Some((id as u32, text))
             })
             .collect()
@@ -268,11 +278,11 @@ impl NamedBarriers {
     /// Resets the barrier and returns the release if its round is complete.
     fn finish(&mut self, id: u32) -> Option<Release> {
         let round = self.rounds[id as usize].as_ref()?;
-        let full = round.arrived.count_ones() * 32 >= round.threads;
+        let full = round.count >= round.threads;
         let others_exited = (0..32)
             .zip(&self.live)
             .all(|(warp, live)| *live == 0 || round.arrived >> warp & 1 == 1);
-        if !full && !others_exited {
+        if !full && (round.counted || !others_exited) {
             return None;
         }
         let release = round.release(id);
@@ -285,8 +295,8 @@ impl NamedBarriers {
 fn round_accepts(round: &Round, a: &Arrive, id: u32, count: u32) -> Result<(), BarrierError> {
     let Arrive { warp, operation, lanes, .. } = *a;
     let partial = round.partial.iter().any(|p| p.0 == warp && p.1 & lanes != 0);
-    if partial || round.arrived >> warp & 1 == 1 {
-        let (arrived, needed) = (round.arrived.count_ones(), round.threads / 32);
+    if partial || round.waiting >> warp & 1 == 1 {
+        let (arrived, needed) = (round.count, round.threads);
         return Err(BarrierError::Twice { id, warp, arrived, needed });
     }
     let reduces = |operation| matches!(operation, Operation::Red(_));

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::arch::Arch;
 use crate::ast;
 use crate::context::Cx;
 use crate::count::Class;
+use crate::order::OrderCost;
+use crate::registers::{self, Reallocation};
 
 /// Values of one register in the 32 lanes of a warp, in the low bits whatever the type.
 pub type Lanes = [u64; 32];
@@ -57,6 +60,22 @@ impl Decoded {
         Self::flow(class, move |cx| {
             exec(cx);
             Flow::Next
+        })
+    }
+
+    /// Counts what the order of the instruction costs each time it is done; polls that fail and
+    /// waits under way are left out, for how often they repeat is the schedule's.
+    pub fn counting(self, cost: OrderCost) -> Self {
+        if cost.is_none() {
+            return self;
+        }
+        let Self { exec, class } = self;
+        Self::flow(class, move |cx| {
+            let flow = exec(cx);
+            if matches!(flow, Flow::Next) {
+                *cx.gang.counters.order.entry(cx.pc).or_default() += cost;
+            }
+            flow
         })
     }
 
@@ -237,6 +256,8 @@ pub struct Kernel {
     pub locals: Vec<Variable>,
     /// Bytes of local memory per thread.
     pub frame: u32,
+    /// What its setmaxnreg ask for; None without.
+    pub reallocation: Option<Reallocation>,
     /// Launch directives.
     pub directives: ast::Directives,
     /// Source files by number.
@@ -246,6 +267,16 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Registers of a thread at entry, where the text tells; see [`Reallocation::at_entry`].
+    pub fn registers_at_entry(&self, arch: Arch) -> Option<u32> {
+        self.reallocation?.at_entry(&self.directives, arch)
+    }
+
+    /// The most registers of a thread that the text allows.
+    pub fn most_registers(&self, arch: Arch) -> u32 {
+        registers::most_registers(&self.directives, arch).unwrap_or(registers::MOST)
+    }
+
     /// CUDA source file and line of an instruction.
     pub fn source(&self, instr: &Instr) -> Option<(Arc<str>, u32)> {
         let (file, line) = instr.source?;

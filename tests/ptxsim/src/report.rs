@@ -12,6 +12,7 @@ use crate::count::{Class, Counters, SharedPhases, Traffic};
 use crate::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
 use crate::gang::Outcome;
 use crate::launch::{Grid, Timing};
+use crate::order::OrderCost;
 
 /// What one line of the PTX text did.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -32,6 +33,8 @@ pub struct Line {
     pub flops: u64,
     /// Global traffic.
     pub global: Traffic,
+    /// What order among blocks costs.
+    pub order: OrderCost,
 }
 
 /// Traffic of one buffer.
@@ -122,8 +125,8 @@ impl Report {
         self.findings.iter()
     }
 
-    /// What breaks a rule that hardware is known not to insist on ([`Options::strict_proxies`]); a
-    /// clean report may have some.
+    /// What breaks a rule that hardware is known not to insist on ([`Options::strict_proxies`]), or
+    /// does no harm; a clean report may have some.
     ///
     /// [`Options::strict_proxies`]: crate::Options::strict_proxies
     pub fn warnings(&self) -> impl Iterator<Item = &Diagnostic> {
@@ -154,6 +157,14 @@ impl Report {
     pub fn shared_phases(&self) -> SharedPhases {
         self.lines.iter().fold(SharedPhases::default(), |mut sum, l| {
             sum += l.shared;
+            sum
+        })
+    }
+
+    /// What order among blocks costs.
+    pub fn order(&self) -> OrderCost {
+        self.lines.iter().fold(OrderCost::default(), |mut sum, l| {
+            sum += l.order;
             sum
         })
     }
@@ -212,6 +223,7 @@ fn lines(grid: &Grid<'_>, counters: &Counters) -> Vec<Line> {
                 shared: counters.shared.get(&pc).copied().unwrap_or_default(),
                 flops: counters.flops.get(&pc).copied().unwrap_or_default(),
                 global: traffic.get(&pc).copied().unwrap_or_default(),
+                order: counters.order.get(&pc).copied().unwrap_or_default(),
             }
         })
         .collect()
@@ -284,6 +296,7 @@ impl Serialize for Report {
                 "excess": shared.excess,
                 "lines": conflicts.iter().map(conflict).collect::<Vec<_>>(),
             },
+            "order": self.order(),
             "global_bytes": bytes,
             "bound": self.bound,
             "schedules": self.schedules,
@@ -315,6 +328,14 @@ impl fmt::Display for Report {
             shared.phases,
             shared.excess
         )?;
+        for l in self.lines.iter().filter(|l| !l.order.is_none()) {
+            let OrderCost { memory_barriers, invalidations } = l.order;
+            writeln!(
+                f,
+                "PTX line {}, {}: {memory_barriers} memory barriers, {invalidations} invalidations",
+                l.ptx_line, l.mnemonic
+            )?;
+        }
         for b in &self.buffers {
             writeln!(
                 f,

@@ -242,7 +242,7 @@ impl<'a> Flat<'a> {
                     let inner = self.open(Some(scope));
                     self.place(inner, items)?;
                 }
-                Item::Instr(instr) if instr.root == "call" && !fails_assertion(instr) => {
+                Item::Instr(instr) if instr.root == "call" && system_call(instr).is_none() => {
                     self.call(scope, instr)?;
                 }
                 Item::Instr(instr) => {
@@ -336,9 +336,22 @@ impl<'a> Flat<'a> {
     }
 }
 
-/// Whether an instruction calls the system's function for a failed `assert`.
-pub fn fails_assertion(instr: &ast::Instr) -> bool {
-    instr.operands.iter().any(|o| matches!(o, Operand::Name(f) if f == "__assertfail"))
+/// A function of the system, which has no body in the text.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SystemCall {
+    /// `__assertfail`: an `assert` has failed.
+    AssertFail,
+    /// `vprintf`.
+    Printf,
+}
+
+/// The function of the system that a call names, if it does.
+pub fn system_call(instr: &ast::Instr) -> Option<SystemCall> {
+    instr.operands.iter().find_map(|o| match o {
+        Operand::Name(f) if f == "__assertfail" => Some(SystemCall::AssertFail),
+        Operand::Name(f) if f == "vprintf" => Some(SystemCall::Printf),
+        _ => None,
+    })
 }
 
 /// Collects the names that stand in operands.

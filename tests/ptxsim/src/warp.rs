@@ -170,6 +170,11 @@ impl Warp {
         }
     }
 
+    /// Whether nothing has ever written the register.
+    pub fn is_untouched(&self, slot: u32) -> bool {
+        self.meta[slot as usize].stamp == 0
+    }
+
     /// Lanes of a register that hold a value.
     #[inline]
     pub fn written(&self, slot: u32) -> u32 {
@@ -258,11 +263,12 @@ impl Warp {
         self.meta[slot as usize].accumulating != 0
     }
 
-    /// wgmma's own write of an accumulator: needs no further fence.
-    pub fn set_accumulator(&mut self, slot: u32, value: &Lanes) {
+    /// wgmma's own write of an accumulator, which holds a value in the lanes of `defined`: needs no
+    /// further fence.
+    pub fn set_accumulator(&mut self, slot: u32, defined: u32, value: &Lanes) {
         self.registers[slot as usize] = *value;
-        self.meta[slot as usize].written = u32::MAX;
-        self.meta[slot as usize].low_written = u32::MAX;
+        self.meta[slot as usize].written = defined;
+        self.meta[slot as usize].low_written = defined;
         self.meta[slot as usize].stamp = ACCUMULATED;
     }
 

@@ -320,6 +320,70 @@ fn a_tensor_map_reads_a_declared_buffer() {
     assert_eq!(case.ints("to.bin"), expected);
 }
 
+/// The tensor map and the address of the output in one structure.
+fn struct_copy() -> Value {
+    let mut launch = tensor_copy(true);
+    let map = launch["args"][0]["tensor_map"].take();
+    let patches = json!([{"offset": 136, "buffer": "to"}, {"offset": 0, "tensor_map": map}]);
+    launch["kernel"] = json!("struct_copy");
+    launch["args"] = json!([{"bytes_hex": format!("{:0288}", 0), "patches": patches}]);
+    let to = json!({"buffer": "to", "bytes": 64, "out": "to.bin"});
+    launch["buffers"].as_array_mut().unwrap().push(to);
+    launch
+}
+
+/// The same kernel with its parameters in one structure.
+fn struct_case() -> Case {
+    let text = TENSOR_COPY
+        .replace(
+            "tensor_copy(.param .align 64 .b8 map[128], .param .u64 to)",
+            "struct_copy(.param .align 64 .b8 map[144])",
+        )
+        .replace("[to]", "[map+136]");
+    assert!(text.contains("struct_copy") && text.contains("map+136"));
+    let case = Case::new(&text);
+    case.write("m.bin", ints(&Vec::from_iter(0..32)));
+    case
+}
+
+#[test]
+fn a_structure_holds_addresses_and_tensor_maps() {
+    let case = struct_case();
+    report(&case.run(&struct_copy()), 0);
+    let expected = [10, 11, 12, 13, 18, 19, 20, 21, 26, 27, 28, 29, 0, 0, 0, 0];
+    assert_eq!(case.ints("to.bin"), expected);
+}
+
+#[test]
+fn bad_patches_are_refused() {
+    let case = struct_case();
+    let with = |patch: usize, field: &str, value: Value| {
+        let mut launch = struct_copy();
+        launch["args"][0]["patches"][patch][field] = value;
+        launch
+    };
+    case.refused(
+        &with(0, "offset", json!(137)),
+        "argument 0: patch at 137: its 8 bytes leave the 144",
+    );
+    case.refused(&with(0, "offset", json!(u64::MAX)), "leave the 144");
+    case.refused(&with(0, "offset", json!(127)), "patches at 0 and 127 overlap");
+    case.refused(
+        &with(0, "buffer", json!("x")),
+        "patch at 136: no argument and no entry of buffers is x",
+    );
+    case.refused(&with(0, "buffer", Value::Null), "exactly one of buffer and tensor_map");
+    case.refused(&with(0, "value", json!(1)), "unknown field `value`");
+    case.refused(&with(1, "offset", json!(8)), "patch at 8: a tensor map needs a multiple of 64");
+    case.refused(&with(1, "tensor_map", json!({})), "patch at 0: tensor_map: the name of a buffer");
+    let mut launch = struct_copy();
+    launch["args"][0]["patches"][1]["tensor_map"]["strides"] = json!([24]);
+    case.refused(&launch, "argument 0: patch at 0: ");
+    launch = struct_copy();
+    launch["args"][0].as_object_mut().unwrap().remove("bytes_hex");
+    case.refused(&launch, "argument 0: patches need bytes_hex");
+}
+
 #[test]
 fn bad_tensor_maps_are_refused() {
     let case = Case::new(TENSOR_COPY);

@@ -226,6 +226,70 @@ fn a_failed_assertion_ends_the_launch() {
     }
 }
 
+/// Counted where it is executed, line by line: not where the guard is false, nor where a poll fails.
+#[test]
+fn order_among_blocks_is_counted() {
+    let text = "
+        .version 8.0 .target sm_90a .address_size 64
+        .visible .entry orders() {
+            .reg .pred p; .reg .pred q; .reg .b32 r<4>;
+            .shared .align 8 .b64 bar;
+            mov.u32 r0, bar; mov.u32 r1, %tid.x; mov.u32 r2, 0;
+            setp.eq.u32 q, r1, 0;
+            @q mbarrier.init.shared::cta.b64 [r0], 1;
+            bar.sync 0;
+            LOOP:
+            @q mbarrier.arrive.release.cluster.shared::cta.b64 _, [r0];
+            WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [r0], r2;
+            @!p bra WAIT;
+            bar.sync 0;
+            add.u32 r2, r2, 1;
+            setp.lt.u32 p, r2, 2;
+            @p bra LOOP;
+            ret;
+        }";
+    let module = Module::parse(text).expect("it parses");
+    let mut device = Device::new(Arch::Sm90a);
+    let report = device.launch(&module, "orders", &Launch::linear(1, 96), &[]).expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    let lines: Vec<_> = report.lines.iter().filter(|l| !l.order.is_none()).collect();
+    let costs: Vec<_> =
+        lines.iter().map(|l| (l.order.memory_barriers, l.order.invalidations)).collect();
+    assert_eq!(costs, [(2, 0), (0, 6)]);
+    assert_eq!((report.order().memory_barriers, report.order().invalidations), (2, 6));
+    assert!(report.to_string().contains("PTX line 11, mbarrier.arrive.release"), "{report}");
+}
+
+/// A printf is known, and prints nothing.
+#[test]
+fn a_printf_changes_nothing() {
+    let text = "
+        .version 8.0 .target sm_80 .address_size 64
+        .extern .func (.param .b32 result) vprintf (.param .b64 format, .param .b64 values);
+        .visible .entry prints(.param .u64 out) {
+            .reg .b32 %r<2>; .reg .b64 %x<3>;
+            mov.u64 %x0, 0; mov.u32 %r0, 7;
+            { .param .b64 format; .param .b64 values; .param .b32 result;
+              st.param.b64 [format], %x0; st.param.b64 [values], %x0;
+              call.uni (result), vprintf, (format, values);
+              ld.param.b32 %r1, [result];
+            }
+            add.u32 %r0, %r0, %r1;
+            ld.param.u64 %x1, [out];
+            mov.u32 %r1, %tid.x;
+            mad.wide.u32 %x1, %r1, 4, %x1;
+            st.global.u32 [%x1], %r0;
+            ret;
+        }";
+    let module = Module::parse(text).expect("it parses");
+    let mut device = Device::new(Arch::Sm80);
+    let out = device.uninitialised::<u32>("out", 32);
+    let report = device.launch(&module, "prints", &Launch::linear(1, 32), &[out.into()]);
+    let report = report.expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(device.read::<u32>(out).expect("written"), [7; 32]);
+}
+
 /// Lanes that have ended are not waited for, by barriers of the block and of the cluster.
 #[test]
 fn lanes_that_end_early_hold_nobody_up() {

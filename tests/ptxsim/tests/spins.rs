@@ -127,3 +127,50 @@ fn lanes_that_wait_for_each_other() {
     assert!(report.is_clean(), "{report}");
     assert_eq!(device.read::<u32>(out).expect("written"), [7; 32]);
 }
+
+/// A warp that polls memory with loads does not keep back the copy another one waits for.
+#[test]
+fn a_copy_put_off_while_a_warp_polls() {
+    let text = "
+        .version 8.0 .target sm_90a .address_size 64
+        .visible .entry pass(.param .u64 data, .param .u64 out) {
+            .reg .pred %p<4>; .reg .b32 %r<10>; .reg .b64 %x<4>;
+            .shared .align 16 .b8 tile[16];
+            .shared .align 8 .b64 full;
+            .shared .align 4 .b32 flag;
+            ld.param.u64 %x0, [data]; ld.param.u64 %x1, [out];
+            mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r2, full; mov.u32 %r3, flag;
+            setp.ne.s32 %p0, %r0, 0; @%p0 bra READY;
+            mbarrier.init.shared::cta.b64 [%r2], 1;
+            st.relaxed.cta.shared.u32 [%r3], 0;
+            fence.proxy.async;
+        READY:
+            bar.sync 0;
+            setp.eq.s32 %p1, %r0, 32; @%p1 bra POLL;
+            @%p0 bra END;
+            mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 16;
+            cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
+                [%r1], [%x0], 16, [%r2];
+        WAIT:
+            mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;
+            @!%p2 bra WAIT;
+            st.release.cta.shared.u32 [%r3], 1;
+            bra END;
+        POLL:
+            ld.acquire.cta.shared.u32 %r4, [%r3];
+            setp.eq.s32 %p2, %r4, 0; @%p2 bra POLL;
+            ld.shared.u32 %r5, [%r1];
+            st.global.u32 [%x1], %r5;
+        END:
+            ret;
+        }";
+    let module = Module::parse(text).expect("it parses");
+    let mut device = Device::new(Arch::Sm90a);
+    device.options.timing = Timing::Lazy;
+    device.options.max_instructions = 1_000_000;
+    let (data, out) = (device.buffer("data", &[7u32; 4]), device.uninitialised::<u32>("out", 1));
+    let args = [data.into(), out.into()];
+    let report = device.launch(&module, "pass", &Launch::linear(1, 64), &args).expect("it runs");
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(device.read::<u32>(out).expect("written"), [7]);
+}

@@ -1,7 +1,7 @@
 //! Checks of an access against what is known of its bytes.
 
 use super::{Actor, Mode, OpenPage, Region};
-use crate::clock::{ActorKind, ProxySpace};
+use crate::clock::{ActorKind, ProxySpace, WarpClock};
 use crate::context::Cx;
 use crate::diagnostic::Kind;
 use crate::memory::PAGE;
@@ -49,19 +49,10 @@ impl<'g> Cx<'_, 'g> {
                     from = to;
                 }
             }
-            Region::Shared { block, address } => {
-                if self.gang.blocks[block].shared.touches_mbarrier(address, bytes) {
-                    let text = format!("{what} of an mbarrier object");
-                    self.report_at(
-                        Kind::Mbarrier,
-                        actor.lane,
-                        text,
-                        self.region_place(region),
-                        None,
-                    );
-                    return;
+            Region::Shared { .. } => {
+                if !self.meets_object(region, bytes, actor.lane, what) {
+                    self.touch_part(open, region, bytes, mode, actor, what);
                 }
-                self.touch_part(open, region, bytes, mode, actor, what);
             }
             Region::Local(o) => self.touch_local(o, bytes, mode, actor.lane),
             Region::Param(_) if mode != Mode::Read => {
@@ -78,7 +69,19 @@ impl<'g> Cx<'_, 'g> {
         }
     }
 
-    /// The same for an mbarrier object, by the instructions that may.
+    /// Whether an ordinary access meets an mbarrier object, which is reported.
+    #[inline]
+    fn meets_object(&mut self, region: Region, bytes: u32, lane: u32, what: &str) -> bool {
+        let Region::Shared { block, address } = region else { return false };
+        let meets = self.gang.blocks[block].shared.touches_mbarrier(address, bytes);
+        if meets {
+            let text = format!("{what} of an mbarrier object");
+            self.report_at(Kind::Mbarrier, lane, text, self.region_place(region), None);
+        }
+        meets
+    }
+
+    /// Checks and records an access to an mbarrier object, by the instructions that may.
     pub fn touch_object(
         &mut self,
         region: Region,
@@ -128,18 +131,7 @@ impl<'g> Cx<'_, 'g> {
             }
             _ => return,
         };
-        let access = Access {
-            offset,
-            bytes,
-            epoch: actor.epoch,
-            pc: self.pc,
-            proxy: actor.proxy,
-            strong: actor.strong,
-            cta: self.gang.blocks[self.warp.block].linear,
-            cluster: self.gang.blocks[self.warp.block].cluster,
-            clock: &self.warp.clock,
-            lane: actor.lane,
-        };
+        let access = self.access(offset, bytes, actor, &self.warp.clock);
         let shadow = match region {
             Region::Global { buffer, offset } => &mut open.get(self.grid, buffer, offset).shadow,
             Region::Shared { block, .. } => &mut self.gang.blocks[block].shared.shadow,
@@ -156,6 +148,52 @@ impl<'g> Cx<'_, 'g> {
         if uninitialised || race.is_err() {
             self.report_touch(region, bytes, uninitialised, race.err().as_ref(), actor.lane, what);
         }
+    }
+
+    #[inline]
+    fn access<'c>(
+        &self,
+        offset: u64,
+        bytes: u32,
+        actor: Actor,
+        clock: &'c WarpClock,
+    ) -> Access<'c> {
+        Access {
+            offset,
+            bytes,
+            epoch: actor.epoch,
+            pc: self.pc,
+            proxy: actor.proxy,
+            strong: actor.strong,
+            cta: self.gang.blocks[self.warp.block].linear,
+            cluster: self.gang.blocks[self.warp.block].cluster,
+            clock,
+            lane: actor.lane,
+        }
+    }
+
+    /// Records a read of shared memory on behalf of a warp that knew `clock` at the time.
+    pub fn read_by(
+        &mut self,
+        region: Region,
+        bytes: u32,
+        actor: Actor,
+        clock: &WarpClock,
+    ) -> Result<(), Race> {
+        let Region::Shared { block, address } = region else { return Ok(()) };
+        let offset = self.gang.blocks[block].shared.index(address) as u64;
+        let access = self.access(offset, bytes, actor, clock);
+        self.gang.blocks[block].shared.shadow.read(&access, ProxySpace::Shared)
+    }
+
+    /// Whether bytes of shared memory have been written, all of them; they must be no mbarrier.
+    pub fn holds_values(&mut self, region: Region, bytes: u32, lane: u32, what: &str) -> bool {
+        let Region::Shared { block, address } = region else { return true };
+        if !self.grid.options.checks || self.meets_object(region, bytes, lane, what) {
+            return true;
+        }
+        let shared = &self.gang.blocks[block].shared;
+        shared.shadow.is_initialised(shared.index(address) as u64, bytes)
     }
 
     #[cold]
@@ -177,9 +215,10 @@ impl<'g> Cx<'_, 'g> {
             self.report_at(Kind::UninitialisedMemory, lane, text, Some(place), None);
         }
     }
+
     /// Whether only the text of the rules asks for the fence that is missing: compilers leave it
     /// out after cp.async and mbarrier.init.
-    fn is_forgiven(&self, region: Region, race: &Race) -> bool {
+    pub fn is_forgiven(&self, region: Region, race: &Race) -> bool {
         let object = match region {
             Region::Shared { block, address } => {
                 self.gang.blocks[block].shared.mbarriers.contains_key(&address)

@@ -3,39 +3,8 @@
 use std::ops::RangeInclusive;
 
 use super::memo::Memo;
-use super::{
-    ALL_LANES, Actor, ActorKind, Clock, Epoch, Knowledge, ProxySpace, Scope, bits,
-    completes_with_fence,
-};
-
-/// Index of a clock in [`Knowledge`]: all, or what passed a fence of a space.
-const GENERIC: usize = 0;
-
-fn fenced(space: ProxySpace) -> usize {
-    match space {
-        ProxySpace::Shared => 1,
-        ProxySpace::Global => 2,
-    }
-}
-
-/// What a lane knows of its own thread, `cp.async` and bulk operations (writes, reads), per clock. The same
-/// numbers serve all lanes though each stands for another access: lane 3 knows those of lane 3.
-#[derive(Copy, Clone, Debug, Default)]
-struct Own([[u32; 4]; 3]);
-
-impl Own {
-    fn join(&mut self, other: &Self) {
-        for (mine, theirs) in self.0.as_flattened_mut().iter_mut().zip(other.0.as_flattened()) {
-            *mine = (*mine).max(*theirs);
-        }
-    }
-
-    /// What passed a fence of that space: all so far.
-    fn fence(&mut self, clock: usize, now: u32) {
-        self.0[clock] = self.0[GENERIC];
-        self.0[clock][0] = now;
-    }
-}
+use super::own::{GENERIC, OWN, Own, THREAD, add_own, fenced};
+use super::{ALL_LANES, Actor, Epoch, Knowledge, ProxySpace, Scope, bits, completes_with_fence};
 
 /// How far a fence reaches: the patterns of relaxed accesses and fences are kept apart for each.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
@@ -130,6 +99,14 @@ impl WarpClock {
         Epoch { actor: Actor::thread(self.warp), clock: self.now, lanes }
     }
 
+    /// The epoch of an `mbarrier.init` of a lane, which knows it at once.
+    pub fn init(&mut self, lane: u32) -> Epoch {
+        let actor = Actor::init(self.warp);
+        let epoch = Epoch { actor, clock: self.now, lanes: 1 << lane };
+        self.learn(epoch.lanes, &epoch);
+        epoch
+    }
+
     /// What all lanes know, to be changed.
     fn common_mut(&mut self) -> &mut Knowledge {
         self.memo.iter_mut().for_each(Memo::clear);
@@ -203,7 +180,7 @@ impl WarpClock {
             if let Some(extra) = extra {
                 reached = reached.max(extra.own.0[clock][of]);
             }
-            if clock == GENERIC && of == 0 {
+            if clock == GENERIC && of == THREAD {
                 reached = self.now;
             }
             if e.clock <= reached {
@@ -313,6 +290,32 @@ impl WarpClock {
         self.now += 1;
     }
 
+    /// `fence.mbarrier_init`: a fence and a proxy fence for these lanes' initialisations of mbarriers
+    /// alone.
+    pub fn fence_inits(&mut self, lanes: u32) {
+        let (together, i) = (self.all(lanes), Reach::Device as usize);
+        for lane in bits(lanes) {
+            if together && self.lane(lane).is_none() {
+                continue;
+            }
+            let mut own = self.own;
+            own.join(&self.lane_mut(lane).own);
+            let mut k = self.snapshot(lane, i).unwrap_or_default();
+            add_own(&mut k, self.warp, 1 << lane, 0, &own.inits());
+            let extra = self.lane_mut(lane);
+            extra.snapshots[i] = Some(k);
+            extra.own.join(&own.inits());
+        }
+        if together {
+            self.own.fence_inits();
+            let inits = self.own.inits();
+            let nothing = || Snapshot { known: Knowledge::default(), own: Own::default(), at: 0 };
+            let snapshot = self.snapshots[i].get_or_insert_with(|| Box::new(nothing()));
+            snapshot.own.join(&inits);
+        }
+        self.now += 1;
+    }
+
     fn take_snapshot(&mut self, lanes: u32, i: usize) {
         let together = self.all(lanes);
         for lane in bits(lanes) {
@@ -334,18 +337,25 @@ impl WarpClock {
         if release {
             return Some(self.release(lanes));
         }
-        let i = reach as usize;
-        let mut sum = None;
-        for lane in bits(lanes) {
-            if let Some(snapshot) = self.lane(lane).and_then(|extra| extra.snapshots[i].as_ref()) {
-                sum.get_or_insert_with(Knowledge::default).join(snapshot);
-            } else if let Some(snapshot) = &self.snapshots[i] {
-                let sum = sum.get_or_insert_with(Knowledge::default);
-                sum.join(&snapshot.known);
-                add_own(sum, self.warp, 1 << lane, snapshot.at, &snapshot.own);
+        let mut sum: Option<Knowledge> = None;
+        for snapshot in bits(lanes).filter_map(|lane| self.snapshot(lane, reach as usize)) {
+            match &mut sum {
+                Some(sum) => sum.join(&snapshot),
+                None => sum = Some(snapshot),
             }
         }
         sum
+    }
+
+    /// What a lane's last fence of a reach lets its relaxed stores release.
+    fn snapshot(&self, lane: usize, reach: usize) -> Option<Knowledge> {
+        if let Some(k) = self.lane(lane).and_then(|extra| extra.snapshots[reach].as_ref()) {
+            return Some(k.clone());
+        }
+        let snapshot = self.snapshots[reach].as_ref()?;
+        let mut k = snapshot.known.clone();
+        add_own(&mut k, self.warp, 1 << lane, snapshot.at, &snapshot.own);
+        Some(k)
     }
 
     /// A strong load or read-modify-write of these lanes saw what another published: known now
@@ -431,33 +441,11 @@ impl WarpClock {
         if actor.index() != self.warp {
             return None;
         }
-        match actor.kind() {
-            ActorKind::Thread => Some(0),
-            ActorKind::CpAsync => Some(1),
-            ActorKind::Bulk => Some(2),
-            ActorKind::BulkRead => Some(3),
-            ActorKind::Wgmma | ActorKind::Barrier => None,
-        }
+        OWN.iter().position(|kind| *kind == actor.kind())
     }
 }
 
 fn copy_generic(k: &mut Knowledge, clock: usize) {
     let [generic, rest @ ..] = k.clocks_mut();
     rest[clock - 1].join(generic);
-}
-
-/// Adds what lanes know of themselves.
-fn add_own(k: &mut Knowledge, warp: u32, lanes: u32, now: u32, own: &Own) {
-    let actors =
-        [Actor::thread(warp), Actor::cp_async(warp), Actor::bulk(warp), Actor::bulk_read(warp)];
-    for (i, (clock, own)) in k.clocks_mut().into_iter().zip(own.0).enumerate() {
-        let times = if i == GENERIC { [now, own[1], own[2], own[3]] } else { own };
-        add_times(clock, actors, lanes, times);
-    }
-}
-
-fn add_times(clock: &mut Clock, actors: [Actor; 4], lanes: u32, times: [u32; 4]) {
-    for (actor, time) in actors.into_iter().zip(times) {
-        clock.learn(&Epoch { actor, clock: time, lanes });
-    }
 }

@@ -16,7 +16,10 @@ fn the_default_count_is_the_block() {
     let mut bars = NamedBarriers::new(96);
     assert_eq!(bars.arrive(sync(0)), Ok(None));
     assert_eq!(bars.arrive(sync(2)), Ok(None));
-    assert_eq!(bars.incomplete(), [(0, "barrier 0: 2 of 3 warps arrived (0, 2)".to_string())]);
+    assert_eq!(
+        bars.incomplete(),
+        [(0, "barrier 0: 64 of 96 threads arrived (warps 0, 2)".to_string())]
+    );
     let release = Release { id: 0, arrived: 7, released: 7, value: 0 };
     assert_eq!(bars.arrive(sync(1)), Ok(Some(release)));
     // The barrier is reset.
@@ -79,11 +82,31 @@ fn a_round_has_one_count_and_no_mixed_reduction() {
 }
 
 #[test]
-fn a_warp_arrives_once_per_round() {
+fn threads_are_counted_not_warps() {
     let mut bars = NamedBarriers::new(128);
-    bars.arrive(call(2, 4, 96, Operation::Arrive)).unwrap();
-    let error = E::Twice { id: 4, warp: 2, arrived: 1, needed: 3 };
+    assert_eq!(bars.arrive(call(2, 4, 96, Operation::Arrive)), Ok(None));
+    assert_eq!(bars.arrive(call(2, 4, 96, Operation::Arrive)), Ok(None));
+    let release = Release { id: 4, arrived: 4, released: 4, value: 0 };
+    assert_eq!(bars.arrive(call(2, 4, 96, Operation::Sync)), Ok(Some(release)));
+}
+
+#[test]
+fn a_warp_that_waits_cannot_arrive_again() {
+    let mut bars = NamedBarriers::new(128);
+    bars.arrive(call(2, 4, 96, Operation::Sync)).unwrap();
+    let error = E::Twice { id: 4, warp: 2, arrived: 32, needed: 96 };
     assert_eq!(bars.arrive(call(2, 4, 96, Operation::Arrive)), Err(error));
+}
+
+#[test]
+fn a_given_count_is_waited_for_whoever_exits() {
+    let mut bars = NamedBarriers::new(96);
+    bars.arrive(call(0, 1, 96, Operation::Arrive)).unwrap();
+    bars.arrive(call(1, 1, 96, Operation::Arrive)).unwrap();
+    assert_eq!(bars.exit(2, ALL), []);
+    assert_eq!(bars.exit(0, ALL), []);
+    let release = Release { id: 1, arrived: 3, released: 2, value: 0 };
+    assert_eq!(bars.arrive(call(1, 1, 96, Operation::Sync)), Ok(Some(release)));
 }
 
 #[test]
@@ -94,7 +117,7 @@ fn aligned_needs_the_whole_warp_and_unaligned_collects_it() {
     assert_eq!(bars.arrive(half), Err(error));
     let half = Arrive { aligned: false, ..half };
     assert_eq!(bars.arrive(half), Ok(None));
-    let error = E::Twice { id: 0, warp: 0, arrived: 0, needed: 1 };
+    let error = E::Twice { id: 0, warp: 0, arrived: 0, needed: 32 };
     assert_eq!(bars.arrive(half), Err(error));
     assert!(bars.arrive(Arrive { lanes: !0xffff, ..half }).unwrap().is_some());
 }

@@ -4,7 +4,7 @@ use super::{NAN_F32, Rounding};
 use multiversion::multiversion;
 
 /// How a dot product is summed; the hardware's own order is not specified.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Accumulation {
     /// Products and C summed in `f64`, rounded once.

@@ -37,7 +37,7 @@ fn fence(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     if op.take("mbarrier_init") {
         op.expect("release")?;
         op.expect("cluster")?;
-        return Ok(Decoded::next(Class::Barrier, |cx| cx.warp.clock.proxy_fence(cx.mask, None)));
+        return Ok(Decoded::next(Class::Barrier, |cx| cx.warp.clock.fence_inits(cx.mask)));
     }
     for m in ["sc", "acq_rel", "acquire", "release"] {
         op.take(m);

@@ -3,67 +3,29 @@
 //! Loads complete on an mbarrier, stores in groups of the issuing thread. All accesses are checked
 //! and recorded when the copy is issued; the bytes move at once, or as late as a wait allows.
 
-use std::collections::BTreeMap;
+mod groups;
 
 use crate::access::{Actor, Mode, Region, Window};
 use crate::ast::{Operand, Type};
-use crate::async_queue::LaneGroups;
 use crate::clock::{self, Epoch, Scope};
 use crate::context::{Cx, lanes};
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::diagnostic::Kind;
-use crate::gang::State;
-use crate::launch::Grid;
 use crate::ops::atomic::{OPERATIONS, Operation, operation};
 use crate::ops::mbarrier::{At, cell, deliver, find_async};
-use crate::program::{Address, Decoded, Src};
+use crate::program::{Address, Decoded, Lanes, Src};
 use crate::shadow::Proxy;
 use crate::tensor_map::Dtype;
 
 use super::copy::{Move, Reduction, Run, perform, tensor_runs};
+pub use groups::{GangState, perform_one, warp_ended};
+use groups::{Store, commit, lane, wait};
 
 /// Alignment of a tensor copy's tile in shared memory.
 const TILE_ALIGN: u32 = 128;
 /// Granule of bulk copies: addresses and sizes.
 const GRANULE: u32 = 16;
-
-/// Stores not waited for, by warp of the grid and lane.
-#[derive(Default)]
-pub struct GangState {
-    lanes: BTreeMap<(u32, u32), Lane>,
-}
-
-/// One lane's stores.
-#[derive(Default)]
-struct Lane {
-    groups: LaneGroups<Store>,
-    /// Time up to which sources have been waited for.
-    read: u32,
-    /// Time of the last store, and its program counter.
-    last: (u32, u32),
-}
-
-/// One store: its moves, and their bytes once the source has been read.
-struct Store {
-    moves: Vec<Move>,
-    reduction: Option<Reduction>,
-    captured: Option<Vec<Vec<u8>>>,
-}
-
-impl Store {
-    fn capture(&mut self, state: &State) {
-        let read = |m: &Move| m.read(state, None);
-        self.captured.get_or_insert_with(|| self.moves.iter().map(read).collect());
-    }
-
-    fn perform(mut self, state: &mut State, grid: &Grid<'_>) {
-        self.capture(state);
-        for (m, bytes) in self.moves.iter().zip(self.captured.iter().flatten()) {
-            m.write(state, grid, bytes, self.reduction.as_ref());
-        }
-    }
-}
 
 /// One end of a copy, as the mnemonic names it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -98,63 +60,6 @@ fn prefetch(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     let [a, ..] = op.instr.operands.as_slice() else { return Err("operands are missing".into()) };
     let a = env.address(a)?;
     Ok(Decoded::next(Class::Other, move |cx| cx.check(&a.base)))
-}
-
-fn lane<'s>(cx: &'s mut Cx<'_, '_>, l: usize) -> &'s mut Lane {
-    cx.gang.bulk.lanes.entry((cx.warp.global, l as u32)).or_default()
-}
-
-fn commit(cx: &mut Cx<'_, '_>) {
-    for l in lanes(cx.mask) {
-        lane(cx, l).groups.commit();
-    }
-}
-
-/// Waits until at most `n` groups are pending; with `read`, only until their sources are read.
-fn wait(cx: &mut Cx<'_, '_>, n: usize, read: bool) {
-    let warp = cx.warp.global;
-    for l in lanes(cx.mask) {
-        let Some(mut lane) = cx.gang.bulk.lanes.remove(&(warp, l as u32)) else { continue };
-        let reached = lane.groups.reached(n);
-        lane.read = lane.read.max(reached.unwrap_or_default());
-        if read {
-            lane.groups.queue.wait_read(n).for_each(|store| store.capture(cx.gang));
-        } else {
-            for store in lane.groups.wait(n) {
-                store.perform(cx.gang, cx.grid);
-            }
-        }
-        let epoch = |actor, clock| Epoch { actor, clock, lanes: 1 << l };
-        let clock = &mut cx.warp.clock;
-        clock.learn(1 << l, &epoch(clock::Actor::bulk_read(warp), lane.read));
-        if let Some(reached) = reached.filter(|_| !read) {
-            clock.learn(1 << l, &epoch(clock::Actor::bulk(warp), reached));
-        }
-        cx.gang.bulk.lanes.insert((warp, l as u32), lane);
-    }
-}
-
-/// A warp has ended: nobody else can wait until its stores have read shared memory, which the block
-/// gives back.
-pub fn warp_ended(cx: &mut Cx<'_, '_>) {
-    let warp = cx.warp.global;
-    let of_warp = cx.gang.bulk.lanes.range((warp, 0)..(warp + 1, 0));
-    let unread = of_warp.filter(|(_, lane)| lane.last.0 > lane.read);
-    let unread: Vec<_> = unread.map(|((_, l), lane)| (lane.last.1, warp, *l)).collect();
-    for by in unread {
-        let text = "the thread ends before it knows that the copy has read shared memory".into();
-        cx.gang.report(cx.grid, Kind::PendingRead, by, text);
-    }
-}
-
-/// Performs the stores nobody has waited for; false when there are none.
-pub fn perform_one(state: &mut State, grid: &Grid<'_>) -> bool {
-    let mut lanes = state.bulk.lanes.values_mut();
-    let Some(lane) = lanes.find(|l| l.groups.queue.pending() > 0) else { return false };
-    for store in lane.groups.queue.complete_issued() {
-        store.perform(state, grid);
-    }
-    true
 }
 
 /// The global side of a copy.
@@ -266,7 +171,12 @@ impl Copy {
     fn issue(&self, cx: &mut Cx<'_, '_>) {
         let shared = cx.addresses(&self.shared);
         let size = self.size.as_ref().map(|s| cx.read(s));
-        for l in lanes(cx.mask) {
+        let repeats = self.repeats(cx, &shared, size.as_ref());
+        if repeats != 0 {
+            let text = format!("{} lanes issue the same copy", repeats.count_ones() + 1);
+            cx.warn(Kind::Repeated, repeats.trailing_zeros(), text);
+        }
+        for l in lanes(cx.mask & !repeats) {
             let size = size.map(|s| s[l] as u32);
             let Some((runs, bytes, dtype)) = self.runs(cx, l, size) else { continue };
             match &self.completion {
@@ -278,6 +188,27 @@ impl Copy {
                 Completion::Group => self.store(cx, l, runs, bytes, shared[l], dtype),
             }
         }
+    }
+
+    /// Lanes whose store a lower lane of the instruction has made: the same bytes, to the same
+    /// place.
+    fn repeats(&self, cx: &mut Cx<'_, '_>, shared: &Lanes, size: Option<&Lanes>) -> u32 {
+        let stores = matches!(self.completion, Completion::Group) && self.reduction.is_none();
+        if !stores || cx.mask.is_power_of_two() {
+            return 0;
+        }
+        let mut operands: Vec<Lanes> = size.into_iter().chain([shared]).copied().collect();
+        match &self.global {
+            None => {}
+            Some(Global::Linear(a)) => operands.push(cx.addresses(a)),
+            Some(Global::Tensor { map, coordinates }) => {
+                operands.push(cx.addresses(map));
+                operands.extend(coordinates.iter().map(|c| cx.read(c)));
+            }
+        }
+        let same = |a: usize, b: usize| operands.iter().all(|o| o[a] == o[b]);
+        let before = |l: usize| lanes(cx.mask & ((1 << l) - 1));
+        lanes(cx.mask).filter(|l| before(*l).any(|b| same(b, *l))).fold(0, |m, l| m | 1 << l)
     }
 
     /// The runs of the copy, its bytes, and the element type of a tensor; None after a report.
@@ -460,7 +391,7 @@ impl Copy {
             }
         }
         let moves = runs.iter().flat_map(|r| r.placed(block, address, false)).collect();
-        let store = Store { moves, reduction, captured: None };
+        let store = Store::new(moves, reduction);
         if cx.grid.options.timing.is_lazy() {
             lane(cx, l).groups.queue.issue(store);
         } else {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::clock::Knowledge;
+use crate::clock::{Knowledge, Reach};
 use crate::context::Cx;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
@@ -76,7 +76,7 @@ pub fn decode(op: &mut Opcode<'_>, _env: &Env<'_>) -> Result<Decoded> {
 
 fn execute_arrive(cx: &mut Cx<'_, '_>, relaxed: bool) -> Flow {
     let mask = cx.mask;
-    let k = (!relaxed).then(|| cx.warp.clock.release(mask));
+    let k = cx.warp.clock.publish(mask, !relaxed, Reach::Device);
     let (cluster, warp) = own(cx);
     if let Some(k) = k {
         cluster.gathering.join(&k);

@@ -1,13 +1,14 @@
 //! Branches, returns, ends, sleeping.
 
-use crate::ast::Type;
+use crate::access::Window;
+use crate::ast::{Operand, Type};
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::diagnostic::Kind;
 use crate::program::{Decoded, Flow, Waiting};
-use crate::scope::fails_assertion;
+use crate::scope::{SystemCall, system_call};
 
-/// bra, ret, exit, call of a failed assertion, trap, brkpt, nanosleep, pmevent.
+/// bra, ret, exit, calls of the system, trap, brkpt, nanosleep, pmevent.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     op.take("uni");
     match op.root() {
@@ -36,10 +37,7 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
                 Flow::Spin(Waiting::Poll)
             }))
         }
-        // All other calls have been expanded.
-        "call" if fails_assertion(op.instr) => Ok(Decoded::flow(Class::Control, |cx| {
-            cx.fault(Kind::Trap, "an assertion of the kernel fails".into())
-        })),
+        "call" => system(op, env),
         "trap" | "brkpt" => {
             let [] = op.operands()?;
             Ok(Decoded::flow(Class::Control, |cx| cx.fault(Kind::Trap, "trap executed".into())))
@@ -50,5 +48,29 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             Ok(Decoded::next(Class::Control, |_| {}))
         }
         root => Err(format!("unknown opcode {root}")),
+    }
+}
+
+/// Calls of functions of the system; all others have been expanded.
+fn system(op: &Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
+    match system_call(op.instr) {
+        None => Err("operands of call not understood".into()),
+        Some(SystemCall::AssertFail) => Ok(Decoded::flow(Class::Control, |cx| {
+            cx.fault(Kind::Trap, "an assertion of the kernel fails".into())
+        })),
+        // Prints nothing, and returns so many characters.
+        Some(SystemCall::Printf) => {
+            let [Operand::List(results), ..] = op.instr.operands.as_slice() else {
+                return Ok(Decoded::next(Class::Control, |_| {}));
+            };
+            let [result] = results.as_slice() else {
+                return Err("vprintf returns one value".into());
+            };
+            let result = env.src(result, Type::B64)?;
+            Ok(Decoded::next(Class::Control, move |cx| {
+                let at = cx.read(&result);
+                cx.store(Window::Local, 4, &at, &[0; 32], None);
+            }))
+        }
     }
 }

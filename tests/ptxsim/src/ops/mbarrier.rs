@@ -66,33 +66,45 @@ fn init(op: &mut Opcode<'_>, env: &Env<'_>, window: Window) -> Result<Decoded> {
     let (a, count) = (env.address(a)?, env.src(count, Type::U32)?);
     Ok(Decoded::next(Class::Barrier, move |cx| {
         let (at, counts) = (cx.addresses(&a), cx.read(&count));
+        let mut repeats = 0;
         for l in lanes(cx.mask) {
-            let Some(region) = cx.locate(l as u32, window, at[l], BYTES, BYTES) else { continue };
-            let Region::Shared { block, address } = region else {
-                report(cx, l, "an mbarrier must lie in shared memory".into(), None);
-                continue;
-            };
-            let place = At { block, address };
-            if let Some(cell) = cx.gang.blocks[block].shared.mbarriers.get(&address) {
-                let error = cell.state.reinit_error(counts[l]);
-                report(cx, l, error.to_string(), Some(place));
+            let same = |b: usize| at[b] == at[l] && counts[b] == counts[l];
+            if lanes(cx.mask & ((1 << l) - 1)).any(same) {
+                repeats += 1;
                 continue;
             }
-            let state = match Mbarrier::init(counts[l]) {
-                Ok(state) => state,
-                Err(error) => {
-                    report(cx, l, error.to_string(), Some(place));
-                    continue;
-                }
-            };
-            cx.touch(region, BYTES, Mode::Write, cx.own(l, None), "mbarrier.init");
-            let b = &mut cx.gang.blocks[block];
-            let actor = cx.grid.new_barrier(b.linear);
-            let (gathering, completed) = (Knowledge::default(), Knowledge::default());
-            b.shared.mbarriers.insert(address, MbarrierCell { state, actor, gathering, completed });
-            b.shared.mark_mbarrier(address, true);
+            init_one(cx, l, window, at[l], counts[l]);
+        }
+        if repeats > 0 {
+            let lane = cx.mask.trailing_zeros() & 31;
+            let text = format!("{} lanes initialise the same mbarrier alike", repeats + 1);
+            cx.forgive(Kind::Mbarrier, lane, text);
         }
     }))
+}
+
+fn init_one(cx: &mut Cx<'_, '_>, l: usize, window: Window, at: u64, count: u64) {
+    let Some(region) = cx.locate(l as u32, window, at, BYTES, BYTES) else { return };
+    let Region::Shared { block, address } = region else {
+        return report(cx, l, "an mbarrier must lie in shared memory".into(), None);
+    };
+    let place = Some(At { block, address });
+    if let Some(cell) = cx.gang.blocks[block].shared.mbarriers.get(&address) {
+        let error = cell.state.reinit_error(count);
+        return report(cx, l, error.to_string(), place);
+    }
+    let state = match Mbarrier::init(count) {
+        Ok(state) => state,
+        Err(error) => return report(cx, l, error.to_string(), place),
+    };
+    let epoch = cx.warp.clock.init(l as u32);
+    let actor = Actor { epoch, ..cx.own(l, None) };
+    cx.touch(region, BYTES, Mode::Write, actor, "mbarrier.init");
+    let b = &mut cx.gang.blocks[block];
+    let actor = cx.grid.new_barrier(b.linear);
+    let (gathering, completed) = (Knowledge::default(), Knowledge::default());
+    b.shared.mbarriers.insert(address, MbarrierCell { state, actor, gathering, completed });
+    b.shared.mark_mbarrier(address, true);
 }
 
 fn inval(op: &mut Opcode<'_>, env: &Env<'_>, window: Window) -> Result<Decoded> {

@@ -1,11 +1,13 @@
 //! setmaxnreg, griddepcontrol, getctarank.
 
 use crate::ast::{Operand, Type};
+use crate::context::Cx;
 use crate::count::Class;
 use crate::decode::{Env, Opcode, Result};
 use crate::diagnostic::Kind;
 use crate::memory::{RANK_SHIFT, Target, target};
 use crate::program::{Decoded, Flow, Waiting};
+use crate::registers::{Refusal, Registers};
 
 /// setmaxnreg, griddepcontrol, getctarank.
 pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
@@ -40,31 +42,52 @@ fn setmaxnreg(op: &mut Opcode<'_>) -> Result<Decoded> {
         _ => return Err("the number of registers is no constant".into()),
     };
     Ok(Decoded::flow(Class::Control, move |cx| {
-        if let Some(flow) = cx.converged() {
-            return flow;
-        }
-        let (warp, launched) = (cx.warp.index as usize, cx.grid.launch.registers);
-        let registers = &mut cx.block().registers;
-        let now = registers[warp];
-        if now != 0 && (increase && count < now || !increase && count > now) {
-            let change = if increase { "increase" } else { "decrease" };
-            let text = format!("{change} from {now} to {count} registers");
-            return cx.fault(Kind::Limit, text);
-        }
-        if let Some(launched) = launched {
-            let pool = launched as usize * registers.len();
-            let others: u32 = registers.iter().sum::<u32>() - now;
-            if (others + count) as usize > pool {
-                let free = pool.saturating_sub(others as usize);
-                let text =
-                    format!("{count} registers a thread, {free} of {pool} per lane are free");
-                return Flow::Wait(Waiting::On(text));
-            }
-        }
-        cx.block().registers[warp] = count;
-        cx.gang.progress();
-        Flow::Next
+        cx.converged().unwrap_or_else(|| set_registers(cx, increase, count))
     }))
+}
+
+fn set_registers(cx: &mut Cx<'_, '_>, increase: bool, count: u32) -> Flow {
+    let (warp, pc) = (cx.warp.index, cx.pc);
+    let Some(registers) = &mut cx.block().registers else {
+        let text = "ptxas ignores it: neither .maxnreg nor .minnctapersm with .maxntid tells how \
+                    many registers the kernel starts with";
+        cx.warn(Kind::Limit, 0, text.into());
+        return Flow::Next;
+    };
+    let pool = registers.pool();
+    match registers.set(warp, pc, increase, count) {
+        Ok(()) => {
+            cx.gang.progress();
+            Flow::Next
+        }
+        Err(Refusal::Direction { now }) => {
+            let change = if increase { "increase" } else { "decrease" };
+            cx.fault(Kind::Limit, format!("{change} from {now} to {count} registers"))
+        }
+        Err(Refusal::Other { pc }) => {
+            let at = cx.grid.location(pc, cx.warp.global, 0);
+            let text = format!("another warp of the warpgroup has executed that at {at}");
+            cx.fault(Kind::Divergence, text)
+        }
+        Err(Refusal::Wait { free }) => {
+            let warps = cx.grid.warps_per_block();
+            let text = format!(
+                "{count} registers a thread: {free} are free for this warp of the {pool} with which \
+                 the {warps} warps started"
+            );
+            Flow::Wait(Waiting::On(text))
+        }
+    }
+}
+
+/// After the last warp of a block.
+pub fn block_ended(cx: &mut Cx<'_, '_>) {
+    let lacks = cx.block().registers.as_ref().and_then(Registers::unfinished);
+    if let Some((warp, pc)) = lacks {
+        let first = cx.warp.global - cx.warp.index;
+        let text = "not every warp of the warpgroup executed this".into();
+        cx.gang.report(cx.grid, Kind::Divergence, (pc, first + warp, 0), text);
+    }
 }
 
 /// Rank of the block a shared address belongs to.

@@ -121,14 +121,16 @@ fn cvta(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
             return cx.map1(d, &a, |a| if window == 0 { a } else { window | a });
         }
         let v = cx.read(&a);
+        // A null pointer stays one: programs look at its alignment before they look at whether it is.
         let same = |a: u64| {
-            matches!(
-                (window, target(a)),
-                (0, Target::Global { .. } | Target::Wild)
-                    | (SHARED_WINDOW, Target::Shared(_))
-                    | (LOCAL_WINDOW, Target::Local(_))
-                    | (PARAM_WINDOW, Target::Param(_))
-            )
+            a == 0
+                || matches!(
+                    (window, target(a)),
+                    (0, Target::Global { .. } | Target::Wild)
+                        | (SHARED_WINDOW, Target::Shared(_))
+                        | (LOCAL_WINDOW, Target::Local(_))
+                        | (PARAM_WINDOW, Target::Param(_))
+                )
         };
         if let Some(l) = crate::context::lanes(cx.mask).find(|l| !same(v[*l])) {
             let text = format!("generic address {:#x} does not lie in the space", v[l]);

@@ -208,7 +208,7 @@ fn conflict(
         return None;
     }
     if !a.clock.knows(a.lane, &old.epoch) {
-        let pending = old.epoch.actor.kind() != ActorKind::Thread;
+        let pending = !old.epoch.actor.is_synchronous();
         return Some(match (old_write, new_write) {
             (true, _) if pending => Conflict::PendingWrite,
             (false, _) if pending => Conflict::PendingRead,

@@ -36,21 +36,24 @@ fn barrier_that_does_not_exist() {
 }
 
 #[test]
-fn warp_that_arrives_twice_in_a_round() {
+fn half_a_warp_that_arrives_twice() {
     Case::new(
         "setp.ne.u32 p, warp, 0;
         @p bra WAITER;
-        bar.arrive 1, 96;
-        -bar.arrive 1, 96;      // <-- here
-        bar.sync 2, 96;
+        setp.ge.u32 p, lane, 16;
+        @p bra OTHER;
+        barrier.arrive 1, 64;
+        -barrier.arrive 1, 64;      // <-- here
+        bra DONE;
+        OTHER:
+        barrier.arrive 1, 64;
         bra DONE;
         WAITER:
-        bar.sync 2, 96;
-        bar.sync 1, 96;
+        bar.sync 1, 64;
         DONE:
         mov.u32 r0, 0;",
     )
-    .threads(96)
+    .threads(64)
     .reports(BarrierMismatch);
 }
 

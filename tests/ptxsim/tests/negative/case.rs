@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::{Diagnostic, Kind};
 use ptxsim::tensor_map::TensorMap;
-use ptxsim::{Arch, Arg, Device, Launch, Module, Report, Residency, Timing};
+use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Residency, Timing};
 
 /// Words of the buffers `in` (0, 1, 2, …) and `out` (0, 0, 0, …); `raw` has as many that nobody has
 /// written.
@@ -14,7 +14,7 @@ const HEADER: &str = "\
 .address_size 64
 .global .align 4 .u32 ticket = 0;
 .visible .entry k(.param .u64 p_in, .param .u64 p_out, .param .u64 p_raw,
-    .param .align 64 .b8 map[128])
+    .param .align 64 .b8 map[128]) /* directives */
 {
 .reg .pred p, q;
 .reg .b16 h<8>;
@@ -36,9 +36,11 @@ mov.u32 block, %ctaid.x;
 /// to the mistake, lines that begin with `+` to the correction. The line where the mistake is to
 /// be reported ends with `// <-- here`; a race has two such lines, in either order.
 pub struct Case {
-    body: &'static str,
+    body: String,
+    directives: &'static str,
     launch: Launch,
     residency: Residency,
+    strict: bool,
     weak_alignment: bool,
     max_instructions: u64,
     map: Option<TensorMap>,
@@ -47,16 +49,41 @@ pub struct Case {
 
 impl Case {
     /// One block of one warp.
-    pub fn new(body: &'static str) -> Self {
+    pub fn new(body: &str) -> Self {
         Self {
-            body,
+            body: body.into(),
+            directives: "",
             launch: Launch::linear(1, 32),
             residency: Residency::Sequential,
+            strict: true,
             weak_alignment: false,
             max_instructions: 1 << 20,
             map: None,
             says: Vec::new(),
         }
+    }
+
+    /// A right kernel, and the mistake that `wrong` stands in place of the line `right`.
+    pub fn planted(body: &str, right: &str, wrong: &str) -> Self {
+        let mut found = 0;
+        let plant = |line: &str| {
+            if line.trim_start() != right {
+                return format!("{line}\n");
+            }
+            found += 1;
+            format!("+{right}\n-{wrong}\n")
+        };
+        let body: String = body.lines().map(plant).collect();
+        assert_eq!(found, 1, "lines {right}");
+        Self::new(&body)
+    }
+
+    /// The mistake is to be reported where a line begins so.
+    pub fn at(mut self, line: &str) -> Self {
+        let begins = |l: &str| l.trim_start_matches([' ', '+', '-']).starts_with(line);
+        let mark = |l: &str| format!("{l}{}\n", if begins(l) { "    // <-- here" } else { "" });
+        self.body = self.body.lines().map(mark).collect();
+        self
     }
 
     /// Threads of a block.
@@ -77,6 +104,12 @@ impl Case {
         self.blocks(n)
     }
 
+    /// Directives of the kernel.
+    pub fn directives(mut self, text: &'static str) -> Self {
+        self.directives = text;
+        self
+    }
+
     /// Registers per thread.
     pub fn registers(mut self, n: u32) -> Self {
         self.launch.registers = Some(n);
@@ -92,6 +125,12 @@ impl Case {
     /// Shared variables get no more than the promised alignment.
     pub fn weakly_aligned(mut self) -> Self {
         self.weak_alignment = true;
+        self
+    }
+
+    /// What hardware forgives is a warning.
+    pub fn lenient(mut self) -> Self {
+        self.strict = false;
         self
     }
 
@@ -138,7 +177,7 @@ impl Case {
     }
 
     /// The same for a pair of accesses of which either may come first, which decides how the
-    /// mistake shows.
+    /// mistake shows; anywhere if no line is marked.
     #[track_caller]
     pub fn reports_one_of(&self, kinds: &[Kind]) {
         let (wrong, marks) = self.text('-');
@@ -148,6 +187,29 @@ impl Case {
             assert!(found, "{how}: no {kinds:?} at {marks:?}\n{report}\n{}", numbered(&wrong));
         });
         self.twin(&wrong);
+    }
+
+    /// A mistake that hardware is known to forgive: reported by the letter, else a warning.
+    #[track_caller]
+    pub fn is_forgiven(&self, kind: Kind) {
+        self.reports(kind);
+        let (wrong, marks) = self.text('-');
+        self.run(&wrong, false, |report, _, how| {
+            let warned = report.warnings().any(|d| self.is_meant(d, kind, &marks));
+            let clean = report.is_clean();
+            assert!(clean && warned, "{how}: warned {warned}\n{report}\n{}", numbered(&wrong));
+        });
+    }
+
+    /// What does no harm, but is warned of.
+    #[track_caller]
+    pub fn warns(&self, kind: Kind) {
+        let (text, marks) = self.text('+');
+        self.each(&text, |report, how| {
+            let warned = report.warnings().any(|d| self.is_meant(d, kind, &marks));
+            let clean = report.is_clean();
+            assert!(clean && warned, "{how}: warned {warned}\n{report}\n{}", numbered(&text));
+        });
     }
 
     #[track_caller]
@@ -168,6 +230,35 @@ impl Case {
         });
     }
 
+    /// The corrected kernel is clean and leaves these words at the start of `out`.
+    #[track_caller]
+    pub fn leaves(&self, expected: &[u32]) {
+        let (text, _) = self.text('+');
+        self.is_clean();
+        self.run(&text, true, |_, left, how| {
+            assert_eq!(left[..expected.len()], *expected, "{how}")
+        });
+    }
+
+    /// What is left at the start of `out` in each of the two timings, whatever is reported.
+    #[track_caller]
+    pub fn differs_by_timing(&self, eager: &[u32], lazy: &[u32]) {
+        self.run(&self.text('+').0, true, |report, left, how| {
+            let expected = match report.schedules[0].timing {
+                Timing::Eager => eager,
+                Timing::Lazy => lazy,
+            };
+            assert_eq!(left[..expected.len()], *expected, "{how}");
+        });
+    }
+
+    /// What is no mistake, though it looks like one.
+    #[track_caller]
+    pub fn both_are_clean(&self) {
+        self.twin(&self.text('-').0);
+        self.each(&self.text('-').0, |report, how| assert!(report.is_clean(), "{how}\n{report}"));
+    }
+
     fn is_meant(&self, d: &Diagnostic, kind: Kind, marks: &[u32]) -> bool {
         let mut lines = vec![d.at.ptx_line];
         if marks.len() > 1 {
@@ -175,12 +266,15 @@ impl Case {
             lines.sort_unstable();
         }
         let words = d.to_string();
-        d.kind == kind && lines == marks && self.says.iter().all(|s| words.contains(s))
+        d.kind == kind
+            && (lines == marks || marks.is_empty())
+            && self.says.iter().all(|s| words.contains(s))
     }
 
     /// The text of one of the two kernels, and its marked lines.
     pub fn text(&self, sign: char) -> (String, Vec<u32>) {
-        let (mut text, mut marks) = (HEADER.to_string(), Vec::new());
+        let (mut text, mut marks) =
+            (HEADER.replace("/* directives */", self.directives), Vec::new());
         for line in self.body.lines().chain(["ret;", "}"]) {
             let line = line.trim_start();
             let kept = match line.strip_prefix(['-', '+']) {
@@ -197,8 +291,8 @@ impl Case {
         (text, marks)
     }
 
-    /// A device with the three buffers, and the arguments.
-    pub fn device(&self) -> (Device, Vec<Arg>) {
+    /// A device with the three buffers, of which `out`, and the arguments.
+    pub fn device(&self) -> (Device, Buffer, Vec<Arg>) {
         let mut device = Device::new(Arch::Sm90a);
         let input = device.buffer("in", &(0..WORDS).collect::<Vec<_>>());
         let output = device.buffer("out", &vec![0u32; WORDS as usize]);
@@ -210,16 +304,22 @@ impl Case {
                 Arg::TensorMap(TensorMap { address: device.address(buffer), ..map.clone() })
             }
         };
-        (device, vec![input.into(), output.into(), raw.into(), map])
+        (device, output, vec![input.into(), output.into(), raw.into(), map])
     }
 
     #[track_caller]
     fn each(&self, text: &str, check: impl Fn(&Report, String)) {
+        self.run(text, self.strict, |report, _, how| check(report, how));
+    }
+
+    /// In both timings, and with several seeds; `check` also sees the words of `out`.
+    #[track_caller]
+    fn run(&self, text: &str, strict: bool, check: impl Fn(&Report, Vec<u32>, String)) {
         let module = Module::parse(text).unwrap_or_else(|e| panic!("{e}\n{}", numbered(text)));
         for timing in [Timing::Eager, Timing::Lazy] {
             for seed in 0..3 {
-                let (mut device, args) = self.device();
-                device.options.strict_proxies = true;
+                let (mut device, output, args) = self.device();
+                device.options.strict_proxies = strict;
                 device.options.timing = timing;
                 device.options.seed = seed;
                 device.options.residency = self.residency;
@@ -227,7 +327,8 @@ impl Case {
                 device.options.max_instructions = self.max_instructions;
                 let report = device.launch(&module, "k", &self.launch, &args);
                 let report = report.unwrap_or_else(|e| panic!("{e}\n{}", numbered(text)));
-                check(&report, format!("{timing:?}, seed {seed}"));
+                let left = device.read::<u32>(output).expect("written by the host");
+                check(&report, left, format!("{timing:?}, seed {seed}"));
             }
         }
     }

@@ -107,12 +107,15 @@ fn clusters() {
 
 #[test]
 fn registers_of_a_block() {
-    let of = |registers| {
+    let of = |threads, registers| {
         let registers = Some(registers);
-        launch(Arch::Sm90a, "fixed", Launch { registers, ..Launch::linear(1, 384) }, &[])
+        launch(Arch::Sm90a, "fixed", Launch { registers, ..Launch::linear(1, threads) }, &[])
     };
-    assert!(of(168).is_ok());
-    refused(of(176), "registers");
+    assert!(of(384, 168).is_ok());
+    refused(of(384, 176), "registers");
+    // Nine warps take the place of twelve.
+    assert!(of(288, 168).is_ok() && of(256, 176).is_ok());
+    refused(of(288, 176), "registers");
 }
 
 #[test]
@@ -169,7 +172,7 @@ fn bank_conflicts_are_counted() {
     let run = |sign| {
         let (text, marks) = case.text(sign);
         let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
-        let (mut device, args) = case.device();
+        let (mut device, _, args) = case.device();
         let report = device.launch(&module, "k", &Launch::linear(1, 32), &args);
         let report = report.unwrap_or_else(|e| panic!("{e}"));
         assert!(report.is_clean(), "{report}");
@@ -199,7 +202,7 @@ fn results_that_depend_on_the_schedule() {
     let case = Case::new(EXCHANGE);
     let explore = |sign| {
         let module = Module::parse(&case.text(sign).0).unwrap_or_else(|e| panic!("{e}"));
-        let (mut device, args) = case.device();
+        let (mut device, _, args) = case.device();
         let report = device.explore(&module, "k", &Launch::linear(1, 256), &args, 8);
         report.unwrap_or_else(|e| panic!("{e}"))
     };

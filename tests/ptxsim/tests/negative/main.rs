@@ -4,6 +4,7 @@
 mod barriers;
 mod case;
 mod copies;
+mod idioms;
 mod lanes;
 mod launches;
 mod memory;

@@ -456,3 +456,17 @@ fn bulk_store_of_memory_nobody_has_written() {
     )
     .reports(UninitialisedMemory);
 }
+
+/// Each thread has local memory of its own at one address.
+#[test]
+fn one_value_to_the_local_memory_of_all_lanes() {
+    Case::new(
+        ".local .align 4 .b8 mine[4];
+        mov.u64 d0, mine;
+        st.local.u32 [d0], 7;
+        ld.local.u32 r0, [d0];
+        mad.wide.u32 d1, tid, 4, out;
+        st.global.u32 [d1], r0;",
+    )
+    .leaves(&[7; 32]);
+}

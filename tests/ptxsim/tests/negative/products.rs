@@ -1,8 +1,8 @@
 //! wgmma: fences, waits, operands in shared memory.
 
 use ptxsim::diagnostic::Kind::{
-    AccumulatorInFlight, Divergence, InvalidOperand, MissingProxyFence, MissingWgmmaFence,
-    OutOfBounds, PendingRead,
+    AccumulatorInFlight, Deadlock, Divergence, InvalidOperand, MissingProxyFence,
+    MissingWgmmaFence, OutOfBounds, PendingRead, UninitialisedRegister,
 };
 
 use crate::case::Case;
@@ -40,7 +40,7 @@ macro_rules! published {
     };
 }
 
-fn case(text: &'static str) -> Case {
+fn case(text: &str) -> Case {
     Case::new(text).threads(128)
 }
 
@@ -171,6 +171,26 @@ fn operand_overwritten_before_the_wait() {
     .reports(PendingRead);
 }
 
+/// The product reads its operands when all four warps have issued it, or as late as the wait allows.
+#[test]
+fn operand_overwritten_before_the_wait_is_read_early_or_late() {
+    let body = published!(
+        "mov.u32 r11, 0x3f803f80;
+        setp.ne.u32 p, r9, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        bar.sync 0;
+        st.shared.v4.u32 [r8], {r11, r11, r11, r11};
+        @q st.shared.v4.u32 [r8+2048], {r11, r11, r11, r11};
+        bar.sync 0;
+        wgmma.wait_group.sync.aligned 0;
+        mad.wide.u32 d2, tid, 4, out;
+        st.global.f32 [d2], f3;"
+    );
+    case(body).differs_by_timing(&[0; 128], &[16f32.to_bits(); 128]);
+}
+
 #[test]
 fn operand_beyond_the_end() {
     case(published!(
@@ -235,4 +255,145 @@ fn descriptor_that_differs_between_lanes() {
         wgmma.wait_group.sync.aligned 0;"
     ))
     .reports(InvalidOperand);
+}
+
+#[test]
+fn warps_that_end_before_the_product() {
+    case(published!(
+        "setp.ge.u32 q, warp, 3;
+        -@q exit;
+        wgmma.fence.sync.aligned;       // <-- here
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;"
+    ))
+    .says("the warp has ended")
+    .reports(Divergence);
+}
+
+#[test]
+fn group_that_a_warp_commits_only_after_another_barrier() {
+    case(published!(
+        "wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        setp.eq.u32 q, warp, 3;
+        -@q bar.sync 1, 128;    // <-- here
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;    // <-- here
+        -@!q bar.sync 1, 128;"
+    ))
+    .says("wgmma group 1, which warps 3 of the warpgroup have not committed")
+    .reports_at_one(Deadlock);
+}
+
+/// Only the first 32 rows of A and all of B are written; the product stands in f0 to f3.
+const HALF_OF_A: &str = "
+    .shared .align 128 .b8 tile[2304];
+    mov.u32 sh, tile;
+    mad.lo.u32 r0, tid, 8, sh;
+    mov.u32 r1, 0x3f803f80;
+    st.shared.v2.u32 [r0], {r1, r1};
+    setp.lt.u32 p, tid, 32;
+    @p st.shared.v2.u32 [r0+2048], {r1, r1};
+    fence.proxy.async;
+    bar.sync 0;
+    shr.u32 r2, sh, 4;
+    cvt.u64.u32 d0, r2;
+    or.b64 d0, d0, 0x1000080000;
+    add.u64 d1, d0, 128;
+    mad.wide.u32 d2, tid, 4, out;
+    setp.ne.u32 p, r1, r1;
+    setp.lt.u32 q, tid, 64;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+";
+
+/// The same, and what follows.
+fn half_of_a(rest: &str) -> Case {
+    case(&format!("{HALF_OF_A}{rest}"))
+}
+
+#[test]
+fn rows_that_nobody_wrote_are_stored() {
+    half_of_a(
+        "-st.global.f32 [d2], f0;    // <-- here
+        +@q st.global.f32 [d2], f0;",
+    )
+    .reports(UninitialisedRegister);
+}
+
+#[test]
+fn rows_that_nobody_wrote_are_branched_on() {
+    half_of_a(
+        "-setp.gt.f32 q, f3, f2;
+        @q bra DONE;    // <-- here
+        mov.u32 r0, 0;
+        DONE:
+        mov.u32 r0, 1;",
+    )
+    .reports(UninitialisedRegister);
+}
+
+/// As attention does: the scores become an operand in registers, and the sums are accumulated and
+/// scaled.
+#[test]
+fn rows_that_nobody_wrote_reach_the_next_product() {
+    half_of_a(
+        "cvt.rn.bf16x2.f32 r4, f1, f0;
+        cvt.rn.bf16x2.f32 r5, f3, f2;
+        mov.b32 f4, 0;
+        mov.b32 f5, 0;
+        mov.b32 f6, 0;
+        mov.b32 f7, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f4, f5, f6, f7}, {r4, r5, r4, r5}, d1, 1, 1, 1, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+        mul.f32 f4, f4, 0f40000000;
+        mov.b32 r4, 0;
+        mov.b32 r5, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f4, f5, f6, f7}, {r4, r5, r4, r5}, d1, 1, 1, 1, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+        -st.global.f32 [d2], f4;    // <-- here
+        +@q st.global.f32 [d2], f4;",
+    )
+    .says("0xffffffff")
+    .reports(UninitialisedRegister);
+}
+
+/// Rows 4 to 7 of the transpose of B are missing: two lanes of four hold nothing.
+#[test]
+fn columns_that_nobody_wrote() {
+    let text = HALF_OF_A.replace(
+        "setp.lt.u32 p, tid, 32;\n    @p",
+        "and.b32 r3, tid, 8;
+        setp.eq.u32 p, r3, 0;
+        setp.lt.and.u32 p, tid, 32, p;
+        @p",
+    );
+    let rest = "and.b32 r3, tid, 2;
+        setp.eq.u32 p, r3, 0;
+        +and.pred q, p, q;
+        @q st.global.f32 [d2], f0;    // <-- here";
+    case(&(text + rest)).says("lanes 0xcccccccc").reports(UninitialisedRegister);
+}
+
+#[test]
+fn accumulators_that_nothing_has_written() {
+    half_of_a(
+        "+mov.b32 f4, 0;
+        +mov.b32 f5, 0;
+        +mov.b32 f6, 0;
+        +mov.b32 f7, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f4, f5, f6, f7}, d0, d1, 1, 1, 1, 0, 0;    // <-- here
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;",
+    )
+    .says("accumulator")
+    .reports(UninitialisedRegister);
 }

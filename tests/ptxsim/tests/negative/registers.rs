@@ -1,6 +1,9 @@
 //! Registers without a value, and operands that are not allowed.
 
-use ptxsim::diagnostic::Kind::{InvalidOperand, UninitialisedRegister};
+use ptxsim::diagnostic::Kind::{
+    Deadlock, Divergence, InvalidOperand, Limit, UninitialisedRegister,
+};
+use ptxsim::{Launch, LaunchError, Module, Report};
 
 use crate::case::Case;
 
@@ -150,4 +153,128 @@ fn vote_on_a_predicate_without_a_value() {
         vote.sync.ballot.b32 r0, p, -1;     // <-- here",
     )
     .reports(UninitialisedRegister);
+}
+
+/// A producer gives registers to two consumers: of 3 x 168, 24 + 2 x 240.
+const POOL: &str = "setp.lt.u32 p, tid, 128;
+    @p bra PRODUCER;
+    setmaxnreg.inc.sync.aligned.u32 240;      // <-- here
+    bra DONE;
+    PRODUCER:
+    -setmaxnreg.dec.sync.aligned.u32 32;
+    +setmaxnreg.dec.sync.aligned.u32 24;
+    DONE:
+    mov.u32 r0, 0;";
+
+#[test]
+fn warpgroups_that_want_more_than_the_pool() {
+    let case = || Case::new(POOL).threads(384).says("240 registers a thread");
+    case().registers(168).reports(Deadlock);
+    // The directives tell the same.
+    case().directives(".maxntid 384 .minnctapersm 1").reports(Deadlock);
+    case().directives(".maxnreg 168").reports(Deadlock);
+}
+
+#[test]
+fn registers_are_left_before_they_are_taken() {
+    Case::new(
+        "setp.lt.u32 p, tid, 128;
+        @p bra PRODUCER;
+        -setmaxnreg.inc.sync.aligned.u32 240;      // <-- here
+        bar.sync 1;
+        +setmaxnreg.inc.sync.aligned.u32 240;
+        bra DONE;
+        PRODUCER:
+        bar.sync 1;      // <-- here
+        setmaxnreg.dec.sync.aligned.u32 24;
+        DONE:
+        mov.u32 r0, 0;",
+    )
+    .threads(384)
+    .directives(".maxntid 384 .minnctapersm 1")
+    .says("240 registers a thread: 168 are free")
+    .reports_at_one(Deadlock);
+}
+
+#[test]
+fn decrease_from_fewer_registers_than_that() {
+    // Two blocks of 384 threads: 80 registers at entry.
+    Case::new(
+        "-setmaxnreg.dec.sync.aligned.u32 96;      // <-- here
+        +setmaxnreg.dec.sync.aligned.u32 40;",
+    )
+    .threads(384)
+    .directives(".maxntid 384 .minnctapersm 2")
+    .says("decrease from 80 to 96")
+    .reports(Limit);
+}
+
+#[test]
+fn warps_of_a_warpgroup_set_different_numbers() {
+    Case::new(
+        "setp.lt.u32 p, tid, 64;
+        -@p bra FIRST;
+        setmaxnreg.dec.sync.aligned.u32 40;      // <-- here
+        -bra DONE;
+        -FIRST:
+        -setmaxnreg.dec.sync.aligned.u32 32;     // <-- here
+        -DONE:
+        mov.u32 r0, 0;",
+    )
+    .threads(128)
+    .registers(168)
+    .says("another warp of the warpgroup")
+    .reports_at_one(Divergence);
+}
+
+#[test]
+fn one_warp_of_the_four_sets_its_number() {
+    Case::new(
+        "setp.lt.u32 p, tid, 32;
+        -@!p bra DONE;
+        setmaxnreg.dec.sync.aligned.u32 40;      // <-- here
+        DONE:
+        mov.u32 r0, 0;",
+    )
+    .threads(128)
+    .registers(168)
+    .says("not every warp")
+    .reports(Divergence);
+}
+
+/// A kernel of 384 threads that decreases its registers, launched as the test says.
+fn decrease(
+    directives: &'static str,
+    registers: Option<u32>,
+) -> (Result<Report, LaunchError>, u32) {
+    let case =
+        Case::new("setmaxnreg.dec.sync.aligned.u32 40;      // <-- here").directives(directives);
+    let (text, marks) = case.text('-');
+    let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
+    let (mut device, _, args) = case.device();
+    let launch = Launch { registers, ..Launch::linear(1, 384) };
+    (device.launch(&module, "k", &launch, &args), marks[0])
+}
+
+#[test]
+fn setmaxnreg_that_the_assembler_ignores() {
+    let warned = |directives, registers| {
+        let (report, line) = decrease(directives, registers);
+        let report = report.unwrap_or_else(|e| panic!("{e}"));
+        assert!(report.is_clean(), "{report}");
+        report.warnings().any(|w| w.at.ptx_line == line && w.message.contains("ptxas ignores it"))
+    };
+    assert!(warned("", None) && warned(".maxntid 384", None));
+    assert!(!warned("", Some(168)) && !warned(".maxnreg 168", None));
+    assert!(!warned(".maxntid 384 .minnctapersm 1", None));
+}
+
+#[test]
+fn registers_that_the_directives_allow_and_the_block_does_not_have() {
+    match decrease(".maxnreg 176", None).0 {
+        Err(error @ LaunchError::Limit { .. }) => {
+            assert!(error.to_string().starts_with("registers per block is 67584"), "{error}");
+        }
+        other => panic!("{:?}", other.map(|report| report.to_string())),
+    }
 }

@@ -35,6 +35,20 @@ fn initialised_twice() {
 }
 
 #[test]
+fn initialised_by_lanes_that_differ() {
+    Case::new(
+        ".shared .align 8 .b8 bar[8];
+        mov.u32 r0, bar;
+        add.u32 r1, lane, 1;
+        setp.eq.u32 p, tid, 0;
+        -mbarrier.init.shared.b64 [r0], r1;     // <-- here
+        +@p mbarrier.init.shared.b64 [r0], r1;",
+    )
+    .says("invalidate it first")
+    .reports(Mbarrier);
+}
+
+#[test]
 fn initialised_with_zero() {
     Case::new(
         ".shared .align 8 .b8 bar[8];

@@ -29,28 +29,70 @@ pub struct Attention {
     pub causal: bool,
 }
 
+impl Attention {
+    fn row<'a>(&self, x: &'a [f64], head: usize, token: usize) -> &'a [f64] {
+        &x[(head * self.tokens + token) * self.d..][..self.d]
+    }
+
+    /// The weights of the keys that a query sees, and ln Σ exp of its scores.
+    fn weights(&self, q: &[f64], k: &[f64], head: usize, token: usize) -> (Vec<f64>, f64) {
+        let visible = if self.causal { token + 1 } else { self.tokens };
+        let query = self.row(q, head, token);
+        let score = |key| dot(query, self.row(k, head, key)) * self.scale;
+        let scores: Vec<f64> = (0..visible).map(score).collect();
+        let weights = softmax(&scores, visible);
+        let log_sum = scores[0] - weights[0].ln();
+        (weights, log_sum)
+    }
+
+    /// Every query.
+    fn queries(&self) -> impl Iterator<Item = (usize, usize)> {
+        let tokens = self.tokens;
+        (0..self.heads).flat_map(move |head| (0..tokens).map(move |token| (head, token)))
+    }
+}
+
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+/// to += factor x.
+fn add(to: &mut [f64], factor: f64, x: &[f64]) {
+    to.iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
+}
+
 /// softmax(scale q kᵀ) v; everything [heads][tokens][d].
 pub fn attention(q: &[f64], k: &[f64], v: &[f64], shape: Attention) -> Vec<f64> {
-    let Attention { heads, tokens, d, scale, causal } = shape;
-    let mut out = vec![0.0; heads * tokens * d];
-    let row = |x: &[f64], head: usize, token: usize| {
-        let first = (head * tokens + token) * d;
-        x[first..first + d].to_vec()
-    };
-    for head in 0..heads {
-        for token in 0..tokens {
-            let query = row(q, head, token);
-            let visible = if causal { token + 1 } else { tokens };
-            let score = |key: usize| {
-                let product: f64 = query.iter().zip(row(k, head, key)).map(|(x, y)| x * y).sum();
-                product * scale
-            };
-            let scores: Vec<f64> = (0..visible).map(score).collect();
-            let to = &mut out[(head * tokens + token) * d..][..d];
-            for (key, weight) in softmax(&scores, visible).into_iter().enumerate() {
-                to.iter_mut().zip(row(v, head, key)).for_each(|(o, x)| *o += weight * x);
-            }
+    let mut out = vec![0.0; q.len()];
+    for ((head, token), to) in shape.queries().zip(out.chunks_mut(shape.d)) {
+        for (key, weight) in shape.weights(q, k, head, token).0.into_iter().enumerate() {
+            add(to, weight, shape.row(v, head, key));
         }
     }
     out
+}
+
+/// ln Σ exp of the scores of every query, [heads][tokens].
+pub fn log_sums(q: &[f64], k: &[f64], shape: Attention) -> Vec<f64> {
+    shape.queries().map(|(head, token)| shape.weights(q, k, head, token).1).collect()
+}
+
+/// The derivatives with respect to q, k and v of the sum of `d_o` times the attention.
+pub fn attention_backward([q, k, v, d_o]: [&[f64]; 4], shape: Attention) -> [Vec<f64>; 3] {
+    let [mut d_q, mut d_k, mut d_v] = [q, k, v].map(|x| vec![0.0; x.len()]);
+    for (head, token) in shape.queries() {
+        let at = |token: usize| (head * shape.tokens + token) * shape.d;
+        let row = |token: usize| at(token)..at(token) + shape.d;
+        let (weights, _) = shape.weights(q, k, head, token);
+        let d_out = &d_o[row(token)];
+        let d_weights: Vec<f64> = (0..weights.len()).map(|key| dot(d_out, &v[row(key)])).collect();
+        let mean = dot(&weights, &d_weights);
+        for (key, (weight, d_weight)) in weights.iter().zip(d_weights).enumerate() {
+            let d_score = weight * (d_weight - mean) * shape.scale;
+            add(&mut d_q[row(token)], d_score, &k[row(key)]);
+            add(&mut d_k[row(key)], d_score, &q[row(token)]);
+            add(&mut d_v[row(key)], *weight, d_out);
+        }
+    }
+    [d_q, d_k, d_v]
 }

@@ -18,7 +18,8 @@ pub fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
 }
 
-fn target() -> PathBuf {
+/// The folder of what is built and installed.
+pub fn target() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target")
 }
 
@@ -44,9 +45,7 @@ pub fn kernel(name: &str, arch: &str) -> String {
 
 /// PTX of a CUDA C++ file. The cache knows the file, the headers beside it and those of the crate.
 pub fn nvcc(source: &Path, arch: &str) -> String {
-    let compiler = find_nvcc().unwrap_or_else(|tried| {
-        panic!("nvcc not found (looked for {}); {INSTALL}", tried.join(", "))
-    });
+    let compiler = compiler();
     let arch = format!("-arch={arch}");
     let flags = ["-ptx", "-std=c++17", "-lineinfo", &arch];
 
@@ -69,6 +68,13 @@ pub fn nvcc(source: &Path, arch: &str) -> String {
         rename(&own, &output);
     }
     read(&output)
+}
+
+/// nvcc.
+pub fn compiler() -> PathBuf {
+    find_nvcc().unwrap_or_else(|tried| {
+        panic!("nvcc not found (looked for {}); {INSTALL}", tried.join(", "))
+    })
 }
 
 /// The folder with the PTX files and the manifest that `triton_kernels.py` writes.
@@ -135,7 +141,8 @@ fn find_nvcc() -> Result<PathBuf, Vec<String>> {
     })
 }
 
-fn execute(command: &mut Command) {
+/// Runs a compiler; panics with its words when it fails.
+pub fn execute(command: &mut Command) {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     if !output.status.success() {
         let (out, err) =
@@ -144,14 +151,17 @@ fn execute(command: &mut Command) {
     }
 }
 
-fn read(path: &Path) -> String {
+/// A file of text.
+pub fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-fn create(path: &Path) {
+/// A folder, with those above it.
+pub fn create(path: &Path) {
     fs::create_dir_all(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 }
 
-fn rename(from: &Path, to: &Path) {
+/// Moves a finished file or folder to its name.
+pub fn rename(from: &Path, to: &Path) {
     fs::rename(from, to).unwrap_or_else(|e| panic!("{} to {}: {e}", from.display(), to.display()));
 }
