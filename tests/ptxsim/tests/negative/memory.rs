@@ -1,6 +1,6 @@
 //! Bounds, alignment, memory that nobody has written.
 
-use ptxsim::diagnostic::Kind::{Misaligned, OutOfBounds, UninitialisedMemory};
+use ptxsim::diagnostic::Kind::{InvalidOperand, Misaligned, OutOfBounds, UninitialisedMemory};
 use ptxsim::tensor_map::{Dtype, TensorMap};
 
 use crate::case::Case;
@@ -469,4 +469,17 @@ fn one_value_to_the_local_memory_of_all_lanes() {
         st.global.u32 [d1], r0;",
     )
     .leaves(&[7; 32]);
+}
+
+/// A null pointer stays one.
+#[test]
+fn conversion_of_an_address_in_another_space() {
+    Case::new(
+        "-mov.u64 d0, in;
+        +mov.u64 d0, 0;
+        cvta.to.shared.u64 d1, d0;      // <-- here
+        +st.global.u64 [out], d1;",
+    )
+    .says("does not lie in the space")
+    .reports(InvalidOperand);
 }
