@@ -33,8 +33,8 @@ FAULTS = {
     "sm80/clear_padding.cu": {"  if (token >= ": "  if (p.sequences.tokens > 0) return;\n"},
     "sm90/segment_transition.cu": {
         "#include": "#define INFINI_WAIT_POLLS 40\n",
-        "      ring().wait(at);":
-            "      ptx::mbarrier_wait_parity(ring().empty(at.stage()), at.parity());\n"},
+        "    map_tile(problem, ring.valid());":
+            "    ptx::mbarrier_wait_parity(ring.full(0), 1);\n"},
 }
 
 
