@@ -39,7 +39,9 @@ impl OrderCost {
                 (ordered && has(&["arrive"]), ordered && has(&["wait"]))
             }
             "fence" | "mbarrier" | "ld" | "st" | "atom" | "red" => {
-                let wide = has(&["cluster", "gpu", "sys"]);
+                // The scope of an atom or red without one is the device.
+                let atomic = matches!(root, "atom" | "red");
+                let wide = has(&["cluster", "gpu", "sys"]) || atomic && !has(&["cta"]);
                 let both = has(&["acq_rel", "sc"]);
                 (wide && (both || has(&["release"])), wide && (both || has(&["acquire"])))
             }
@@ -59,7 +61,7 @@ mod tests {
     use super::*;
 
     /// Forms, and how many MEMBAR wider than the block and CCTL.IVALL ptxas 13.0 makes of each.
-    const ASSEMBLED: [(&str, u64, u64); 32] = [
+    const ASSEMBLED: [(&str, u64, u64); 34] = [
         ("mbarrier.arrive.shared::cta.b64", 0, 0),
         ("mbarrier.arrive.release.cta.shared::cta.b64", 0, 0),
         ("mbarrier.arrive.release.cluster.shared::cta.b64", 1, 0),
@@ -90,6 +92,8 @@ mod tests {
         ("st.release.cta.global.u32", 0, 0),
         ("st.release.cluster.shared::cluster.u32", 1, 0),
         ("atom.acq_rel.gpu.global.add.u32", 1, 1),
+        ("atom.acq_rel.global.add.u32", 1, 1),
+        ("red.release.global.add.u32", 1, 0),
         ("atom.global.add.u32", 0, 0),
         ("red.release.gpu.global.add.u32", 1, 0),
     ];
