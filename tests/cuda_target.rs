@@ -310,14 +310,15 @@ fn a_cluster_has_a_head_of_a_segment_where_it_fills_the_device() {
 fn as_many_pieces_run_together_as_stay_in_l2() {
     let group = |n, change: fn(infini_attn::ProblemBuilder) -> infini_attn::ProblemBuilder| {
         let p = problem(|b| change(b.key_dim(D).value_dim(D).segment_len(n)));
-        let plan = plan(&p, &call(&p, &[1, 2 * n]), 1);
+        let plan = plan(&p, &call(&p, &[1, 9 * n]), 1);
         params::<InfiniSegmentAttention>(&plan, "segment_attention", 0).piece_group
     };
-    // Of 2 heads, keys and values of 512 bytes a token; 32 MiB in all.
-    assert_eq!(group(2048, |b| b), 16);
-    assert_eq!(group(2048, |b| b.heads(8).kv_heads(8)), 4);
-    assert_eq!(group(3000, |b| b), 10);
+    // Of 2 heads, keys and values of 512 bytes a token; 16 MiB in all.
+    assert_eq!(group(2048, |b| b), 8);
+    assert_eq!(group(2048, |b| b.heads(8).kv_heads(8)), 2);
+    assert_eq!(group(3000, |b| b), 5);
     assert_eq!(group(40_000, |b| b), 1);
+    assert_eq!(group(1, |b| b), 9, "no more than there are");
     let p = problem(|b| b.key_dim(D).value_dim(D).segment_len(2048));
     let options = PrefillOptions { target: Target { l2_bytes: 4 << 20, ..TARGET }, ..OPTIONS };
     let plan = plan_prefill(&p, &call(&p, &[1, 4096]), &mirror(&p, 1), &options).expect("valid");

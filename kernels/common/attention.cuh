@@ -1,5 +1,5 @@
-// Local attention and retrieval of one tile of query rows: the part that segment_attention, segment
-// and decode share.
+// Local attention and retrieval of one tile of query rows: the part that segment_attention and segment
+// share.
 //
 // A block of 4 warps owns a tile of query rows, each warp 16 * row_tiles of them with their output
 // in registers. Per block of 64 keys:
@@ -12,7 +12,7 @@
 // key and value tiles in blocks of 32 channels, and O <- e O: f and e carry the gate, the softmax
 // sum and the retrieval's denominator.
 //
-// Shared memory (AttentionTile, DecodeTile): query tile, key tile, value tile, z, row weights.
+// Shared memory (AttentionTile): query tile, key tile, value tile, z, row weights.
 #pragma once
 
 #include "common/feature_map.cuh"

@@ -111,7 +111,7 @@ struct SegmentTile {
 
 // Local attention of one query head: consumer warpgroups of 64 query rows each and a producer
 // warpgroup; blocks of `keys` keys, rings of two; so many query tiles as `QueryStages` are there at a
-// time. One block per SM: shared memory bounds it.
+// time. One block per SM: registers bound it, above d = 64 shared memory as well.
 template <int Dk, int Dv, int QueryStages = (Dk > 128 ? 1 : 2)>
 struct GroupAttentionTile {
   static constexpr int groups = 2;

@@ -13,8 +13,8 @@
 // captured graph. All blocks of a sequence take a second ticket once they have read its counters;
 // the last moves them. Blocks beyond the open segment's end have nothing else to do.
 //
-// Shared memory: two tiles of keys and values in flight, then what the warps have to add up; query
-// tile; z; row maxima, sums, weights. Barriers: __syncthreads; tickets in global memory, 0 between
+// Shared memory: two tiles of keys and values in flight (one at d = 256), or the snapshot (there in
+// halves), then what the warps have to add up; query tile; z; row maxima, sums, weights. Barriers: __syncthreads; tickets in global memory, 0 between
 // launches.
 //
 // Per token of the open segment and KV head 2 * 16 (Dk + Dv) flops for every 16 rows in use, and
@@ -129,6 +129,11 @@ struct Decode {
     task.begin = task.split * p.split_len;
     task.end = min(task.begin + p.split_len, end);
     task.used = (end + p.split_len - 1) / p.split_len;
+    if (task.used > p.splits) {
+      // More is open than the host knew of when it cut the work: blocks, and tickets, would lack.
+      report(p.state.status, INFINI_STATUS_LENGTH);
+      task.piece.len = task.rows = 0;
+    }
     if (task.rows <= 0) return;
     task.source = {keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head()),
                    values_of<T>(p.problem, p.call.v, p.state, piece, kv_head())};

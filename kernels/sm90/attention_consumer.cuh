@@ -17,7 +17,7 @@
 
 namespace infini {
 
-template <class T, int Dk, int Dv, int QueryStages = 1>
+template <class T, int Dk, int Dv, int QueryStages>
 struct AttentionConsumer {
   using Shared = AttentionShared<T, Dk, Dv, QueryStages>;
   static constexpr int kGroups = Shared::kGroups, kKeys = Shared::kKeys;
@@ -299,6 +299,7 @@ struct AttentionConsumer {
 
   // O += sigma(Q) snapshot.
   __device__ __forceinline__ void retrieve(const float (&shift)[2], Mapped& mapped) {
+    static_assert(!kKeeps || kMemoryRows == Dk);
 #pragma unroll 1
     for (int first = 0; first < Dk; first += kMemoryRows) {
       uint32_t a[kMemoryRows / 16][4];

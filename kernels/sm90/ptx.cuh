@@ -58,7 +58,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int 
 
 // `barrier` may lie in another block of the cluster. Without `.release.cluster`, which assembles to a
 // memory barrier of the whole device: what is ordered here are reads of wgmma, complete before the
-// arrival, against copies issued behind the wait for it.
+// arrival, against copies issued behind the wait for it. (Rows that TailCleaner clears as well: they
+// lie behind its fence, and a wgmma has read them.)
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");

@@ -117,6 +117,7 @@ struct Segment {
     while (producer.feed(p.call, next)) {
     }
     if (!updates()) {
+      __syncwarp();
       ptx::meet_cluster();
       return;
     }
@@ -133,6 +134,7 @@ struct Segment {
         producer.load_values(tile.open ? kMapOpenV : kMapV,
                              token_box(p.call.v, piece(), part.kv_head, tile, 0), tile.valid);
       }
+      __syncwarp();
       meet_twice();
     }
   }

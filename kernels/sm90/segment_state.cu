@@ -1,15 +1,15 @@
 // Phase 1 of prefill on Hopper: B = sigma(K)t V and the column sums of sigma(K) of every full
 // piece.
 //
-// Tile: GroupStateTile<Dk, Dv>: all channels of K and up to 128 columns of V; a producer warp keeps
-// a ring of tiles of 64 tokens full. Grid (splits, Hkv * Dv / columns, pieces).
+// Tile: GroupStateTile<Dk, Dv>: all channels of K and up to 128 columns of V; the first thread keeps
+// a ring of tiles of 64 tokens full (token_ring.cuh). Grid (splits, Hkv * Dv / columns, pieces).
 //
 // K never goes back to shared memory: each warp reads its 16 channels of a tile by ldmatrix.trans,
 // maps them in registers, adds them to the column sums, and has the A fragments of sigma(K)t; V is
 // the B operand as it lies.
 //
-// Shared memory: ring [stages] of key tile [64 x Dk] and value tile [64 x columns]; mbarriers: full
-// (the producer, bytes), empty (every consumer warp), the tail's.
+// Shared memory: ring [stages] of key tile [64 x Dk] and value tile [64 x columns]; an mbarrier per
+// stage: full (the first thread, bytes).
 //
 // Per token and head 2 Dk Dv flops and Dk exponentials; reads Dk + Dv elements once (Dk twice at
 // Dv = 256, the second time from L2), writes 4 Dk (Dv + 1) bytes per split: memory bounds it.
