@@ -7,9 +7,14 @@ use common::cases::Case;
 use common::cuda::{Entry, Simulated};
 use common::driver::{Summary, run_cases};
 use common::extremes::{extremes, long_segments};
+use common::simulator::Simulator;
 use common::tensor_cases::{Shape, every_level, every_nth, full, pairwise, work};
-use infini_attn::DType;
-use infini_attn::cuda::{Arch, KERNELS};
+use infini_attn::cuda::params::{INFINI_STATUS_LENGTH, InfiniCounters};
+use infini_attn::cuda::{
+    Addresses, Arch, Call, DecodeOptions, DeviceTensor, KERNELS, Mirror, Operand, Runs,
+    StateLayout, Target, plan_decode,
+};
+use infini_attn::{DType, Problem};
 
 /// Multiply-adds of a case: a fraction of a second of the simulator.
 const BUDGET: u64 = 4_000_000;
@@ -121,4 +126,50 @@ fn every_case_in_every_shape() {
     run(Entry::Prefill, all.clone());
     run(Entry::Segment, all.iter().cloned().map(Case::within_segments).collect());
     run(Entry::Decode, short(all));
+}
+
+/// Counters that the plan was not made for: the sequence is skipped and reported, nothing else
+/// changes, least of all a ticket.
+#[test]
+fn decode_skips_a_sequence_with_more_open_tokens_than_it_was_cut_for() {
+    let p = Problem::builder().heads(2).kv_heads(1).head_dim(64).segment_len(256);
+    let p = p.dtype(DType::BF16).build().expect("valid");
+    let layout = StateLayout::new(&p, 1, false).expect("valid");
+    let mut mirror = Mirror::new(&layout);
+    let mut sim = Simulator::of(Arch::Sm80);
+    let state = sim.allocate("state", layout.bytes());
+    let address = sim.device.address(state);
+    let init = layout.plan_init().expect("valid");
+    // SAFETY: the allocation has the layout's size.
+    unsafe { init.run(&Addresses::new().with(Operand::State, address), &mut sim) }
+        .expect("it runs");
+    mirror.advance(&init).expect("its own plan");
+
+    let rows = |heads| DeviceTensor::contiguous(DType::BF16, &[1, 1, heads, 64]).expect("valid");
+    let gate = DeviceTensor::contiguous(DType::F32, &[2]).expect("valid");
+    let target = Target { split_len: 64, ..Target::default() };
+    let call = Call::new(rows(2), rows(1), rows(1), gate, rows(2));
+    let plan = plan_decode(&p, &call, &mirror, &DecodeOptions { runs: Runs::Once, target });
+    let plan = plan.expect("valid");
+
+    let at = layout.params(address);
+    let counters = InfiniCounters { tokens: 200, open_len: 200, ..Default::default() };
+    sim.device.write(at.counters, bytemuck::bytes_of(&counters)).expect("inside");
+    let mut expected: Vec<u8> = sim.read(address, layout.bytes() as usize);
+    let status = (at.status - address) as usize;
+    expected[status..status + 4].copy_from_slice(&INFINI_STATUS_LENGTH.to_le_bytes());
+
+    let mut addresses = Addresses::new().with(Operand::State, address);
+    for (operand, elements) in
+        [(Operand::Q, 128), (Operand::K, 64), (Operand::V, 64), (Operand::O, 128)]
+    {
+        addresses.set(operand, sim.upload(&operand.to_string(), &vec![0u16; elements]));
+    }
+    addresses.set(Operand::Gate, sim.upload("gate", &[0.0f32; 2]));
+    let workspace = sim.allocate("workspace", plan.workspace_bytes());
+    addresses.set(Operand::Workspace, sim.device.address(workspace));
+    // SAFETY: the buffers have the sizes of the tensors that the plan was made for.
+    unsafe { plan.run(&addresses, &mut sim) }.expect("it runs");
+    let found: Vec<u8> = sim.read(address, layout.bytes() as usize);
+    assert!(found == expected, "{plan}");
 }
