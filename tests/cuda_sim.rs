@@ -6,7 +6,7 @@ mod common;
 use common::cases::Case;
 use common::cuda::{Entry, Simulated};
 use common::driver::{Summary, run_cases};
-use common::extremes::{extremes, long_segments};
+use common::extremes::{extremes, long_segments, short_segments};
 use common::simulator::Simulator;
 use common::tensor_cases::{Shape, every_level, every_nth, full, pairwise, work};
 use infini_attn::cuda::params::{INFINI_STATUS_LENGTH, InfiniCounters};
@@ -76,7 +76,8 @@ fn long_segments_on_sm90() {
 #[test]
 fn beyond_the_table() {
     for arch in [Arch::Sm80, Arch::Sm90] {
-        let cases = [64, 128].map(|d| extremes((DType::BF16, d, d))).concat();
+        let mut cases = [64, 128].map(|d| extremes((DType::BF16, d, d))).concat();
+        cases.extend([64, 128, 256].map(|d| short_segments((DType::BF16, d, d))));
         run_on(arch, Entry::Prefill, cases.clone());
         run_on(arch, Entry::Segment, cases.into_iter().map(Case::within_segments).collect());
     }

@@ -235,6 +235,8 @@ impl DeviceState {
         let mut sim = Simulator::of(arch).seed(seed);
         let buffer = sim.allocate("state", layout.bytes());
         let address = sim.device.address(buffer);
+        // What an allocator hands out: rows of open segments that nobody wrote are NaN.
+        sim.device.fill(address, layout.bytes(), 0xff).unwrap_or_else(|e| panic!("{e}"));
         let mirror = Mirror::new(&layout);
         let mut state = Self { sim, mirror, arch, address, calls: 0, seed, findings: vec![] };
         let plan = layout.plan_init().unwrap_or_else(|e| panic!("{e}"));

@@ -42,6 +42,13 @@ pub fn long_segments(shape: Shape) -> Case {
     case.with(|b| b.heads(1).segment_len(1024)).in_calls(&[1024, 300, 724])
 }
 
+/// Segments that end within a tile of tokens and come in two calls: behind the rows of the open
+/// segment lies what nobody wrote, behind the new ones other tokens.
+pub fn short_segments(shape: Shape) -> Case {
+    let case = base("segments of 33", shape, Update::Delta);
+    case.with(|b| b.heads(1).segment_len(33)).in_calls(&[43, 40, 5, 30])
+}
+
 impl Case {
     /// One sequence, in calls of so many tokens.
     fn in_calls(mut self, tokens: &[usize]) -> Self {
