@@ -15,8 +15,8 @@ struct Line {
     arch: String,
     operation: String,
     dtype: Option<String>,
-    /// Dk, Dv, threads, shared_bytes, blocks_per_sm, rows, columns, keys.
-    numbers: [u32; 8],
+    /// Dk, Dv, threads, shared_bytes, blocks_per_sm, rows, columns, keys, registers.
+    numbers: [u32; 9],
 }
 
 impl Line {
@@ -56,13 +56,14 @@ impl Line {
                 return Err(format!("describe.cpp: dtype {other}, bf16 or f16 expected"));
             }
         };
-        let [key_dim, value_dim, threads, shared_bytes, blocks_per_sm, rows, columns, keys] =
-            self.numbers;
+        let [key_dim, value_dim, rest @ ..] = self.numbers;
+        let [threads, shared_bytes, blocks_per_sm, rows, columns, keys, registers] = rest;
         Ok(format!(
             "Kernel {{ arch: Arch::{arch}, operation: {:?}, symbol: {:?}, file: {:?}, dtype: {dtype}, \
              key_dim: {key_dim}, value_dim: {value_dim}, threads: {threads}, \
              shared_bytes: {shared_bytes}, blocks_per_sm: {blocks_per_sm}, rows: {rows}, \
-             columns: {columns}, keys: {keys} }},\n",
+             columns: {columns}, keys: {keys}, \
+             launch_registers: {registers} }},\n",
             self.operation,
             self.symbol(),
             self.file()
@@ -123,7 +124,7 @@ pub fn generate(
 
 /// The table for programs that replace kernels when they run: a hash of the launch parameters, which
 /// must be the same, then a line per kernel: symbol, threads, shared_bytes, blocks_per_sm, rows,
-/// columns, keys.
+/// columns, keys, registers.
 fn text(lines: &[Line], params: &str) -> String {
     let mut text = format!("params {params}\n");
     for line in lines {
@@ -161,8 +162,8 @@ fn documentation(lines: &[Line]) -> String {
         "/// Every kernel; of those that serve a problem, the newest that the target runs is used.\n\
          ///\n\
          /// | arch | operation | Dk | Dv | threads | shared bytes | blocks per SM | rows | columns \
-         | keys | dtypes |\n\
-         /// |---|---|---|---|---|---|---|---|---|---|---|\n",
+         | keys | registers | dtypes |\n\
+         /// |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (first, dtypes) in rows {
         _ = writeln!(text, "/// {}| {} |", lines[first].documentation(), dtypes.join(", "));

@@ -112,7 +112,7 @@ fn kernels_take_the_structures_that_the_host_passes() {
         let structure = bytes[kernel.operation];
         let expected = match tensor_maps(kernel) {
             0 => structure,
-            maps => (MAP_BYTES * maps + structure).next_multiple_of(64),
+            maps => (MAP_BYTES * maps + structure).next_multiple_of(128),
         };
         assert_eq!(declared, expected, "{}", kernel.symbol);
         assert!(declared <= 4096, "{}: {declared} bytes of parameters", kernel.symbol);

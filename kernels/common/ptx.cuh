@@ -59,6 +59,14 @@ __device__ __forceinline__ uint32_t ld_shared(uint32_t from) {
   return x;
 }
 
+// An ordinary load, of device memory although the compiler cannot see that; of memory that other
+// launches and this one may write, unlike __ldg.
+template <class T>
+__device__ __forceinline__ T ld_global(const T* from) {
+  __builtin_assume(__isGlobal(from));
+  return *from;
+}
+
 __device__ __forceinline__ void st_shared(uint32_t to, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }

@@ -289,7 +289,7 @@ struct AttentionConsumer {
       map_queries(a, column, shift);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<T>(a[i]), weight = __ldg(pairs + column / 2 + i / 2 * 4);
+        const float2 x = unpack<T>(a[i]), weight = ptx::ld_global(pairs + column / 2 + i / 2 * 4);
         den[i % 2] += x.x * weight.x + x.y * weight.y;
       }
     }
@@ -395,7 +395,7 @@ struct AttentionConsumer {
     if (!job.retrieves) return;
     // Bounded away from 0 so that share / retrieved stays finite; what that adds is below rounding.
     const auto retrieved = [&](int h, int slice) {
-      const float e = weight[h] * inverse_scale(__ldg(job.scale + slice));
+      const float e = weight[h] * inverse_scale(ptx::ld_global(job.scale + slice));
       const float least = share[h] * 1e-30f;
       return fabsf(e) < least ? least : e;
     };

@@ -7,9 +7,9 @@
 //   jobs         [2]
 #pragma once
 
-#include "common/tiles.h"
 #include "sm90/attention_job.cuh"
 #include "sm90/pipeline.cuh"
+#include "sm90/tiles.h"
 
 namespace infini {
 

@@ -5,11 +5,12 @@
 
 #include "common/instantiate.h"
 #include "sm90/ptx.cuh"
+#include "sm90/tiles.h"
 
 namespace infini {
 
 template <class Params, int Maps>
-struct alignas(64) Mapped {
+struct alignas(128) Mapped {
   ptx::TensorMap maps[Maps];
   Params p;
 };

@@ -9,7 +9,7 @@
 namespace infini::ptx {
 
 // A tensor map, passed by value as `const __grid_constant__`.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
 

@@ -372,6 +372,9 @@ impl Device {
         function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
             self.failed(format!("{} with {} B of shared memory", what(), kernel.shared_bytes), e)
         })?;
+        let registers = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        let registers = function.get_attribute(registers).map_err(|e| self.failed(what(), e))?;
+        kernel.check_registers(registers)?;
         tables.functions.insert(kernel.symbol, function.clone());
         Ok(function)
     }

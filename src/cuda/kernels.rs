@@ -35,6 +35,9 @@ pub struct Kernel {
     pub columns: usize,
     /// Rows of a box of keys or values that tensor copies bring; 0 where there are none.
     pub keys: usize,
+    /// Registers of a thread at launch, where warps pass them to each other and would wait for ever
+    /// with others; 0: as many as the assembler gave it.
+    pub launch_registers: u32,
 }
 
 impl Kernel {
@@ -42,6 +45,22 @@ impl Kernel {
     pub fn registers(&self) -> u32 {
         let share = 65536 / (self.threads * self.blocks_per_sm);
         (share / 8 * 8).min(255)
+    }
+
+    /// Whether it may be launched with so many registers per thread.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when its warps count on others.
+    pub(crate) fn check_registers(&self, registers: i32) -> Result<()> {
+        if self.launch_registers == 0 || registers == self.launch_registers as i32 {
+            return Ok(());
+        }
+        let (what, wanted) = (format!("loading the kernel {}", self.symbol), self.launch_registers);
+        let reason = format!(
+            "{registers} registers per thread given by the assembler, {wanted} expected: its warps \
+             pass them to each other, and would wait for ever"
+        );
+        Err(Error::Driver { what, reason })
     }
 
     /// What it computes.

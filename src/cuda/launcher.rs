@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// The kernel's parameter, where it begins with maps, has this alignment, and its size is a multiple
 /// of it.
-const MAP_ALIGN: usize = 64;
+const MAP_ALIGN: usize = 128;
 
 /// Executes the steps of a plan, in order, each after the one before has taken effect.
 ///
@@ -52,7 +52,7 @@ pub struct Launch<'a> {
 
 impl<'a> Launch<'a> {
     /// Bytes of the kernel's one parameter: the maps, each as `encode` gives it, then the parameter
-    /// structure; where there are maps, zeros up to a multiple of 64.
+    /// structure; where there are maps, zeros up to a multiple of 128.
     ///
     /// # Errors
     /// [`Launch::error`] with the reason of `encode`.
@@ -108,9 +108,9 @@ mod tests {
         assert_eq!(*plain, [9; 40]);
         let maps = [map(3), map(4)];
         let bytes = launch(&maps, &[9; 8]).parameter(encode).expect("encoded");
-        let expected = [vec![3; 128], vec![4; 128], vec![9; 8], vec![0; 56]].concat();
+        let expected = [vec![3; 128], vec![4; 128], vec![9; 8], vec![0; 120]].concat();
         assert_eq!(*bytes, expected);
-        assert_eq!(launch(&maps, &[9; 64]).parameter(encode).expect("encoded").len(), 320);
+        assert_eq!(launch(&maps, &[9; 128]).parameter(encode).expect("encoded").len(), 384);
     }
 
     #[test]

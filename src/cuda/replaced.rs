@@ -65,20 +65,23 @@ fn parse(text: &str) -> std::result::Result<Vec<Kernel>, (String, String)> {
         return Err((format!("launch parameters {given}"), params.into()));
     }
     for line in lines {
-        let bad = || (format!("{line:?}"), "a symbol of this program and six numbers".into());
+        let bad = || (format!("{line:?}"), "a symbol of this program and seven numbers".into());
         let (symbol, numbers) = line.split_once(' ').ok_or_else(bad)?;
         let kernel = kernels.iter_mut().find(|k| k.symbol == symbol).ok_or_else(bad)?;
         let numbers =
             numbers.split(' ').map(str::parse).collect::<std::result::Result<Vec<u32>, _>>();
         let numbers = numbers.map_err(|_| bad())?;
-        let [threads, shared_bytes, blocks_per_sm, rows, columns, keys] = numbers[..] else {
+        let [threads, shared_bytes, blocks_per_sm, rows, columns, keys, launch_registers] =
+            numbers[..]
+        else {
             return Err(bad());
         };
         if threads == 0 || blocks_per_sm == 0 {
             return Err(bad());
         }
         let [rows, columns, keys] = [rows, columns, keys].map(|n| n as usize);
-        *kernel = Kernel { threads, shared_bytes, blocks_per_sm, rows, columns, keys, ..*kernel };
+        let shape = Kernel { threads, shared_bytes, blocks_per_sm, ..*kernel };
+        *kernel = Kernel { rows, columns, keys, launch_registers, ..shape };
     }
     Ok(kernels)
 }
@@ -103,7 +106,8 @@ mod tests {
 
     fn line(k: &Kernel, threads: u32) -> String {
         let Kernel { symbol, shared_bytes, blocks_per_sm, rows, columns, keys, .. } = *k;
-        format!("{symbol} {threads} {shared_bytes} {blocks_per_sm} {rows} {columns} {keys}")
+        let (tile, registers) = (format!("{rows} {columns} {keys}"), k.launch_registers);
+        format!("{symbol} {threads} {shared_bytes} {blocks_per_sm} {tile} {registers}")
     }
 
     #[test]
@@ -123,11 +127,11 @@ mod tests {
         for (text, wanted) in [
             (String::new(), "launch parameters nothing"),
             (format!("params 00\n{good}"), "launch parameters 00"),
-            (format!("params {params}\ninfini_other 1 2 3 4 5 6"), "infini_other"),
-            (format!("params {params}\n{good} 7"), "six numbers"),
-            (format!("params {params}\n{good} more"), "six numbers"),
-            (format!("params {params}\n{}", line(&kernels[0], 0)), "six numbers"),
-            (format!("params {params}\n{}", kernels[0].symbol), "six numbers"),
+            (format!("params {params}\ninfini_other 1 2 3 4 5 6 7"), "infini_other"),
+            (format!("params {params}\n{good} 8"), "seven numbers"),
+            (format!("params {params}\n{good} more"), "seven numbers"),
+            (format!("params {params}\n{}", line(&kernels[0], 0)), "seven numbers"),
+            (format!("params {params}\n{}", kernels[0].symbol), "seven numbers"),
         ] {
             let (got, expected) = parse(&text).expect_err(&text);
             assert!(format!("{got} given, {expected}").contains(wanted), "{got}, {expected}");

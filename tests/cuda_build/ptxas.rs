@@ -38,6 +38,16 @@ fn register_budgets() {
     assert_eq!(of(384, 1), 168);
 }
 
+/// Kernels whose warps pass registers to each other say with how many they begin.
+#[test]
+fn kernels_that_reallocate_registers_say_so() {
+    for (file, _) in files() {
+        let Some(text) = ptx(file) else { continue };
+        let says = KERNELS.iter().any(|k| k.file == file && k.launch_registers > 0);
+        assert_eq!(says, text.contains("setmaxnreg"), "{file}");
+    }
+}
+
 #[test]
 fn kernels_spill_nothing_and_keep_to_their_budgets() {
     let Some(nvcc) = nvcc() else {
@@ -68,6 +78,11 @@ fn kernels_spill_nothing_and_keep_to_their_budgets() {
                 "{}: {} registers, at most {allowed} for {} blocks of {} threads",
                 kernel.symbol, usage.registers, kernel.blocks_per_sm, kernel.threads
             ));
+        }
+        let wanted = kernel.launch_registers;
+        if wanted > 0 && usage.registers != wanted {
+            let (symbol, got) = (kernel.symbol, usage.registers);
+            problems.push(format!("{symbol}: {got} registers, its warps count on {wanted}"));
         }
         let shared = usage.shared_bytes + kernel.shared_bytes;
         let most = limits(kernel.arch).1;
