@@ -267,6 +267,22 @@ fn persistent_blocks_are_as_many_as_find_work() {
     assert_eq!(blocks(300, 1), (1, [2, 1, 1]));
 }
 
+/// A cluster that the device does not hold beside the others would run after all of them.
+#[test]
+fn no_more_clusters_are_launched_than_the_device_holds() {
+    let p = square(D);
+    let attention = |pairs| {
+        let options = PrefillOptions { target: Target { pairs, ..TARGET }, ..OPTIONS };
+        let call = call(&p, &[1, 3000]);
+        let plan = plan_prefill(&p, &call, &mirror(&p, 1), &options).expect("valid");
+        let launched = launch(&plan, "segment_attention");
+        (launched.grid[0], launched.cluster)
+    };
+    assert_eq!(attention(66), (3000_u32.div_ceil(128) * 4, 2));
+    assert_eq!(attention(5), (10, 2));
+    assert_eq!(attention(0), (3000_u32.div_ceil(128) * 4, 1));
+}
+
 #[test]
 fn neighbouring_heads_of_a_group_share_what_they_load() {
     for (heads, kv_heads, cluster) in [(4, 2, 2), (4, 1, 2), (3, 1, 1), (2, 2, 1)] {
@@ -301,6 +317,11 @@ fn a_cluster_has_a_head_of_a_segment_where_it_fills_the_device() {
     assert_eq!((launched.kernel.arch, launched.cluster), (Arch::Sm80, 1));
     let reason = "portable: 16 blocks per sequence for 41 multiprocessors";
     assert!(launched.why.contains(reason), "{}", launched.why);
+    let plan = segment(&p, &Target { segment_fill: 39, multiprocessors: 41, ..TARGET });
+    assert_eq!(launch(&plan, "segment").kernel.arch, Arch::Sm90);
+    let plan = segment(&p, &Target { cluster_blocks: 7, ..full });
+    let reason = "portable: clusters of 8 blocks, the device holds 7 at most";
+    assert!(launch(&plan, "segment").why.contains(reason), "{plan}");
     let narrow = problem(|b| b.key_dim(96).value_dim(96));
     let plan = segment(&narrow, &full);
     assert!(launch(&plan, "segment").why.contains("no sm90 kernel for d = 96"), "{plan}");
@@ -351,9 +372,18 @@ fn targets_that_cannot_be_are_refused() {
 /// `INFINI_TARGET` of the device tests and the benchmarks.
 #[test]
 fn switches_change_a_target() {
-    let text = "arch=sm80,multiprocessors=7,shared_by=1,l2_bytes=9,split_len=512";
-    let changed =
-        Target { arch: Arch::Sm80, multiprocessors: 7, shared_by: 1, l2_bytes: 9, split_len: 512 };
+    let text = "arch=sm80,multiprocessors=7,pairs=2,cluster_blocks=4,shared_by=1,l2_bytes=9,\
+                split_len=512,segment_fill=30";
+    let changed = Target {
+        arch: Arch::Sm80,
+        multiprocessors: 7,
+        pairs: 2,
+        cluster_blocks: 4,
+        shared_by: 1,
+        l2_bytes: 9,
+        split_len: 512,
+        segment_fill: 30,
+    };
     assert_eq!(switches::target(TARGET, text).expect("known"), changed);
     let one = switches::target(TARGET, "split_len=64").expect("known");
     assert_eq!(one, Target { split_len: 64, ..TARGET });

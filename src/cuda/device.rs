@@ -4,7 +4,7 @@
 //! starts on machines without one.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
 use cudarc::driver::{
@@ -12,12 +12,17 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
+use super::encoded_maps::EncodedMaps;
 use super::enqueue::CudaLauncher;
 use super::kernels::{self, KERNELS, Kernel};
 use super::observer::Observers;
 use super::plan::Plan;
+use super::residency::Residency;
 use super::wait_report::WaitReport;
-use super::{Addresses, Arch, DecodeOptions, Event, Operand, PrefillOptions, Runs, Target};
+use super::{
+    Addresses, Arch, DecodeOptions, Event, MAP_BYTES, Operand, PrefillOptions, Runs, Target,
+    TensorMap,
+};
 use crate::{Error, Result};
 
 /// Least compute capability the kernels run on.
@@ -76,6 +81,9 @@ struct Loaded {
     tables: Mutex<Tables>,
     /// Of the modules whose waits give up.
     waits: Mutex<Vec<WaitReport>>,
+    maps: EncodedMaps,
+    /// Asked once.
+    residency: OnceLock<Residency>,
 }
 
 #[derive(Debug, Default)]
@@ -111,8 +119,9 @@ impl Device {
             let name = context.name().unwrap_or_else(|_| "unnamed".into());
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
-        let loaded =
-            Loaded { context, capability, tables: Mutex::default(), waits: Mutex::default() };
+        let (tables, waits, residency) = (Mutex::default(), Mutex::default(), OnceLock::new());
+        let maps = EncodedMaps::default();
+        let loaded = Loaded { context, capability, tables, waits, maps, residency };
         let (loaded, workspace) = (Arc::new(loaded), Arc::default());
         Ok(Self { stream, loaded, workspace, target: None, observers: Observers::default() })
     }
@@ -192,14 +201,24 @@ impl Device {
     /// What plans for this device are made for.
     ///
     /// # Errors
-    /// [`Error::Driver`] when the driver does not tell the number of multiprocessors.
+    /// [`Error::Driver`] when the driver does not tell how much of the device there is; on a device of
+    /// [`Arch::Sm90`] those of loading a kernel, the first time.
     pub fn target(&self) -> Result<Target> {
         if let Some(target) = self.target {
             return Ok(target);
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = self.attribute(count)?.max(1);
-        Ok(Target { arch: self.arch(), multiprocessors, ..Target::DEFAULT })
+        let known = &self.loaded.residency;
+        let Residency { pairs, cluster_blocks } = match known.get() {
+            Some(known) => *known,
+            None => {
+                let asked = Residency::of(self)?;
+                *known.get_or_init(|| asked)
+            }
+        };
+        let arch = self.arch();
+        Ok(Target { arch, multiprocessors, pairs, cluster_blocks, ..Target::DEFAULT })
     }
 
     /// The newest kernels it runs, whatever calls are planned for.
@@ -347,6 +366,13 @@ impl Device {
 
     pub(super) fn bind(&self) -> Result<()> {
         self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
+    }
+
+    pub(super) fn encoded(
+        &self,
+        map: &TensorMap,
+    ) -> std::result::Result<[u8; MAP_BYTES], DriverError> {
+        self.loaded.maps.get(map)
     }
 
     pub(super) fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {

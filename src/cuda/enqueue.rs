@@ -8,8 +8,8 @@ use cudarc::driver::{CudaFunction, DriverError, result};
 use super::device::{driver, reason, table_kernel};
 use super::launcher::{Launch, Launcher};
 use super::params::{INFINI_TABLE_BYTES, InfiniTable};
-use super::{Device, Event, MAP_BYTES, TensorMap};
-use crate::{DType, Error, Result};
+use super::{Device, Event, Kernel};
+use crate::{Error, Result};
 
 /// Blocks of a cluster that every kernel may have.
 const PORTABLE_CLUSTER: u32 = 8;
@@ -52,7 +52,7 @@ impl Launcher for CudaLauncher<'_> {
         let function = self.device.function(kernel)?;
         self.device.bind()?;
         self.device.tell(Event::Launch(launch));
-        let parameter = launch.parameter(|map| encode(map).map_err(reason))?;
+        let parameter = launch.parameter(|map| self.device.encoded(map).map_err(reason))?;
         let mut arguments = [parameter.as_ptr().cast_mut().cast::<c_void>()];
         let stream = self.device.stream().cu_stream();
         // SAFETY: the function is alive; it has one parameter, which the driver copies out of
@@ -113,61 +113,42 @@ unsafe fn launch_clusters(
         let larger = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
         function.set_attribute(larger, 1)?;
     }
-    let dimension =
-        sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
-    let mut attribute = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-        pad: [0; 4],
-        value: sys::CUlaunchAttributeValue { clusterDim: dimension },
-    };
-    let [x, y, z] = launch.grid;
-    let config = sys::CUlaunchConfig {
-        gridDimX: x,
-        gridDimY: y,
-        gridDimZ: z,
-        blockDimX: launch.kernel.threads,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: launch.kernel.shared_bytes,
-        hStream: stream,
-        attrs: &raw mut attribute,
-        numAttrs: 1,
-    };
+    let mut attribute = cluster_of(launch.cluster);
+    let config = configuration(launch.kernel, launch.grid, stream, Some(&mut attribute));
     let (function, nothing) = (function.cu_function(), std::ptr::null_mut());
     // SAFETY: the caller's contract; configuration and attribute live until the driver returns.
     unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), nothing) }.result()
 }
 
-/// A tensor map in the driver's encoding.
-fn encode(map: &TensorMap) -> std::result::Result<[u8; MAP_BYTES], DriverError> {
-    // SAFETY: plain numbers.
-    let mut encoded: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-    let dtype = match map.dtype {
-        DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    };
-    let (extents, strides, boxes) = (map.extents, map.strides, map.box_extents());
-    // SAFETY: the encoder only reads the arrays, of 4, 3, 4 and 4 entries, and writes the map.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &raw mut encoded,
-            dtype,
-            extents.len() as u32,
-            map.data as *mut c_void,
-            extents.as_ptr(),
-            strides.as_ptr(),
-            boxes.as_ptr(),
-            [1; 4].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+/// Clusters of `blocks` blocks along x.
+pub(super) fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+    let dimension = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: dimension },
     }
-    .result()?;
-    let mut bytes = [0; MAP_BYTES];
-    for (to, word) in bytes.chunks_exact_mut(8).zip(encoded.opaque) {
-        to.copy_from_slice(&word.to_ne_bytes());
+}
+
+/// A launch of a kernel, with at most one attribute, which must outlive it.
+pub(super) fn configuration(
+    kernel: &Kernel,
+    grid: [u32; 3],
+    stream: sys::CUstream,
+    attribute: Option<&mut sys::CUlaunchAttribute>,
+) -> sys::CUlaunchConfig {
+    let [x, y, z] = grid;
+    let attrs = attribute.map_or(std::ptr::null_mut(), |attribute| &raw mut *attribute);
+    sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: kernel.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: kernel.shared_bytes,
+        hStream: stream,
+        attrs,
+        numAttrs: u32::from(!attrs.is_null()),
     }
-    Ok(bytes)
 }

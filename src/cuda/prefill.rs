@@ -246,7 +246,8 @@ impl Planner<'_> {
         let (p, target) = (&self.call.problem, self.phases.target);
         let pieces = run.pieces.len();
         // Neighbouring query heads of a group read the same keys, values and memory.
-        let shared_by = if p.group().is_multiple_of(2) { target.shared_by } else { 1 };
+        let pairs = p.group().is_multiple_of(2) && target.pairs > 0;
+        let shared_by = if pairs { target.shared_by } else { 1 };
         let operands = AttentionOperands {
             p,
             call: &self.params,

@@ -11,10 +11,6 @@ use super::target::Chosen;
 use super::{Arch, Call, Mirror, Operand, Target, find};
 use crate::{Error, Problem, Result};
 
-/// Share of the multiprocessors that one sequence must give blocks for the Hopper kernel to be chosen:
-/// the portable one spreads over all of them. A guess until it is measured.
-const FILL: (usize, usize) = (2, 5);
-
 /// Plans a call of [`prefill`](crate::prefill) in which no sequence goes beyond its current segment:
 /// at most N − `open_len` new tokens each. One launch, and one more where a batch has padding.
 ///
@@ -130,11 +126,18 @@ fn choose(
         shared_by: 1,
     };
     let chosen = Chosen::new("segment", p, target, |kernel| operands.with_raw_keys(kernel))?;
-    let (blocks, all) = (p.kv_heads() * Chunks::of_segment(p).count, target.multiprocessors);
-    if chosen.kernel.arch > Arch::Sm80 && blocks * FILL.1 < all * FILL.0 {
-        let reason = format!("{blocks} blocks per sequence for {all} multiprocessors");
-        let portable = find("segment", p, Arch::Sm80)?;
-        return Ok(Chosen { passed_over: Some(reason), ..portable.into() });
+    if chosen.kernel.arch == Arch::Sm80 {
+        return Ok(chosen);
     }
-    Ok(chosen)
+    let (cluster, all) = (Chunks::of_segment(p).count, target.multiprocessors);
+    let blocks = p.kv_heads() * cluster;
+    let reason = if cluster > target.cluster_blocks {
+        format!("clusters of {cluster} blocks, the device holds {} at most", target.cluster_blocks)
+    } else if blocks * 100 < all * target.segment_fill {
+        format!("{blocks} blocks per sequence for {all} multiprocessors")
+    } else {
+        return Ok(chosen);
+    };
+    let portable = find("segment", p, Arch::Sm80)?;
+    Ok(Chosen { passed_over: Some(reason), ..portable.into() })
 }

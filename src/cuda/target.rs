@@ -34,6 +34,11 @@ pub struct Target {
     pub arch: Arch,
     /// Multiprocessors of the device, by which work is split. Default 132.
     pub multiprocessors: usize,
+    /// Clusters of two blocks, each block with a multiprocessor to itself, that the device holds at a
+    /// time; 0: none, and nothing is loaded together. Default 66.
+    pub pairs: usize,
+    /// Most blocks of a cluster, each with a multiprocessor to itself. Default 8.
+    pub cluster_blocks: usize,
     /// Blocks of segment_attention on [`Arch::Sm90`] that load keys and values together, where the
     /// number of query heads per KV head is even: 1 or 2. Default 2.
     pub shared_by: usize,
@@ -42,6 +47,10 @@ pub struct Target {
     /// Keys of the open segment that one block of decode attends; rounded up to a multiple of 64.
     /// Smaller is faster for few sequences, larger moves fewer bytes. Default 256.
     pub split_len: usize,
+    /// Per cent of the multiprocessors that one sequence must give blocks for
+    /// [`segment`](super::segment) to run on [`Arch::Sm90`]: the portable kernel spreads over all of
+    /// them. Default 40, a guess until it is measured.
+    pub segment_fill: usize,
 }
 
 impl Target {
@@ -49,9 +58,12 @@ impl Target {
     pub const DEFAULT: Self = Self {
         arch: Arch::Sm80,
         multiprocessors: 132,
+        pairs: 66,
+        cluster_blocks: 8,
         shared_by: 2,
         l2_bytes: 16 << 20,
         split_len: 256,
+        segment_fill: 40,
     };
 
     /// Whether plans can be made for it; every planner asks.
@@ -123,11 +135,14 @@ impl Chosen {
     }
 
     /// Newer kernels go through the work with as many blocks as the target holds at a time, in clusters
-    /// of `cluster`.
+    /// of `cluster`, 1 or 2.
     pub fn persistent(mut self, target: Target, cluster: usize) -> Self {
         if self.kernel.arch > Arch::Sm80 {
-            let clusters = target.multiprocessors * self.kernel.blocks_per_sm as usize / cluster;
-            self.most_blocks = clusters.max(1) * cluster;
+            let clusters = match cluster {
+                1 => target.multiprocessors,
+                _ => target.pairs.min(target.multiprocessors / 2),
+            };
+            self.most_blocks = (clusters * self.kernel.blocks_per_sm as usize).max(1) * cluster;
             self.cluster = cluster as u32;
         }
         self

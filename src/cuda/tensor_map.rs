@@ -23,7 +23,7 @@ const MAX_EXTENT: u64 = i32::MAX as u64;
 
 /// A 16-bit tensor that a kernel copies in boxes of [`MAP_CHANNELS`] channels × 1 head × `rows` rows
 /// × 1 batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
     /// Element type.
     pub dtype: DType,

@@ -4,7 +4,7 @@
 //! | variable | |
 //! |---|---|
 //! | `INFINI_KERNELS` | folder of kernels in place of those compiled in |
-//! | `INFINI_TARGET` | how work is cut: `arch`, `multiprocessors`, `shared_by`, `l2_bytes`, `split_len`, such as `arch=sm80,shared_by=1` |
+//! | `INFINI_TARGET` | how work is cut: `arch`, `multiprocessors`, `pairs`, `cluster_blocks`, `shared_by`, `l2_bytes`, `split_len`, `segment_fill`, such as `arch=sm80,shared_by=1` |
 //! | `INFINI_LAUNCHES` | file that every launch is written to before it is enqueued |
 
 use std::fs::File;
@@ -65,8 +65,8 @@ pub fn note(text: &str) {
 pub fn target(mut target: Target, text: &str) -> Result<Target> {
     for part in text.split(',') {
         let bad = || {
-            let expected = "arch=sm80 or sm90, or a number for multiprocessors, shared_by, \
-                            l2_bytes or split_len";
+            let expected = "arch=sm80 or sm90, or a number for multiprocessors, pairs, \
+                            cluster_blocks, shared_by, l2_bytes, split_len or segment_fill";
             Error::Value {
                 argument: "INFINI_TARGET".into(),
                 got: part.into(),
@@ -81,9 +81,12 @@ pub fn target(mut target: Target, text: &str) -> Result<Target> {
                 target.arch = known.find(|a| a.to_string() == value).ok_or_else(bad)?;
             }
             "multiprocessors" => target.multiprocessors = number()?,
+            "pairs" => target.pairs = number()?,
+            "cluster_blocks" => target.cluster_blocks = number()?,
             "shared_by" => target.shared_by = number()?,
             "l2_bytes" => target.l2_bytes = number()?,
             "split_len" => target.split_len = number()?,
+            "segment_fill" => target.segment_fill = number()?,
             _ => return Err(bad()),
         }
     }

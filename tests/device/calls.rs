@@ -300,6 +300,10 @@ fn what_a_capture_cannot_hold_is_refused(device: &Device) -> Result<()> {
 
 fn calls_are_planned_for_the_target_that_is_given(device: &Device) -> Result<()> {
     let own = device.target()?;
+    // Every block of a pair has a multiprocessor to itself.
+    let most = own.multiprocessors / 2;
+    let clusters = own.arch == Arch::Sm80 || (1..=most).contains(&own.pairs);
+    assert!(clusters && (2..=16).contains(&own.cluster_blocks), "{own:?}");
     let portable = Target { arch: Arch::Sm80, multiprocessors: 7, split_len: 64, ..own };
     let other = device.with_target(portable)?;
     assert_eq!((other.target()?, device.target()?), (portable, own));
