@@ -15,6 +15,7 @@ from conftest import __main__, correctness, timing
 from battery.limits import Limits
 
 ROOT = Path(__file__).parents[2]
+VARIANTS = sorted((ROOT / "scripts/gpu-variants").glob("*.patch"))
 SECONDS = 50
 # Shorter ones, for what hangs must be ended and diagnosed within that.
 LIMITS = replace(Limits(), kernel=14.0, full=14.0, blocking=8.0)
@@ -71,6 +72,15 @@ def bundle(tmp_path_factory):
     planted = patch(scratch, FAULTS)
     subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variant", f"planted={planted}",
                     "--variant", "alone=@shared_by=1", folder], env=environment(), check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """The bundle with every variant that is kept for a card."""
+    folder = tmp_path_factory.mktemp("variants") / "bundle"
+    subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variants", folder],
+                   env=environment(), check=True)
     return folder
 
 
@@ -169,3 +179,22 @@ def test_one_case_of_a_group_runs_alone(bundle):
     alone = run(INFINI_CASE=cases[1].removeprefix("case "))
     assert alone.returncode == 0 and cases[1] in alone.stderr and cases[0] not in alone.stderr
     assert run(INFINI_CASE="no such case").returncode != 0
+
+
+@pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
+def test_kept_variants_pass(variants, patch):
+    """What the header of a patch says of it is there, and its groups pass."""
+    header = dict(line.split(": ", 1) for line in patch.read_text().splitlines()[:4] if ": " in line)
+    assert header["What"] and header["Predicted"]
+    lines = [line.split() for line in (variants / "variants.txt").read_text().splitlines()]
+    folder, switches = next(rest for name, *rest in lines if name == patch.stem)
+    changed = [*(variants / folder).glob("*/*.fatbin")] if folder != "-" else []
+    assert switches == header.get("Switches", "-") and (changed or switches != "-")
+    # In the log: what was predicted, and where a card's answer belongs.
+    assert f"| `{patch.stem}` |" in (ROOT / "docs/gpu-log.md").read_text()
+    more = {} if folder == "-" else {"INFINI_KERNELS": folder}
+    more |= {} if switches == "-" else {"INFINI_TARGET": switches}
+    for group in header["Test"].split():
+        done = subprocess.run(["./device-tests", "--exact", group], cwd=variants,
+                              env=environment(**more), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and f"test {group} ... ok" in done.stdout, done.stderr
