@@ -14,6 +14,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::encoded_maps::EncodedMaps;
 use super::enqueue::CudaLauncher;
+use super::host_tables::HostTables;
 use super::kernels::{self, KERNELS, Kernel};
 use super::observer::Observers;
 use super::plan::Plan;
@@ -82,6 +83,7 @@ struct Loaded {
     /// Of the modules whose waits give up.
     waits: Mutex<Vec<WaitReport>>,
     maps: EncodedMaps,
+    host_tables: HostTables,
     /// Asked once.
     residency: OnceLock<Residency>,
 }
@@ -120,8 +122,8 @@ impl Device {
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
         let (tables, waits, residency) = (Mutex::default(), Mutex::default(), OnceLock::new());
-        let maps = EncodedMaps::default();
-        let loaded = Loaded { context, capability, tables, waits, maps, residency };
+        let (maps, host_tables) = (EncodedMaps::default(), HostTables::default());
+        let loaded = Loaded { context, capability, tables, waits, maps, host_tables, residency };
         let (loaded, workspace) = (Arc::new(loaded), Arc::default());
         Ok(Self { stream, loaded, workspace, target: None, observers: Observers::default() })
     }
@@ -366,6 +368,10 @@ impl Device {
 
     pub(super) fn bind(&self) -> Result<()> {
         self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
+    }
+
+    pub(super) fn host_tables(&self) -> &HostTables {
+        &self.loaded.host_tables
     }
 
     pub(super) fn encoded(

@@ -92,9 +92,9 @@ impl Launcher for CudaLauncher<'_> {
         let what = format!("a table of {} B (more than {TABLE_LIMIT})", from.len());
         self.device.refuse_capture(&what, "use fewer sequences or pieces per captured call")?;
         self.device.bind()?;
-        // SAFETY: the range is the caller's, by its contract with `run`; the driver has copied
-        // pageable memory to its own before it returns.
-        unsafe { result::memcpy_htod_async(to, from, self.device.stream().cu_stream()) }
+        let (tables, stream) = (self.device.host_tables(), self.device.stream());
+        // SAFETY: the range is the caller's, by its contract with `run`.
+        unsafe { tables.copy(to, from, stream) }
             .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
     }
 }

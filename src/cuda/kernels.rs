@@ -154,3 +154,20 @@ pub(super) fn embedded() -> (&'static [Kernel], &'static str) {
 pub fn ptx(file: &str) -> Option<&'static str> {
     embedded_ptx(file)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Warps that wait for registers which nobody has would hang the device.
+    #[test]
+    fn other_registers_than_a_kernel_counts_on_are_refused() {
+        let passes = KERNELS.iter().find(|k| k.launch_registers > 0).expect("Hopper attention");
+        assert!(passes.check_registers(passes.launch_registers as i32).is_ok());
+        let error = passes.check_registers(160).expect_err("refused").to_string();
+        assert!(error.contains(passes.symbol), "{error}");
+        assert!(error.contains("160 registers per thread given by the assembler, 168"), "{error}");
+        let others = KERNELS.iter().find(|k| k.launch_registers == 0).expect("most kernels");
+        assert!(others.check_registers(40).is_ok());
+    }
+}

@@ -21,6 +21,7 @@ mod decode;
 mod device;
 mod encoded_maps;
 mod enqueue;
+mod host_tables;
 mod kernels;
 mod launcher;
 mod maps;

@@ -4,10 +4,11 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use half::{bf16, f16};
 use infini_attn::cuda::{
-    self, Arch, Device, Event, Gate, Inputs, Outputs, Runs, Target, TensorView, TensorViewMut,
+    self, Arch, Device, Event, Gate, Inputs, Launcher, Outputs, Runs, Target, TensorView,
+    TensorViewMut,
 };
 use infini_attn::{DType, Element, Error, Problem, State, TensorViewMut as HostMut, prefill};
 
@@ -28,6 +29,7 @@ pub fn groups() -> Vec<Group> {
         check("maps", maps_and_merges),
         check("merge_partials", merge_partials),
         check("capture", what_a_capture_cannot_hold_is_refused),
+        check("host_tables", large_tables_are_copied_as_they_were),
         check("targets", calls_are_planned_for_the_target_that_is_given),
         check("observers", observers_are_told_of_every_launch),
     ]
@@ -295,6 +297,27 @@ fn what_a_capture_cannot_hold_is_refused(device: &Device) -> Result<()> {
     }
     // The capture is unharmed, and so is the state.
     assert_eq!(token.prefill(&mut state, &gate).len(), 4 * 64);
+    Ok(())
+}
+
+/// More than launches carry: what it is copied from may change as soon as it is enqueued.
+fn large_tables_are_copied_as_they_were(device: &Device) -> Result<()> {
+    let lens = [70_000, 300_000, 65_537, 100_000, 70_001];
+    let copies = lens.map(|len| device.stream().clone_htod(&vec![0_u8; len]).expect("room"));
+    let mut from = vec![0; 300_000];
+    for round in 1..4 {
+        for (i, copy) in copies.iter().enumerate() {
+            from.fill(10 * round + i as u8);
+            let to = copy.device_ptr(device.stream()).0;
+            device.launcher().copy(to, &from[..copy.len()])?;
+        }
+        from.fill(0);
+        for (i, copy) in copies.iter().enumerate() {
+            let got = device.stream().clone_dtoh(copy).expect("a copy");
+            device.synchronize()?;
+            assert!(got.iter().all(|byte| *byte == 10 * round + i as u8), "copy {i}");
+        }
+    }
     Ok(())
 }
 
