@@ -3,10 +3,11 @@
 // memory.
 //
 // `columns` of M at a time (a pass), 64 of them per consumer warpgroup; at Dv = 64 the groups share
-// them and take every other 64 tokens. Per tile of keys and values:
-//   1. all consumers map the keys in place, one factor 1 / (sigma(k) z) per token
-//   2. under the delta rule, per 64 tokens (32 at Dk = 256): Rt = Mt sigma(K)t, then weighed
-//   3. dMt += Vt sigma(K) - Rt sigma(K)
+// them and take every other 64 tokens. Per tile of keys and values, mapped in place, one factor
+// 1 / (sigma(k) z) per token; a step is 64 tokens, 32 at Dk = 256:
+//   1. per step dMt += Vt sigma(K); under the delta rule Rt = Mt sigma(K)t is issued before, weighed
+//      while these products run, and dMt += -Rt sigma(K) issued behind
+//   2. all consumers map the next tile's keys while the last products run
 // Then dM goes to shared memory as f32 [Dk][columns], and after a barrier of the cluster block r
 // adds 32 columns of all blocks to M, in the order of the blocks.
 //
@@ -94,24 +95,24 @@ struct MemoryUpdate {
 
   static __device__ __forceinline__ void meet() { ptx::bar_sync(kConsumerBarrier, kThreads); }
 
-  // sigma of a tile of keys in place.
-  __device__ __forceinline__ void map_keys(int valid) {
-    const auto keys = shared.keys(key.stage());
-    float* factor = shared.factors(key.stage());
-    shared.key_ring().wait(key);
+  // sigma of the tile of keys at `at`, in place.
+  __device__ __forceinline__ void map_keys(Cursor<Shared::kStages> at, int valid) const {
+    const auto keys = shared.keys(at.stage());
+    float* factor = shared.factors(at.stage());
+    shared.key_ring().wait(at);
     infini::map_keys<kThreads>(p.problem, keys, shared.z(), valid,
                                [&](int row, float den, bool first) {
+                                 // 0 above 2^126, where the key is as good as absent.
                                  const bool absent = den == 0.0f || row >= valid;
-                                 if (first) factor[row] = absent ? 0.0f : 1.0f / den;
+                                 if (first) factor[row] = absent ? 0.0f : __fdividef(1.0f, den);
                                });
     ptx::fence_proxy_async_shared();
-    meet();
   }
 
   __device__ __forceinline__ void add_sums() {
     const int pair = threadIdx.x % kPairs;
     const auto keys = shared.keys(key.stage());
-#pragma unroll 8
+#pragma unroll(Dk > 128 ? 4 : 8)  // registers are few
     for (int row = threadIdx.x / kPairs; row < kKeys; row += kPairGroups) {
       const float2 x = unpack<T>(ptx::ld_shared(keys.at(row, pair / 4) + pair % 4 * 4));
       sums.x += x.x;
@@ -119,12 +120,10 @@ struct MemoryUpdate {
     }
   }
 
-  // -Rt of a step, as A fragments.
-  __device__ __forceinline__ void retrieve(uint32_t (&a)[kStep / 16][4], int token,
-                                           float memory_scale) {
+  // Starts Rt of a step.
+  __device__ __forceinline__ void retrieve(float (&r)[kStep / 2], int token) const {
     const auto keys = shared.keys(key.stage());
     const auto m = shared.snapshot().strip(strip());
-    float r[kStep / 2];
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < Dk; kk += 16) {
@@ -132,7 +131,11 @@ struct MemoryUpdate {
                                               kk > 0);
     }
     ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>(r);
+  }
+
+  // -Rt as A fragments.
+  __device__ __forceinline__ void weigh(uint32_t (&a)[kStep / 16][4], const float (&r)[kStep / 2],
+                                        int token, float memory_scale) const {
     const float* factor = shared.factors(key.stage()) + token + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kStep / 8; ++j) {
@@ -146,21 +149,10 @@ struct MemoryUpdate {
     ptx::settle(a);
   }
 
-  // dMt += (V - R)t sigma(K) of a step; V's strips from `first_strip` on.
-  __device__ __forceinline__ void add(float (&d)[Dk / 2], int token, int first_strip, bool delta,
-                                      float memory_scale) {
+  // Starts dMt += Vt sigma(K) of a step; V's strips from `first_strip` on.
+  __device__ __forceinline__ void add(float (&d)[Dk / 2], int token, int first_strip) const {
     const auto keys = shared.keys(key.stage());
     const auto v = shared.values(value.stage()).strip(first_strip + strip());
-    if (delta) {
-      uint32_t a[kStep / 16][4];
-      retrieve(a, token, memory_scale);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < kStep / 16; ++kk) {
-        ptx::Wgmma<T, Dk>::template rs<1>(d, a[kk], keys.along_rows(token + kk * 16), 1);
-      }
-      ptx::wgmma_commit_group();
-    }
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kStep / 16; ++kk) {
@@ -168,41 +160,79 @@ struct MemoryUpdate {
       ptx::Wgmma<T, Dk>::template ss<1, 1>(d, v.along_rows(row), keys.along_rows(row), 1);
     }
     ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>(d);
+  }
+
+  // The same of (V - R)t sigma(K). Rt is weighed under the products of V.
+  __device__ __forceinline__ void correct(float (&d)[Dk / 2], int token, int first_strip,
+                                          float memory_scale) const {
+    float r[kStep / 2];
+    retrieve(r, token);
+    add(d, token, first_strip);
+    ptx::wgmma_wait_group<1>(r);
+    uint32_t a[kStep / 16][4];
+    weigh(a, r, token, memory_scale);
+    const auto keys = shared.keys(key.stage());
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < kStep / 16; ++kk) {
+      ptx::Wgmma<T, Dk>::template rs<1>(d, a[kk], keys.along_rows(token + kk * 16), 1);
+    }
+    ptx::wgmma_commit_group();
   }
 
   // The chunk's share of one pass: dM in shared memory, and in the first pass the column sums.
   __device__ __forceinline__ void run(int pass) {
-    const UpdateChunk& chunk = shared.chunk();
-    const TokenTiles<kKeys> tiles(shared.piece(), chunk.first, chunk.end);
-    const float* scale = pointer<const float>(p.state.snapshot_scale) + chunk.matrix * (Dv / 32);
-    // Columns of this warp share one scale.
-    const int column = pass * kColumns + strip() * 64 + warp_row();
-    const float memory_scale = -inverse_scale(scale[column / INFINI_SCALE_COLUMNS]) * chunk.scale;
-    float d[Dk / 2];
-#pragma unroll
-    for (float& x : d) x = 0.0f;
     // The snapshot comes by the ring of group 0.
     shared.query_ring(0).wait(query);
     if (group() > 0) shared.query_ring(group()).wait(query);
+    float d[Dk / 2];
+#pragma unroll
+    for (float& x : d) x = 0.0f;
+    add_tiles(d, pass);
+    meet();  // all are done with keys, values and snapshot
+    put(d);
+    if (pass == 0) put_sums();
+  }
+
+  // How many tokens of tile `i` count; 0: there is none. Found anew from shared memory, for registers
+  // are few.
+  __device__ __forceinline__ int valid(int i) const {
+    const UpdateChunk& chunk = shared.chunk();
+    const TokenTiles<kKeys> tiles(shared.piece(), chunk.first, chunk.end);
+    return i < tiles.count() ? tiles.at(i).valid : 0;
+  }
+
+  // All tiles; the next is mapped under the last products of one.
+  __device__ __forceinline__ void add_tiles(float (&d)[Dk / 2], int pass) {
+    // Columns of this warp share one scale.
+    const int64_t scale = shared.chunk().matrix * (Dv / 32) +
+                          (pass * kColumns + strip() * 64 + warp_row()) / INFINI_SCALE_COLUMNS;
+    const float memory_scale =
+        -inverse_scale(pointer<const float>(p.state.snapshot_scale)[scale]) * shared.chunk().scale;
+    int rows = valid(0);
+    map_keys(key, rows);
 #pragma unroll 1
-    for (int i = 0; i < tiles.count(); ++i) {
-      map_keys(tiles.at(i).valid);
-      if (pass == 0) add_sums();
+    for (int i = 1; rows > 0; ++i) {
+      meet();  // the tile is mapped
       shared.value_ring().wait(value);
 #pragma unroll 1
-      for (int token = 0; token < kKeys; token += kStep) {
-        if (kPartials == 2 && token / 64 % 2 != group()) continue;
-        add(d, token, pass * (kColumns / 64), chunk.delta, memory_scale);
+      for (int token = kPartials == 2 ? group() * 64 : 0; token < kKeys;
+           token += kPartials * kStep) {
+        if (shared.chunk().delta) {
+          correct(d, token, pass * (kColumns / 64), memory_scale);
+        } else {
+          add(d, token, pass * (kColumns / 64));
+        }
       }
+      if (pass == 0) add_sums();
+      rows = valid(i);
+      if (rows > 0) map_keys({key.count + 1}, rows);
+      ptx::wgmma_wait_group<0>(d);
       shared.key_ring().release(key);
       key.advance();
       shared.value_ring().release(value);
       value.advance();
     }
-    meet();  // all are done with keys, values and snapshot
-    put(d);
-    if (pass == 0) put_sums();
   }
 
   // dMt of the group, transposed.
