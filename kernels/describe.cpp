@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <string>
 
+#include "common/decode_tile.h"
 #include "sm90/tiles.h"
 
 using namespace infini;

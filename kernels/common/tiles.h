@@ -1,6 +1,7 @@
 // Tile shapes and shared-memory sizes of the portable kernels, and the head dimensions they are
-// compiled for: the one place to change them (sm90/tiles.h: those of Hopper). Plain C++, read by the
-// kernels and by describe.cpp, from which the host learns threads and bytes of every launch.
+// compiled for: the one place to change them (decode_tile.h: that of decode; sm90/tiles.h: those of
+// Hopper). Plain C++, read by the kernels and by describe.cpp, from which the host learns threads and
+// bytes of every launch.
 #pragma once
 
 // (Dk, Dv) of the attention and memory kernels.
@@ -28,24 +29,6 @@ struct AttentionTile {
   static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
   // Query tile, key tile, value tile; z; two weights per row.
   static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
-};
-
-// Decoding packs the query heads of a KV head into the rows of one tile, of which few are in use:
-// the warps share the keys of a tile. What lies in flight at an SM bounds it, and how many blocks
-// can hide each other's beginning and end.
-template <int Dk, int Dv>
-struct DecodeTile {
-  static constexpr int warps = 4;
-  static constexpr int threads = warps * kWarp;
-  static constexpr int rows = 32;
-  static constexpr int keys = 64;
-  // Two tiles of keys and values in flight, where two blocks of an SM have room for them.
-  static constexpr int stages = Dk + Dv > 320 ? 1 : 2;
-  static constexpr int blocks_per_sm = Dk + Dv > 256 ? 2 : 3;
-  static constexpr int ring_bytes = stages * 2 * keys * (Dk + Dv);
-  // Key and value tiles; query tile; z; a maximum and a sum per row and warp, a weight per row.
-  static constexpr int shared_bytes =
-      ring_bytes + 2 * rows * Dk + 4 * Dk + 8 * 16 * warps + 4 * rows;
 };
 
 // A product over tokens, Xt sigma(K) [columns x Dk]: a warp per 16 columns of X, all of Dk in its

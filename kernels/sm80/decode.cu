@@ -20,6 +20,7 @@
 // Per token of the open segment and KV head 2 * 16 (Dk + Dv) flops for every 16 rows in use, and
 // (Dk + Dv) elements read once; M (snapshot) and z are read once. Per split and row in use 8 (Dv +
 // 2) bytes are exchanged.
+#include "common/decode_tile.h"
 #include "common/gate.cuh"
 #include "common/instantiate.h"
 #include "common/key_share.cuh"
