@@ -35,10 +35,10 @@ impl Sandbox {
         let folder = TempDir::new().unwrap();
         let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
         let to = folder.path().join("kernels");
-        for part in ["common", "sm80"] {
+        for part in ["common", "sm80", "sm90"] {
             fs::create_dir_all(to.join(part)).unwrap();
         }
-        for file in ["params.h", "describe.cpp"] {
+        for file in ["params.h", "describe.cpp", "sm90/tiles.h"] {
             fs::copy(from.join(file), to.join(file)).unwrap();
         }
         for header in fs::read_dir(from.join("common")).unwrap().flatten() {
@@ -219,7 +219,6 @@ fn files_of_sm90_get_no_other_code() {
     };
     let sandbox = Sandbox::new();
     fs::remove_file(sandbox.path("kernels/sm80/table.cu")).unwrap();
-    fs::create_dir(sandbox.path("kernels/sm90")).unwrap();
     fs::write(sandbox.path("kernels/sm90/wait.cu"), HOPPER).unwrap();
     let (recorder, log) = recording_nvcc(&sandbox, nvcc);
     for (asked, cubins) in [("", 1), ("80", 0), ("90", 1), ("80,90a,90", 1), ("ptx", 0)] {
