@@ -75,6 +75,9 @@ void hopper_key(const char* dtype) {
   using G = GroupTransitionTile<Dk>;
   print("sm90", "segment_transition", dtype, Dk, 0,
         {G::threads, G::shared_bytes, G::blocks_per_sm, 0, kUpdateColumns<Dk>, G::tokens, 0});
+  using S = ScanTile<Dk>;
+  print("sm90", "memory_scan", dtype, Dk, 0,
+        {S::threads, S::shared_bytes, S::blocks_per_sm, 0, S::columns, 0, 0});
 }
 
 }  // namespace
@@ -101,4 +104,5 @@ int main() {
   for (const char* operation : {"normaliser_scan", "sum", "compose", "table"}) {
     line(operation, "any", 0, 0, {kElementThreads, 0, 1, 0, 0, 0, 0});
   }
+  print("sm90", "normaliser_scan", "any", 0, 0, {kElementThreads, 0, 1, 0, 0, 0, 0});
 }

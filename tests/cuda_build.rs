@@ -93,7 +93,7 @@ fn parameter_bytes() -> BTreeMap<&'static str, usize> {
 /// Tensor maps in front of a kernel's structure.
 fn tensor_maps(kernel: &Kernel) -> usize {
     match (kernel.arch, kernel.operation) {
-        (Arch::Sm80, _) => 0,
+        (Arch::Sm80, _) | (_, "memory_scan" | "normaliser_scan") => 0,
         (_, "segment") => 11,
         (_, "segment_attention") => 9,
         (_, "segment_state") => 4,

@@ -72,9 +72,9 @@ fn new_kernels_are_chosen_where_there_are_any() {
         let archs: Vec<_> = plan.launches().map(|l| (l.kernel.operation, l.kernel.arch)).collect();
         let expected = [
             ("segment_state", Arch::Sm90),
-            ("normaliser_scan", Arch::Sm80),
+            ("normaliser_scan", Arch::Sm90),
             ("segment_transition", Arch::Sm90),
-            ("memory_scan", Arch::Sm80),
+            ("memory_scan", Arch::Sm90),
             ("segment_attention", Arch::Sm90),
             ("append", Arch::Sm80),
         ];
@@ -83,11 +83,33 @@ fn new_kernels_are_chosen_where_there_are_any() {
         assert!(text.contains("\nkernels: sm90 where there are any, sm80 otherwise"), "{text}");
         assert!(!text.contains("portable"), "{text}");
         for launch in plan.launches() {
-            assert_eq!(launch.maps.is_empty(), launch.kernel.arch == Arch::Sm80);
+            let scan = launch.kernel.operation.ends_with("_scan");
+            assert_eq!(launch.maps.is_empty(), scan || launch.kernel.arch == Arch::Sm80);
             let pairs = launch.kernel.operation == "segment_attention";
             assert_eq!(launch.cluster, 1 + u32::from(pairs));
         }
     }
+}
+
+/// Launches that begin while the one before ends: those whose kernels wait for it, behind a kernel.
+#[test]
+fn memory_phases_begin_early_if_the_target_wants_it() {
+    let early = |arch, early, tokens: &[usize]| -> Vec<&'static str> {
+        let p = square(D);
+        let options = PrefillOptions { target: Target { arch, early, ..TARGET }, ..OPTIONS };
+        let plan = plan_prefill(&p, &call(&p, tokens), &mirror(&p, 1), &options).expect("valid");
+        let early = plan.launches().filter(|l| l.early);
+        early
+            .inspect(|l| assert!(l.why.ends_with("; begins early")))
+            .map(|l| l.kernel.operation)
+            .collect()
+    };
+    let phases = ["normaliser_scan", "segment_transition", "memory_scan"];
+    assert_eq!(early(Arch::Sm90, true, &[1, 300]), phases);
+    assert_eq!(early(Arch::Sm90, false, &[1, 300]), [""; 0]);
+    assert_eq!(early(Arch::Sm80, true, &[1, 300]), [""; 0]);
+    // No segment is completed: the first launch of all.
+    assert_eq!(early(Arch::Sm90, true, &[1, 5]), phases[2..]);
 }
 
 #[test]
@@ -107,7 +129,8 @@ fn other_dimensions_get_portable_kernels() {
     for (dk, dv, reason) in [(96, 96, "d = 96"), (64, 128, "Dk = 64, Dv = 128")] {
         let p = problem(|b| b.key_dim(dk).value_dim(dv).update(Update::Linear));
         let plan = plan(&p, &call(&p, &[1, 300]), 1);
-        assert!(plan.launches().all(|l| l.kernel.arch == Arch::Sm80), "{plan}");
+        let mut others = plan.launches().filter(|l| !l.kernel.operation.ends_with("_scan"));
+        assert!(others.all(|l| l.kernel.arch == Arch::Sm80), "{plan}");
         let why = launch(&plan, "segment_state").why;
         assert_eq!(why, format!("{state}; portable: no sm90 kernel for {reason}"));
     }
@@ -373,7 +396,7 @@ fn targets_that_cannot_be_are_refused() {
 #[test]
 fn switches_change_a_target() {
     let text = "arch=sm80,multiprocessors=7,pairs=2,cluster_blocks=4,shared_by=1,l2_bytes=9,\
-                split_len=512,segment_fill=30";
+                split_len=512,segment_fill=30,early=1";
     let changed = Target {
         arch: Arch::Sm80,
         multiprocessors: 7,
@@ -383,11 +406,12 @@ fn switches_change_a_target() {
         l2_bytes: 9,
         split_len: 512,
         segment_fill: 30,
+        early: true,
     };
     assert_eq!(switches::target(TARGET, text).expect("known"), changed);
     let one = switches::target(TARGET, "split_len=64").expect("known");
     assert_eq!(one, Target { split_len: 64, ..TARGET });
-    for wrong in ["", "arch", "arch=sm70", "grid=3", "shared_by=two", "shared_by=1,,"] {
+    for wrong in ["", "arch", "arch=sm70", "grid=3", "shared_by=two", "shared_by=1,,", "early=2"] {
         let error = switches::target(TARGET, wrong).expect_err(wrong).to_string();
         assert!(error.starts_with("INFINI_TARGET: "), "{error}");
     }

@@ -40,3 +40,19 @@ struct alignas(128) Mapped {
 #define INFINI_SM90_KEY(operation, Params, count, Launch, dk)        \
   INFINI_SM90_KEY_(operation, Params, count, Launch, Bf16, bf16, dk) \
   INFINI_SM90_KEY_(operation, Params, count, Launch, F16, f16, dk)
+
+// Without tensor maps, and in a launch that may begin early.
+#define INFINI_SM90_PLAIN(name, call, Params, threads, blocks_per_sm)  \
+  extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm) \
+      name(const __grid_constant__ Params p) {                         \
+    extern __shared__ __align__(128) unsigned char shared[];           \
+    infini::ptx::follow();                                             \
+    infini::call(p, shared);                                           \
+  }
+#define INFINI_SM90_PLAIN_KEY_(operation, Params, Launch, T, dtype, dk)           \
+  INFINI_SM90_PLAIN(INFINI_SM90_JOIN(operation, dtype, d##dk),                    \
+                    INFINI_COMMAS(operation<infini::T, dk>), Params,              \
+                    infini::Launch<dk>::threads, infini::Launch<dk>::blocks_per_sm)
+#define INFINI_SM90_PLAIN_KEY(operation, Params, Launch, dk)        \
+  INFINI_SM90_PLAIN_KEY_(operation, Params, Launch, Bf16, bf16, dk) \
+  INFINI_SM90_PLAIN_KEY_(operation, Params, Launch, F16, f16, dk)

@@ -133,6 +133,7 @@ struct SegmentState {
 template <class T, int Dk, int Dv>
 __device__ __forceinline__ void segment_state(const ptx::TensorMap* maps,
                                               const InfiniSegmentState& p) {
+  ptx::follow();
   using Block = SegmentState<T, Dk, Dv>;
   using Shape = typename Block::Shape;
   constexpr int kSlices = Dv / Block::kColumns;

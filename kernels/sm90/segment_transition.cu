@@ -162,6 +162,7 @@ struct SegmentTransition {
 template <class T, int Dk>
 __device__ __forceinline__ void segment_transition(const ptx::TensorMap* maps,
                                                    const InfiniSegmentTransition& p) {
+  ptx::follow();
   using Block = SegmentTransition<T, Dk>;
   using Shape = typename Block::Shape;
   const int kv_head = blockIdx.y;

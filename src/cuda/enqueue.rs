@@ -39,8 +39,9 @@ impl CudaLauncher<'_> {
             table.bytes = part.len() as i64;
             bytemuck::cast_slice_mut(&mut table.data)[..part.len()].copy_from_slice(part);
             let what = format!("table of {} B", from.len());
-            let (grid, cluster, params) = ([1, 1, 1], 1, bytemuck::bytes_of(&table));
-            self.launch(&Launch { kernel, grid, cluster, maps: &[], params, what: &what })?;
+            let (grid, cluster, early) = ([1, 1, 1], 1, false);
+            let (maps, params) = (&[], bytemuck::bytes_of(&table));
+            self.launch(&Launch { kernel, grid, cluster, early, maps, params, what: &what })?;
         }
         Ok(())
     }
@@ -48,7 +49,7 @@ impl CudaLauncher<'_> {
 
 impl Launcher for CudaLauncher<'_> {
     fn launch(&mut self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, cluster, .. } = *launch;
+        let Launch { kernel, grid, cluster, early, .. } = *launch;
         let function = self.device.function(kernel)?;
         self.device.bind()?;
         self.device.tell(Event::Launch(launch));
@@ -59,8 +60,8 @@ impl Launcher for CudaLauncher<'_> {
         // `parameter` before it returns. What the addresses in it must satisfy is the caller's
         // contract with `run`.
         let launched = unsafe {
-            if cluster > 1 {
-                launch_clusters(launch, &function, stream, &mut arguments)
+            if cluster > 1 || early {
+                launch_with_attributes(launch, &function, stream, &mut arguments)
             } else {
                 let threads = (kernel.threads, 1, 1);
                 let (function, shared) = (function.cu_function(), kernel.shared_bytes);
@@ -99,11 +100,11 @@ impl Launcher for CudaLauncher<'_> {
     }
 }
 
-/// A launch in clusters along x.
+/// A launch in clusters along x, or one that begins early.
 ///
 /// # Safety
-/// As for a launch without.
-unsafe fn launch_clusters(
+/// As for a launch that is neither.
+unsafe fn launch_with_attributes(
     launch: &Launch<'_>,
     function: &CudaFunction,
     stream: sys::CUstream,
@@ -113,10 +114,12 @@ unsafe fn launch_clusters(
         let larger = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
         function.set_attribute(larger, 1)?;
     }
-    let mut attribute = cluster_of(launch.cluster);
-    let config = configuration(launch.kernel, launch.grid, stream, Some(&mut attribute));
+    let mut attributes = Vec::with_capacity(2);
+    attributes.extend((launch.cluster > 1).then(|| cluster_of(launch.cluster)));
+    attributes.extend(launch.early.then(beginning_early));
+    let config = configuration(launch.kernel, launch.grid, stream, &mut attributes);
     let (function, nothing) = (function.cu_function(), std::ptr::null_mut());
-    // SAFETY: the caller's contract; configuration and attribute live until the driver returns.
+    // SAFETY: the caller's contract; configuration and attributes live until the driver returns.
     unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), nothing) }.result()
 }
 
@@ -130,15 +133,23 @@ pub(super) fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     }
 }
 
-/// A launch of a kernel, with at most one attribute, which must outlive it.
+/// The launch begins once every block of the one before has let it, or has ended.
+fn beginning_early() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+/// A launch of a kernel, with attributes, which must outlive it.
 pub(super) fn configuration(
     kernel: &Kernel,
     grid: [u32; 3],
     stream: sys::CUstream,
-    attribute: Option<&mut sys::CUlaunchAttribute>,
+    attributes: &mut [sys::CUlaunchAttribute],
 ) -> sys::CUlaunchConfig {
     let [x, y, z] = grid;
-    let attrs = attribute.map_or(std::ptr::null_mut(), |attribute| &raw mut *attribute);
     sys::CUlaunchConfig {
         gridDimX: x,
         gridDimY: y,
@@ -148,7 +159,7 @@ pub(super) fn configuration(
         blockDimZ: 1,
         sharedMemBytes: kernel.shared_bytes,
         hStream: stream,
-        attrs,
-        numAttrs: u32::from(!attrs.is_null()),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     }
 }

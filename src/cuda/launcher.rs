@@ -42,6 +42,8 @@ pub struct Launch<'a> {
     pub grid: [u32; 3],
     /// Blocks of a cluster along x; 1: no clusters.
     pub cluster: u32,
+    /// It may begin while the launch before ends: the kernel waits for that one itself.
+    pub early: bool,
     /// Tensor maps in front of the parameter structure, addresses filled in.
     pub maps: &'a [TensorMap],
     /// Bytes of the parameter structure, addresses filled in.
@@ -93,7 +95,7 @@ mod tests {
 
     fn launch<'a>(maps: &'a [TensorMap], params: &'a [u8]) -> Launch<'a> {
         let (grid, cluster, what) = ([2, 1, 1], 1, "a test");
-        Launch { kernel: &KERNELS[0], grid, cluster, maps, params, what }
+        Launch { kernel: &KERNELS[0], grid, cluster, early: false, maps, params, what }
     }
 
     fn map(data: u64) -> TensorMap {

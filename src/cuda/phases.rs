@@ -228,12 +228,8 @@ impl Phases {
             end,
         };
         let grid = [self.p.kv_heads(), run.chains.len(), 1];
-        plan.launch(
-            find("normaliser_scan", &self.p, Arch::Sm80)?,
-            grid,
-            params,
-            "z before every segment",
-        )
+        let chosen = Chosen::new("normaliser_scan", &self.p, self.target, |_| Vec::new())?;
+        plan.launch(chosen.following(self.target), grid, params, "z before every segment")
     }
 
     /// G of every completed segment that finds a memory.
@@ -258,7 +254,7 @@ impl Phases {
         };
         let grid = [dk / chosen.kernel.columns, self.p.kv_heads(), run.pieces.len()];
         let why = format!("delta rule; segments that find a memory: {}", run.transits);
-        plan.launch(chosen, grid, params, why)
+        plan.launch(chosen.following(self.target), grid, params, why)
     }
 
     /// M before every piece and after the run. `scan` says where from, where to, and how many columns;
@@ -271,7 +267,7 @@ impl Phases {
         why: &str,
         plan: &mut Plan,
     ) -> Result<()> {
-        let kernel = find("memory_scan", &self.p, Arch::Sm80)?;
+        let chosen = Chosen::new("memory_scan", &self.p, self.target, |_| Vec::new())?;
         let transits = |address| if run.transits > 0 { address } else { 0 };
         let params = InfiniMemoryScan {
             problem: problem_params(&self.p),
@@ -282,7 +278,12 @@ impl Phases {
             g_scale: transits(self.arrays.g_scale),
             ..scan
         };
-        let slices = scan.columns as usize / kernel.columns;
-        plan.launch(kernel, [slices, self.p.kv_heads(), run.chains.len()], params, why)
+        let slices = scan.columns as usize / chosen.kernel.columns;
+        plan.launch(
+            chosen.following(self.target),
+            [slices, self.p.kv_heads(), run.chains.len()],
+            params,
+            why,
+        )
     }
 }

@@ -46,6 +46,7 @@ enum Step {
         kernel: &'static Kernel,
         grid: [u32; 3],
         cluster: u32,
+        early: bool,
         maps: Vec<TensorMap>,
         params: Bytes,
         why: String,
@@ -61,6 +62,8 @@ pub struct PlannedLaunch<'a> {
     pub grid: [u32; 3],
     /// Blocks of a cluster along x; 1: no clusters.
     pub cluster: u32,
+    /// It begins while the launch before ends.
+    pub early: bool,
     /// Its tensor maps; their addresses come with a run.
     pub maps: &'a [TensorMap],
     /// Why it is launched, and like this.
@@ -99,8 +102,9 @@ impl Plan {
     /// The launches, in order.
     pub fn launches(&self) -> impl Iterator<Item = PlannedLaunch<'_>> {
         self.steps.iter().filter_map(|step| match step {
-            Step::Launch { kernel, grid, cluster, maps, why, .. } => {
-                Some(PlannedLaunch { kernel, grid: *grid, cluster: *cluster, maps, why })
+            Step::Launch { kernel, grid, cluster, early, maps, why, .. } => {
+                let (grid, cluster, early) = (*grid, *cluster, *early);
+                Some(PlannedLaunch { kernel, grid, cluster, early, maps, why })
             }
             _ => None,
         })
@@ -137,11 +141,12 @@ impl Plan {
                 Step::Copy { to, from } => {
                     launcher.copy(addresses.resolve(*to), &from.resolve(addresses))?;
                 }
-                Step::Launch { kernel, grid, cluster, maps, params, .. } => {
-                    let (grid, cluster, what) = (*grid, *cluster, &self.title);
+                Step::Launch { kernel, grid, cluster, early, maps, params, .. } => {
+                    let (grid, cluster, early, what) = (*grid, *cluster, *early, &self.title);
                     let params = &params.resolve(addresses);
                     let maps: &Vec<_> = &maps.iter().map(|map| map.resolve(addresses)).collect();
-                    launcher.launch(&Launch { kernel, grid, cluster, maps, params, what })?;
+                    let launch = Launch { kernel, grid, cluster, early, maps, params, what };
+                    launcher.launch(&launch)?;
                 }
             }
         }
@@ -177,7 +182,7 @@ impl Plan {
         if grid.contains(&0) {
             return Ok(());
         }
-        let Chosen { kernel, maps, cluster, most_blocks, passed_over } = kernel.into();
+        let Chosen { kernel, maps, cluster, early, most_blocks, passed_over } = kernel.into();
         if grid.iter().zip(MAX_GRID).any(|(got, most)| *got > most) {
             let argument = format!("blocks of {}", kernel.operation);
             let (got, expected) = (format!("{grid:?}"), format!("at most {MAX_GRID:?}"));
@@ -189,11 +194,16 @@ impl Plan {
         if cluster > 1 {
             why += &format!("; clusters of {cluster}");
         }
+        // Only after a kernel: copies know nothing of it.
+        let early = early && matches!(self.steps.last(), Some(Step::Launch { .. }));
+        if early {
+            why += "; begins early";
+        }
         if let Some(reason) = passed_over {
             why += &format!("; portable: {reason}");
         }
         let params = Bytes::new(&[params]);
-        self.steps.push(Step::Launch { kernel, grid, cluster, maps, params, why });
+        self.steps.push(Step::Launch { kernel, grid, cluster, early, maps, params, why });
         Ok(())
     }
 

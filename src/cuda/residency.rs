@@ -35,9 +35,9 @@ impl Residency {
         device.bind()?;
         let stream = device.stream().cu_stream();
         let (mut pairs, mut cluster_blocks) = (0, 0);
-        let mut pair = cluster_of(2);
-        let in_pairs = configuration(kernel, [2, 1, 1], stream, Some(&mut pair));
-        let alone = configuration(kernel, [1, 1, 1], stream, None);
+        let mut pair = [cluster_of(2)];
+        let in_pairs = configuration(kernel, [2, 1, 1], stream, &mut pair);
+        let alone = configuration(kernel, [1, 1, 1], stream, &mut []);
         // SAFETY: the function is alive; the driver only reads the configurations, which outlive the
         // calls with the attribute in them, and writes one integer each.
         let asked = unsafe {

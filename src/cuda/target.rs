@@ -51,6 +51,10 @@ pub struct Target {
     /// [`segment`](super::segment) to run on [`Arch::Sm90`]: the portable kernel spreads over all of
     /// them. Default 40, a guess until it is measured.
     pub segment_fill: usize,
+    /// Whether the memory phases of [`prefill`](super::prefill) on [`Arch::Sm90`] begin while the launch
+    /// before ends, and wait for it on the device (programmatic dependent launch). Default false, until
+    /// it is measured.
+    pub early: bool,
 }
 
 impl Target {
@@ -64,6 +68,7 @@ impl Target {
         l2_bytes: 16 << 20,
         split_len: 256,
         segment_fill: 40,
+        early: false,
     };
 
     /// Whether plans can be made for it; every planner asks.
@@ -99,6 +104,8 @@ pub(crate) struct Chosen {
     pub maps: Vec<TensorMap>,
     /// Blocks of a cluster, along x.
     pub cluster: u32,
+    /// It begins while the launch before ends.
+    pub early: bool,
     /// Most blocks in x: more would find no work.
     pub most_blocks: usize,
     /// Why a newer kernel was passed over.
@@ -107,7 +114,14 @@ pub(crate) struct Chosen {
 
 impl From<&'static Kernel> for Chosen {
     fn from(kernel: &'static Kernel) -> Self {
-        Self { kernel, maps: Vec::new(), cluster: 1, most_blocks: usize::MAX, passed_over: None }
+        Self {
+            kernel,
+            maps: Vec::new(),
+            cluster: 1,
+            early: false,
+            most_blocks: usize::MAX,
+            passed_over: None,
+        }
     }
 }
 
@@ -132,6 +146,13 @@ impl Chosen {
             Ok(maps) => Self { maps, ..kernel.into() },
             Err(reason) => Self { passed_over: Some(reason), ..portable.into() },
         })
+    }
+
+    /// Newer kernels, which wait for the launch before themselves, begin while it ends, if the target
+    /// wants that.
+    pub fn following(mut self, target: Target) -> Self {
+        self.early = target.early && self.kernel.arch > Arch::Sm80;
+        self
     }
 
     /// Newer kernels go through the work with as many blocks as the target holds at a time, in clusters

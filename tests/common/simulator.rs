@@ -132,7 +132,9 @@ impl Simulator {
             registers: Some(kernel.registers()),
         };
         let parameter = launch.parameter(encode)?;
+        self.device.options.early = launch.early;
         let explored = self.explore(kernel.symbol, dimensions, &parameter);
+        self.device.options.early = false;
         explored.map_err(|finding| launch.error(finding))
     }
 

@@ -4,7 +4,7 @@
 //! | variable | |
 //! |---|---|
 //! | `INFINI_KERNELS` | folder of kernels in place of those compiled in |
-//! | `INFINI_TARGET` | how work is cut: `arch`, `multiprocessors`, `pairs`, `cluster_blocks`, `shared_by`, `l2_bytes`, `split_len`, `segment_fill`, such as `arch=sm80,shared_by=1` |
+//! | `INFINI_TARGET` | how work is cut: `arch`, `multiprocessors`, `pairs`, `cluster_blocks`, `shared_by`, `l2_bytes`, `split_len`, `segment_fill`, `early`, such as `arch=sm80,shared_by=1` |
 //! | `INFINI_LAUNCHES` | file that every launch is written to before it is enqueued |
 
 use std::fs::File;
@@ -65,7 +65,7 @@ pub fn note(text: &str) {
 pub fn target(mut target: Target, text: &str) -> Result<Target> {
     for part in text.split(',') {
         let bad = || {
-            let expected = "arch=sm80 or sm90, or a number for multiprocessors, pairs, \
+            let expected = "arch=sm80 or sm90, early=0 or 1, or a number for multiprocessors, pairs, \
                             cluster_blocks, shared_by, l2_bytes, split_len or segment_fill";
             Error::Value {
                 argument: "INFINI_TARGET".into(),
@@ -87,6 +87,9 @@ pub fn target(mut target: Target, text: &str) -> Result<Target> {
             "l2_bytes" => target.l2_bytes = number()?,
             "split_len" => target.split_len = number()?,
             "segment_fill" => target.segment_fill = number()?,
+            "early" => {
+                target.early = value.parse::<u8>().ok().filter(|n| *n < 2).ok_or_else(bad)? == 1
+            }
             _ => return Err(bad()),
         }
     }

@@ -10,8 +10,10 @@ use infini_attn::cuda::{Arch, KERNELS, Kernel, ptx};
 use super::ptxas::{assemble, files, nvcc};
 use super::say::say;
 
-/// Warpgroup products and tensor loads; each file of sm90 has both.
+/// Warpgroup products and tensor loads, of which each file of sm90 has both; or, of scans, the wait for
+/// the launch before and the word that the next may begin.
 const WANTED: [&str; 2] = ["HGMMA", "UTMALDG"];
+const WANTED_OF_SCANS: [&str; 2] = ["ACQBULK", "PREEXIT"];
 
 /// Loads and stores of local memory.
 const LOCAL: [&str; 2] = ["LDL", "STL"];
@@ -40,7 +42,8 @@ fn kernels_of_sm90_use_its_instructions_and_no_local_memory() {
         let Some(text) = ptx(file) else { continue };
         let functions = disassemble(&disassembler, &assemble(&nvcc, file, arch, text).1);
         let has = |wanted: &str| functions.values().flatten().any(|i| opcode(i) == wanted);
-        let missing = WANTED.iter().filter(|opcode| !has(opcode));
+        let wanted = if file.ends_with("_scan") { WANTED_OF_SCANS } else { WANTED };
+        let missing = wanted.iter().filter(|opcode| !has(opcode));
         problems.extend(missing.map(|opcode| format!("{file}: no {opcode}")));
         for (function, instructions) in &functions {
             let local = instructions.iter().find(|i| LOCAL.contains(&opcode(i)));

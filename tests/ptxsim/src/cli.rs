@@ -82,7 +82,7 @@ const MOST_BYTES: u64 = 4 << 30;
 pub struct Command {
     /// The launch: a JSON file with ptx, kernel, arch, grid, block and args, and perhaps cluster,
     /// shared, schedules, buffers, seed, timing (eager or lazy), residency (sequential or
-    /// co-resident), checks, strict_proxies, perturb, accumulation (exact or chain),
+    /// co-resident), early, checks, strict_proxies, perturb, accumulation (exact or chain),
     /// weak_alignment, max_instructions and registers.
     #[arg(value_name = "LAUNCH.JSON")]
     pub launch: PathBuf,
@@ -131,6 +131,7 @@ struct Description {
     seed: Option<u64>,
     timing: Option<Timing>,
     residency: Option<Residency>,
+    early: Option<bool>,
     checks: Option<bool>,
     strict_proxies: Option<bool>,
     perturb: Option<u64>,
@@ -160,6 +161,7 @@ impl Description {
             seed: self.seed.unwrap_or(o.seed),
             timing: self.timing.unwrap_or(o.timing),
             residency: self.residency.unwrap_or(o.residency),
+            early: self.early.unwrap_or(o.early),
             checks: self.checks.unwrap_or(o.checks),
             strict_proxies: self.strict_proxies.unwrap_or(o.strict_proxies),
             perturb: self.perturb.or(o.perturb),

@@ -318,6 +318,17 @@ impl Cx<'_, '_> {
         self.report_at(kind, lane, message, None, None);
     }
 
+    /// Reports lanes of an early launch that do what `what` says without having waited for the launch
+    /// before.
+    #[inline]
+    pub fn needs_grid_wait(&mut self, lanes: u32, what: &str) {
+        let missing = lanes & !self.warp.grid_waited;
+        if self.grid.options.early && missing != 0 {
+            let text = format!("{what} before griddepcontrol.wait, in an early launch");
+            self.report_lane(Kind::MissingGridWait, missing.trailing_zeros(), text);
+        }
+    }
+
     /// Reports with a place in memory and another access.
     #[cold]
     pub fn report_at(

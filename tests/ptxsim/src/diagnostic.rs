@@ -40,6 +40,8 @@ pub enum Kind {
     BarrierMismatch,
     /// Nothing can go on, or nothing ends.
     Deadlock,
+    /// An action of an early launch that has not waited for the launch before it.
+    MissingGridWait,
     /// A limit of the architecture.
     Limit,
     /// Schedules that leave different results.

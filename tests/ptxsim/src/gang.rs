@@ -427,6 +427,7 @@ fn end(cx: &mut Cx<'_, '_>, g: usize) -> Step {
         cx.left_behind(missing);
         return Step::Fault;
     }
+    cx.needs_grid_wait(cx.mask, "ends");
     cx.warp.exit(g, cx.mask);
     ops::barrier::lanes_ended(cx);
     ops::cluster::lanes_ended(cx);

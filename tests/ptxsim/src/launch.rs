@@ -59,6 +59,10 @@ pub struct Options {
     pub timing: Timing,
     /// Which blocks run together.
     pub residency: Residency,
+    /// The launch may begin before the one before it has ended (programmatic stream serialisation): a
+    /// lane that has not executed griddepcontrol.wait must not touch global memory, let the next
+    /// launch begin, or end.
+    pub early: bool,
     /// Whether accesses are checked for races and uninitialised values; bounds and alignment always
     /// are.
     pub checks: bool,
@@ -84,6 +88,7 @@ impl Default for Options {
             seed: 0,
             timing: Timing::Eager,
             residency: Residency::Sequential,
+            early: false,
             checks: true,
             strict_proxies: false,
             perturb: None,

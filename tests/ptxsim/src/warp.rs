@@ -110,6 +110,8 @@ pub struct Warp {
     pub wgmma: crate::ops::wgmma::WarpState,
     /// Carry flags of the lanes.
     pub carry: u32,
+    /// Lanes that have waited for the launch before.
+    pub grid_waited: u32,
     /// What the last failed poll was for.
     pub last_wait: Option<String>,
 }
@@ -137,6 +139,7 @@ impl Warp {
             frame_written: vec![false; frame],
             wgmma: Default::default(),
             carry: 0,
+            grid_waited: 0,
             last_wait: None,
         }
     }

@@ -223,6 +223,7 @@ fn every_option_is_taken() {
     let mut options = add();
     for (name, value) in [
         ("residency", json!("co-resident")),
+        ("early", json!(false)),
         ("checks", json!(true)),
         ("strict_proxies", json!(false)),
         ("perturb", json!(3)),

@@ -36,6 +36,8 @@ pub struct Call {
     pub launch: Launch,
     /// All blocks must be resident together.
     pub cooperative: bool,
+    /// It may begin before the launch before it has ended, and waits for it itself.
+    pub early: bool,
     pub args: Vec<Vec<u8>>,
 }
 
@@ -246,8 +248,10 @@ impl Machine {
         if call.cooperative {
             self.device.options.residency = Residency::CoResident;
         }
+        self.device.options.early = call.early;
         let report = self.device.launch(module, &function.name, &call.launch, &args);
         self.device.options.residency = residency;
+        self.device.options.early = false;
         self.pinned.values().for_each(|pinned| pinned.value.download(&self.device));
         self.settings.summary.tell(&function.name, &call.launch, &report);
         match report {

@@ -40,6 +40,8 @@ pub struct Attribute {
 /// Numbers of launch attributes.
 pub const COOPERATIVE: c_uint = 2;
 pub const CLUSTER: c_uint = 4;
+/// The launch may begin before the one before it has ended.
+pub const EARLY: c_uint = 6;
 /// Those that ask for events, or for a node that changes itself.
 const UNSUPPORTED: [c_uint; 3] = [7, 12, 13];
 
@@ -99,13 +101,13 @@ driver! {
     cuOccupancyMaxActiveClusters(count: *mut c_int, function: usize, config: *const Config) = {
         let config = config.as_ref().ok_or(INVALID_VALUE)?;
         let machine = machine()?;
-        let (launch, _) = machine.described(function, config)?;
+        let launch = machine.described(function, config)?.launch;
         give(count, machine.resident_clusters(function, &launch)? as c_int)
     };
     cuOccupancyMaxPotentialClusterSize(size: *mut c_int, function: usize, config: *const Config) = {
         let config = config.as_ref().ok_or(INVALID_VALUE)?;
         let machine = machine()?;
-        let (launch, _) = machine.described(function, config)?;
+        let launch = machine.described(function, config)?.launch;
         give(size, machine.largest_cluster(function, &launch)? as c_int)
     };
 
@@ -147,11 +149,11 @@ unsafe fn text(name: *const c_char) -> Result<String> {
 }
 
 impl crate::machine::Machine {
-    /// The launch that a configuration describes, and whether it is cooperative.
+    /// The call that a configuration describes, without arguments.
     ///
     /// # Safety
     /// The configuration points to as many attributes as it says.
-    unsafe fn described(&self, function: usize, config: &Config) -> Result<(Launch, bool)> {
+    unsafe fn described(&self, function: usize, config: &Config) -> Result<Call> {
         let Config { grid, block, shared_bytes, attributes, count, .. } = *config;
         // SAFETY: the caller's promise.
         let attributes = unsafe { values(attributes, count as usize)? };
@@ -164,7 +166,9 @@ impl crate::machine::Machine {
             None => self.own_cluster(function)?,
         };
         let launch = Launch { grid, block, cluster, shared_bytes, registers: None };
-        Ok((launch, given(COOPERATIVE).is_some_and(|value| value[0] != 0)))
+        let set = |id| given(id).is_some_and(|value| value[0] != 0);
+        let (cooperative, early) = (set(COOPERATIVE), set(EARLY));
+        Ok(Call { function, launch, cooperative, early, args: Vec::new() })
     }
 }
 
@@ -177,7 +181,7 @@ unsafe fn submit(
 ) -> Result {
     let mut machine = machine()?;
     // SAFETY: the configuration is the caller's, as in the driver.
-    let (launch, asked) = unsafe { machine.described(function, config)? };
+    let call = unsafe { machine.described(function, config)? };
     let sizes = machine.parameters(function)?;
     // SAFETY: one pointer per parameter, to as many bytes as it has, as in the driver.
     let args = unsafe {
@@ -185,7 +189,6 @@ unsafe fn submit(
         let all = pointers.iter().zip(sizes);
         all.map(|(p, n)| Ok(values(*p, n as usize)?.to_vec())).collect::<Result<_>>()?
     };
-    let cooperative = cooperative || asked;
-    let call = Call { function, launch, cooperative, args };
+    let call = Call { cooperative: cooperative || call.cooperative, args, ..call };
     machine.submit(config.stream, Op::Launch(call))
 }

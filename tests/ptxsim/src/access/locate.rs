@@ -23,8 +23,10 @@ impl Cx<'_, '_> {
             return None;
         }
         let found = self.find(window, address, bytes);
-        if found.is_none() {
-            self.report_outside(lane, window, address, bytes);
+        match found {
+            Some(Region::Global { .. }) => self.needs_grid_wait(1 << lane, "touches global memory"),
+            Some(_) => {}
+            None => self.report_outside(lane, window, address, bytes),
         }
         found
     }

@@ -14,12 +14,19 @@ pub fn decode(op: &mut Opcode<'_>, env: &Env<'_>) -> Result<Decoded> {
     match op.root() {
         "setmaxnreg" => setmaxnreg(op),
         "griddepcontrol" => {
-            if !(op.take("wait") || op.take("launch_dependents")) {
+            let waits = op.take("wait");
+            if !waits && !op.take("launch_dependents") {
                 return Err("the action is missing".into());
             }
             let [] = op.operands()?;
-            // A launch is simulated alone: what it depends on is complete.
-            Ok(Decoded::next(Class::Control, |_| {}))
+            // A launch is simulated alone, when what it depends on is complete.
+            Ok(Decoded::next(Class::Control, move |cx| {
+                if waits {
+                    cx.warp.grid_waited |= cx.mask;
+                } else {
+                    cx.needs_grid_wait(cx.mask, "lets the next launch begin");
+                }
+            }))
         }
         _ => getctarank(op, env),
     }

@@ -42,6 +42,7 @@ pub struct Case {
     residency: Residency,
     strict: bool,
     weak_alignment: bool,
+    early: bool,
     max_instructions: u64,
     map: Option<TensorMap>,
     says: Vec<&'static str>,
@@ -57,6 +58,7 @@ impl Case {
             residency: Residency::Sequential,
             strict: true,
             weak_alignment: false,
+            early: false,
             max_instructions: 1 << 20,
             map: None,
             says: Vec::new(),
@@ -125,6 +127,12 @@ impl Case {
     /// Shared variables get no more than the promised alignment.
     pub fn weakly_aligned(mut self) -> Self {
         self.weak_alignment = true;
+        self
+    }
+
+    /// The launch may begin before the one before it has ended.
+    pub fn early(mut self) -> Self {
+        self.early = true;
         self
     }
 
@@ -294,6 +302,7 @@ impl Case {
     /// A device with the three buffers, of which `out`, and the arguments.
     pub fn device(&self) -> (Device, Buffer, Vec<Arg>) {
         let mut device = Device::new(Arch::Sm90a);
+        device.options.early = self.early;
         let input = device.buffer("in", &(0..WORDS).collect::<Vec<_>>());
         let output = device.buffer("out", &vec![0u32; WORDS as usize]);
         let raw = device.uninitialised::<u32>("raw", WORDS as usize);

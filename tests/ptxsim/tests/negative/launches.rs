@@ -213,3 +213,45 @@ fn results_that_depend_on_the_schedule() {
     let report = explore('+');
     assert!(report.is_clean(), "{report}");
 }
+
+// ---- launches that begin before the one before has ended
+
+#[test]
+fn an_early_launch_touches_nothing_before_it_waits() {
+    let case = "+griddepcontrol.wait;
+        mad.wide.u32 d0, tid, 4, in;
+        ld.global.u32 r0, [d0];   // <-- here
+        -griddepcontrol.wait;
+        mov.u32 r1, r0;";
+    Case::new(case).early().says("touches global memory").reports(Kind::MissingGridWait);
+    // A wait of some lanes is none of the others.
+    let some = "setp.eq.u32 p, lane, 0;
+        +griddepcontrol.wait;
+        -@p griddepcontrol.wait;
+        st.global.u32 [out], lane;   // <-- here
+        mov.u32 r1, 0;";
+    let one = some.replace("st.global", "@p st.global").replace("-@p", "-@!p");
+    Case::new(&one).early().says("touches global memory").reports(Kind::MissingGridWait);
+    // Without the attribute the launch before is complete.
+    Case::new(case).both_are_clean();
+}
+
+#[test]
+fn an_early_launch_waits_before_the_next_may_begin() {
+    let case = "+griddepcontrol.wait;
+        griddepcontrol.launch_dependents;   // <-- here
+        -griddepcontrol.wait;
+        mov.u32 r1, 0;";
+    Case::new(case).early().says("lets the next launch begin").reports(Kind::MissingGridWait);
+}
+
+/// Else the launches behind could take it for the end of all before.
+#[test]
+fn an_early_launch_does_not_end_before_it_has_waited() {
+    let case = "setp.ne.u32 p, block, 0;
+        +griddepcontrol.wait;
+        @p exit;   // <-- here
+        -griddepcontrol.wait;
+        mov.u32 r1, 0;";
+    Case::new(case).blocks(2).early().says("ends before").reports(Kind::MissingGridWait);
+}
