@@ -1,5 +1,5 @@
-// The tile of decode, apart from the others for variants to change: no other kernel reads it. Rules as
-// in tiles.h.
+// The tile of decode, apart from the others for variants to change: no other kernel reads it. Rules
+// as in tiles.h.
 #pragma once
 
 #include "common/tiles.h"

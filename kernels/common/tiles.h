@@ -1,7 +1,7 @@
 // Tile shapes and shared-memory sizes of the portable kernels, and the head dimensions they are
 // compiled for: the one place to change them (decode_tile.h: that of decode; sm90/tiles.h: those of
-// Hopper). Plain C++, read by the kernels and by describe.cpp, from which the host learns threads and
-// bytes of every launch.
+// Hopper). Plain C++, read by the kernels and by describe.cpp, from which the host learns threads
+// and bytes of every launch.
 #pragma once
 
 // (Dk, Dv) of the attention and memory kernels.

@@ -5,8 +5,8 @@
 // `columns` of M at a time (a pass), 64 of them per consumer warpgroup; at Dv = 64 the groups share
 // them and take every other 64 tokens. Per tile of keys and values, mapped in place, one factor
 // 1 / (sigma(k) z) per token; a step is 64 tokens, 32 at Dk = 256:
-//   1. per step dMt += Vt sigma(K); under the delta rule Rt = Mt sigma(K)t is issued before, weighed
-//      while these products run, and dMt += -Rt sigma(K) issued behind
+//   1. per step dMt += Vt sigma(K); under the delta rule Rt = Mt sigma(K)t is issued before,
+//      weighed while these products run, and dMt += -Rt sigma(K) issued behind
 //   2. all consumers map the next tile's keys while the last products run
 // Then dM goes to shared memory as f32 [Dk][columns], and after a barrier of the cluster block r
 // adds 32 columns of all blocks to M, in the order of the blocks.
@@ -194,8 +194,8 @@ struct MemoryUpdate {
     if (pass == 0) put_sums();
   }
 
-  // How many tokens of tile `i` count; 0: there is none. Found anew from shared memory, for registers
-  // are few.
+  // How many tokens of tile `i` count; 0: there is none. Found anew from shared memory, for
+  // registers are few.
   __device__ __forceinline__ int valid(int i) const {
     const UpdateChunk& chunk = shared.chunk();
     const TokenTiles<kKeys> tiles(shared.piece(), chunk.first, chunk.end);

@@ -187,11 +187,11 @@ __device__ __forceinline__ void meet_cluster() {
   barrier_cluster_wait();
 }
 
-// ---- launches that begin early -------------------------------------------------------------------
+// ---- launches that begin early ------------------------------------------------------------------
 
-// What every thread of a kernel does first whose launch may begin before the one before has ended: it
-// waits until that has, and what it wrote is there; then the next launch may begin. In this order no
-// more than two overlap, and a launch that has ended is behind all before it.
+// What every thread of a kernel does first whose launch may begin before the one before has ended:
+// it waits until that has, and what it wrote is there; then the next launch may begin. In this
+// order no more than two overlap, and a launch that has ended is behind all before it.
 __device__ __forceinline__ void follow() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
