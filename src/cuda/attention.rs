@@ -31,7 +31,9 @@ impl AttentionOperands<'_> {
     pub fn sources(&self, kernel: &Kernel) -> Vec<(Source, usize)> {
         let (p, call, state) = (self.p, self.call, self.state);
         let (dk, dv) = (p.key_dim(), p.value_dim());
-        let (keys, memory) = (kernel.keys / self.shared_by, kernel.keys.min(dk) / self.shared_by);
+        let keys = kernel.keys / self.shared_by;
+        // The rows of the snapshot are whole boxes: a power of two of them, as Dk is one.
+        let memory = dk.min(1 << kernel.keys.ilog2()) / self.shared_by;
         let o = self.tensor("o", call.o, p.heads(), dv);
         let or_o = |name, tensor: InfiniTensor| match tensor.data {
             0 => o,
