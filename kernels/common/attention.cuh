@@ -6,7 +6,7 @@
 //   1. keys have arrived (copied while the previous block was weighed); start copying the values
 //   2. S = Q Kt
 //   3. values have arrived, all warps have read the keys; start copying the next keys
-//   4. running maxima of S; O and the sums are rescaled where they grew by much
+//   4. running maxima of S; O and the sums are rescaled where one grew
 //   5. 16 keys at a time: exponentials of S, in the registers that become A fragments; O += P V
 // Then, in the same output registers, O <- f O + sigma(Q) M with M's snapshot streamed through the
 // key and value tiles in blocks of 32 channels, and O <- e O: f and e carry the gate, the softmax
@@ -57,7 +57,7 @@ struct Attention {
 
   // Registers. Row i, half h of a thread is tile row `row(i, h)`.
   float o[kRowTiles][Dv / 8][4];
-  float top[kRowTiles][2];  // about the running maximum of scores, times scale_log2: see raise()
+  float top[kRowTiles][2];  // running maximum of scores, times scale_log2
   // Running sum of exponentials; of this thread's columns until reduce().
   float total[kRowTiles][2];
 
@@ -152,8 +152,7 @@ struct Attention {
     }
   }
 
-  // Raises the running maxima to those of the scores, and rescales what was summed. Maxima that
-  // would grow by little stay: weights of up to 2^8 are as exact.
+  // Raises the running maxima to those of the scores, and rescales what was summed where one grew.
   __device__ __forceinline__ void raise(const Scores& s, float scale) {
     float best[kRowTiles][2];
     bool grown = false;
@@ -167,7 +166,7 @@ struct Attention {
           x = fmaxf(x, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
         }
         best[i][h] = lanes_max<4>(x) * scale;
-        grown |= best[i][h] > top[i][h] + 8.0f;
+        grown |= best[i][h] > top[i][h];
       }
     }
     if (!__any_sync(0xffffffff, grown)) return;
@@ -175,7 +174,7 @@ struct Attention {
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (!(best[i][h] > top[i][h] + 8.0f)) best[i][h] = top[i][h];
+        best[i][h] = fmaxf(best[i][h], top[i][h]);
         const float shrink = ptx::ex2_approx_ftz(top[i][h] - best[i][h]);
         top[i][h] = best[i][h];
         total[i][h] *= shrink;
