@@ -2,18 +2,20 @@
 // share.
 //
 // A block of 4 warps owns a tile of query rows, each warp 16 * row_tiles of them with their output
-// in registers. Per block of 64 keys:
+// in registers. Per block of 64 keys (AttentionTile::keys):
 //   1. keys have arrived (copied while the previous block was weighed); start copying the values
 //   2. S = Q Kt
-//   3. all warps have read the keys; start copying the next keys
-//   4. running softmax of S, in the registers that become the A fragments of step 5
-//   5. values have arrived; O += P V
+//   3. values have arrived, all warps have read the keys; start copying the next keys
+//   4. running maxima of S; O and the sums are rescaled where one grew
+//   5. 16 keys at a time: exponentials of S, in the registers that become A fragments; O += P V
 // Then, in the same output registers, O <- f O + sigma(Q) M with M's snapshot streamed through the
 // key and value tiles in blocks of 32 channels, and O <- e O: f and e carry the gate, the softmax
 // sum and the retrieval's denominator.
 //
 // Shared memory (AttentionTile): query tile, key tile, value tile, z, row weights.
 #pragma once
+
+#include <cfloat>
 
 #include "common/feature_map.cuh"
 #include "common/gate.cuh"
@@ -31,8 +33,9 @@ struct Memory {
   const float* z;      // [Dk]
 };
 
-template <class T, int Dk, int Dv, class Shape>
+template <class T, int Dk, int Dv>
 struct Attention {
+  using Shape = AttentionTile<Dk, Dv>;
   static constexpr int kRowTiles = Shape::row_tiles;
   static constexpr int kKeys = Shape::keys;
   static constexpr int kThreads = Shape::threads;
@@ -55,8 +58,8 @@ struct Attention {
   // Registers. Row i, half h of a thread is tile row `row(i, h)`.
   float o[kRowTiles][Dv / 8][4];
   float top[kRowTiles][2];  // running maximum of scores, times scale_log2
-  float total[kRowTiles]
-             [2];  // running sum of exponentials; of this thread's columns until reduce()
+  // Running sum of exponentials; of this thread's columns until reduce().
+  float total[kRowTiles][2];
 
   __device__ __forceinline__ explicit Attention(unsigned char* shared)
       : queries{ptx::shared_address(shared)},
@@ -69,7 +72,7 @@ struct Attention {
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        top[i][h] = -INFINITY;
+        top[i][h] = -FLT_MAX;
         total[i][h] = 0.0f;
       }
 #pragma unroll
@@ -101,9 +104,18 @@ struct Attention {
   // ---- local branch
 
   using Scores = float[kRowTiles][kKeys / 8][4];
+  using Weights = uint32_t[kRowTiles][4];  // A fragments of 16 columns
 
   __device__ __forceinline__ void scores(Scores& s) const {
-#pragma unroll Shape::score_unroll
+#pragma unroll
+    for (auto& tiles : s) {
+#pragma unroll
+      for (auto& tile : tiles) {
+#pragma unroll
+        for (float& x : tile) x = 0.0f;
+      }
+    }
+#pragma unroll
     for (int kk = 0; kk < Dk; kk += 16) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
@@ -117,17 +129,6 @@ struct Attention {
           ptx::mma_m16n8k16<T>(s[i][2 * j], a[i], b[0], b[1]);
           ptx::mma_m16n8k16<T>(s[i][2 * j + 1], a[i], b[2], b[3]);
         }
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void negate(Scores& s) {
-#pragma unroll
-    for (auto& tiles : s) {
-#pragma unroll
-      for (auto& tile : tiles) {
-#pragma unroll
-        for (float& x : tile) x = -x;
       }
     }
   }
@@ -151,119 +152,123 @@ struct Attention {
     }
   }
 
-  // Scores become weights relative to the new maximum; what was summed before is rescaled.
-  __device__ __forceinline__ void weigh(Scores& s, float scale) {
+  // Raises the running maxima to those of the scores, and rescales what was summed where one grew.
+  __device__ __forceinline__ void raise(const Scores& s, float scale) {
+    float best[kRowTiles][2];
+    bool grown = false;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float best = -INFINITY;
+        float x = -INFINITY;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
-          best = fmaxf(best, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+          x = fmaxf(x, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
         }
-        best = fmaxf(top[i][h], lanes_max<4>(best) * scale);
-        // Nothing visible yet: any finite shift gives weights 0 instead of NaN.
-        const float shift = best == -INFINITY ? 0.0f : best;
-        const float shrink = ptx::ex2_approx_ftz(top[i][h] - shift);
-        float sum = 0.0f;
+        best[i][h] = lanes_max<4>(x) * scale;
+        grown |= best[i][h] > top[i][h];
+      }
+    }
+    if (!__any_sync(0xffffffff, grown)) return;
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) {
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-          for (int c = 2 * h; c < 2 * h + 2; ++c) {
-            s[i][j][c] = ptx::ex2_approx_ftz(fmaf(s[i][j][c], scale, -shift));
-            sum += s[i][j][c];
-          }
-        }
-        total[i][h] = total[i][h] * shrink + sum;
-        top[i][h] = best;
-        // Most blocks do not raise the maximum of any row of the warp.
-        if (__any_sync(0xffffffff, shrink != 1.0f)) {
+      for (int h = 0; h < 2; ++h) {
+        best[i][h] = fmaxf(best[i][h], top[i][h]);
+        const float shrink = ptx::ex2_approx_ftz(top[i][h] - best[i][h]);
+        top[i][h] = best[i][h];
+        total[i][h] *= shrink;
 #pragma unroll
-          for (int j = 0; j < Dv / 8; ++j) {
-            o[i][j][2 * h] *= shrink;
-            o[i][j][2 * h + 1] *= shrink;
-          }
+        for (int j = 0; j < Dv / 8; ++j) {
+          o[i][j][2 * h] *= shrink;
+          o[i][j][2 * h + 1] *= shrink;
         }
       }
     }
   }
 
-  __device__ __forceinline__ void add_values(const Scores& s) {
+  // Weights of 16 keys.
+  __device__ __forceinline__ void weigh(Weights& a, const Scores& s, int key, float scale) {
 #pragma unroll
-    for (int kk = 0; kk < kKeys / 16; ++kk) {
-      uint32_t a[kRowTiles][4];
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int h = n % 2;
+        const float* pair = &s[i][key / 8 + n / 2][2 * h];
+        const float x = ptx::ex2_approx_ftz(fmaf(pair[0], scale, -top[i][h]));
+        const float y = ptx::ex2_approx_ftz(fmaf(pair[1], scale, -top[i][h]));
+        total[i][h] += x + y;
+        a[i][n] = pack<T>(x, y);
+      }
+    }
+  }
+
+  // O += a (16 rows of `tile` from `row` on). Fragments are loaded one step ahead.
+  template <class Rows>
+  __device__ __forceinline__ void add_product(const Weights& a, const Rows& tile, int row) {
+    uint32_t b[2][4];
+    tile.b_trans(b[0], row, 0);
+#pragma unroll
+    for (int j = 0; j < Dv / 16; ++j) {
+      if (j + 1 < Dv / 16) tile.b_trans(b[(j + 1) % 2], row, (j + 1) * 16);
+      const auto& now = b[j % 2];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        const auto &x = s[i][2 * kk], &y = s[i][2 * kk + 1];
-        a[i][0] = pack<T>(x[0], x[1]);
-        a[i][1] = pack<T>(x[2], x[3]);
-        a[i][2] = pack<T>(y[0], y[1]);
-        a[i][3] = pack<T>(y[2], y[3]);
-      }
-#pragma unroll
-      for (int j = 0; j < Dv / 16; ++j) {
-        uint32_t b[4];
-        values.b_trans(b, kk * 16, j * 16);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          ptx::mma_m16n8k16<T>(o[i][2 * j], a[i], b[0], b[1]);
-          ptx::mma_m16n8k16<T>(o[i][2 * j + 1], a[i], b[2], b[3]);
-        }
+        ptx::mma_m16n8k16<T>(o[i][2 * j], a[i], now[0], now[1]);
+        ptx::mma_m16n8k16<T>(o[i][2 * j + 1], a[i], now[2], now[3]);
       }
     }
   }
 
-  // One block of keys from `start` on. `rotate(start)` turns what has just arrived, between two
-  // barriers, if there is anything to turn. `visible(i, h)`: segment rows that a row sees. `idle`:
-  // this warp has no rows.
+  // Starts copying keys from `start` on.
+  __device__ __forceinline__ void load_keys(const Keys<T>& source, int start, int end) const {
+    load_tile<kThreads>(keys, source.k, start, end);
+    ptx::cp_async_commit_group();
+  }
+
+  // One block of keys from `start` on. `rotate(start)` turns keys that have just arrived, if there
+  // is anything to turn, and synchronises. `visible(i, h)`: segment rows that a row sees.
   template <bool kMasked, class Visible, class Rotate>
   __device__ __forceinline__ void key_block(const InfiniProblem& p, const Keys<T>& source,
-                                            int start, int end, Visible visible, bool idle,
-                                            Rotate rotate) {
+                                            int start, int end, Visible visible, Rotate rotate) {
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // keys (and queries) have arrived; all are done with the values before
     load_tile<kThreads>(values, source.v, start, end);
     ptx::cp_async_commit_group();
     rotate(start);
-    Scores s = {};
-    if (!idle) scores(s);
-    __syncthreads();  // all have read the keys
-    if (start + kKeys < end) load_tile<kThreads>(keys, source.k, start + kKeys, end);
-    ptx::cp_async_commit_group();
-    if (!idle) {
-      if (p.negative) negate(s);
-      if (kMasked) {
-        mask(s, [&](int i, int h) {
-          return visible(i, h) - start - static_cast<int>(threadIdx.x) % 4 * 2;
-        });
-      }
-      weigh(s, p.scale_log2);
+    Scores s;
+    scores(s);
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // values have arrived; all have read the keys
+    if (start + kKeys < end) load_keys(source, start + kKeys, end);
+    if (kMasked) {
+      mask(s, [&](int i, int h) {
+        return visible(i, h) - start - static_cast<int>(threadIdx.x) % 4 * 2;
+      });
     }
-    ptx::cp_async_wait_group<1>();
-    __syncthreads();  // values have arrived
-    if (!idle) add_values(s);
+    raise(s, p.scale_log2);
+#pragma unroll
+    for (int key = 0; key < kKeys; key += 16) {
+      Weights a;
+      weigh(a, s, key, p.scale_log2);
+      add_product(a, values, key);
+    }
   }
 
-  // Attention over segment rows `first` to `end`; the first key tile is loaded here, the queries by
-  // the caller (not yet waited for). Blocks up to row `whole` are seen whole by every query: they
-  // are not masked.
+  // Attention over segment rows up to `end`, the first of which load_keys has been told to bring.
+  // Blocks up to row `whole` are seen whole by every query: they are not masked.
   template <class Visible, class Rotate>
-  __device__ __forceinline__ void attend(const InfiniProblem& p, const Keys<T>& source, int first,
-                                         int end, int whole, Visible visible, bool idle,
-                                         Rotate rotate) {
-    load_tile<kThreads>(keys, source.k, first, end);
-    ptx::cp_async_commit_group();
-    int start = first;
+  __device__ __forceinline__ void attend(const InfiniProblem& p, const Keys<T>& source, int end,
+                                         int whole, Visible visible, Rotate rotate) {
+    int start = 0;
 #pragma unroll 1
-    for (; start + kKeys <= min(whole, end); start += kKeys) {
-      key_block<false>(p, source, start, end, visible, idle, rotate);
+    for (; start + kKeys <= whole; start += kKeys) {
+      key_block<false>(p, source, start, end, visible, rotate);
     }
 #pragma unroll 1
     for (; start < end; start += kKeys) {
-      key_block<true>(p, source, start, end, visible, idle, rotate);
+      key_block<true>(p, source, start, end, visible, rotate);
     }
-    ptx::cp_async_wait_group<0>();
     __syncthreads();
   }
 
@@ -324,11 +329,10 @@ struct Attention {
 
   // sigma of the raw queries in place, and each row's gate over its denominator: 0 for rows that
   // retrieve nothing, and for those from `rows` on. Synchronises before and after.
-  template <class GateOf>
-  __device__ __forceinline__ void map_queries(const InfiniProblem& p, int rows, GateOf gate) {
+  __device__ __forceinline__ void map_queries(const InfiniProblem& p, int rows, Gate gate) {
     __syncthreads();
     infini::map_queries<kThreads>(p, queries, z, rows, [&](int row, float d, bool first) {
-      if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : __fdividef(gate(row).memory, d);
+      if (first) weight[row] = d == 0.0f || row >= rows ? 0.0f : __fdividef(gate.memory, d);
       return d != 0.0f;
     });
     __syncthreads();
@@ -336,7 +340,7 @@ struct Attention {
 
   // o <- f o + sigma(Q) snapshot; the caller multiplies by e afterwards. f = local / e.
   template <class Local, class Retrieved>
-  __device__ __forceinline__ void retrieve(const Memory<T>& memory, bool idle, Local local,
+  __device__ __forceinline__ void retrieve(const Memory<T>& memory, Local local,
                                            Retrieved retrieved) {
     load_memory(MemoryTile{keys.base}, memory, 0);
 #pragma unroll
@@ -363,24 +367,14 @@ struct Attention {
       if (block + 1 < Dk / kMemoryRows) {
         load_memory(MemoryTile{block % 2 ? keys.base : values.base}, memory, block + 1);
       }
-      if (idle) continue;
 #pragma unroll
-      for (int kk = 0; kk < kMemoryRows; kk += 16) {
-        uint32_t a[kRowTiles][4];
+      for (int row = 0; row < kMemoryRows; row += 16) {
+        Weights a;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          queries.a(a[i], first_row() + i * 16, block * kMemoryRows + kk);
+          queries.a(a[i], first_row() + i * 16, block * kMemoryRows + row);
         }
-#pragma unroll
-        for (int j = 0; j < Dv / 16; ++j) {
-          uint32_t b[4];
-          tile.b_trans(b, kk, j * 16);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16<T>(o[i][2 * j], a[i], b[0], b[1]);
-            ptx::mma_m16n8k16<T>(o[i][2 * j + 1], a[i], b[2], b[3]);
-          }
-        }
+        add_product(a, tile, row);
       }
     }
     __syncthreads();  // all have read the last block
@@ -393,15 +387,14 @@ struct Attention {
     ptx::cp_async_commit_group();
   }
 
-  // The whole end of a tile: gates, retrieves and writes. `gate(tile row)`, `out(tile row)`: null
-  // where there is none. `reload()` brings the raw queries back after a rotation (and waits).
+  // The whole end of a tile: gates, retrieves and writes. `out(tile row)`: null where there is
+  // none. `reload()` brings the raw queries back where they were changed (and waits).
   // Requires reduced totals and that no copy is under way.
-  template <class GateOf, class Out, class Reload>
+  template <class Out, class Reload>
   __device__ __forceinline__ void finish(const InfiniProblem& p, const Memory<T>& memory, int rows,
-                                         bool retrieves, GateOf gate, Out out, Reload reload) {
-    const bool idle = first_row() >= rows;
+                                         bool retrieves, Gate gate, Out out, Reload reload) {
     each_row([&](int i, int h, int r) {
-      const float w = r < rows ? gate(r).local : 0.0f;
+      const float w = r < rows ? gate.local : 0.0f;
       const float over = w == 0.0f || total[i][h] == 0.0f ? 0.0f : __fdividef(w, total[i][h]);
       if (threadIdx.x % 4 == 0) share[r] = over;
     });
@@ -425,7 +418,7 @@ struct Attention {
       const float least = share[row(i, h)] * 1e-30f;
       return fabsf(e) < least ? least : e;
     };
-    retrieve(memory, idle, local, retrieved);
+    retrieve(memory, local, retrieved);
     store(retrieved, [&](int r) -> T* { return weight[r] == 0.0f ? nullptr : out(r); });
   }
 };

@@ -22,7 +22,6 @@ struct SegmentTask {
   int head;
   int kv_head;
   Branch branch;
-  bool rotate_keys;  // new keys are rotated on arrival
 };
 
 template <class T>
@@ -32,48 +31,67 @@ __device__ __forceinline__ Gate gate_of(const InfiniProblem& p, const InfiniCall
   return gate_of(p, pointer<const float>(call.gate)[task.head], task.piece.empty);
 }
 
-template <class T, int Dk, int Dv>
+// Changes the sign of a tile, which every thread has written; the caller synchronises afterwards.
+template <int Threads, class T, int R, int C>
+__device__ __forceinline__ void negate_tile(const Tile<T, R, C>& tile) {
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < R * (C / 8); i += Threads) {
+    const uint32_t at = tile.at(i / (C / 8), i % (C / 8));
+    Chunk chunk = load_chunk(at);
+#pragma unroll
+    for (uint32_t& pair : chunk.x) pair ^= 0x80008000u;
+    store_chunk(at, chunk);
+  }
+}
+
+// `kRotatesKeys`: new keys are rotated on arrival, if there is a rotation; otherwise they come
+// rotated.
+template <bool kRotatesKeys, class T, int Dk, int Dv>
 __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const InfiniCall& call,
                                              const SegmentTask<T>& task, uint64_t status,
                                              unsigned char* shared) {
-  using Tile = Attention<T, Dk, Dv, AttentionTile<Dk, Dv>>;
+  using Tile = Attention<T, Dk, Dv>;
   constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads;
   const auto load_queries = [&](const Tile& t) {
     const InfiniPiece& piece = task.piece;
     const Rows<T> rows{row_of<T>(call.q, piece.batch, task.token, task.head), call.q.token};
     load_tile<kThreads>(t.queries, rows, 0, task.rows);
+    ptx::cp_async_commit_group();
   };
   Tile t(shared);
   load_queries(t);
 
   const bool asked = task.branch == Branch::kBoth && (call.lse.data || call.a_dot.data);
   const bool attends = asked || gate_of(p, call, task).local != 0.0f;
+  const auto changes_queries = [&] { return attends && (task.rope.rows > 0 || p.negative); };
   if (attends) {
-    const int whole = task.piece.cached + task.first + 1;
+    const int whole = task.piece.cached + task.first + 1, end = whole - 1 + task.rows;
     const auto position = [&](int64_t token) {
       const InfiniPiece& piece = task.piece;
       return position_of(task.rope, piece.batch, piece.first + token, piece.position + token);
     };
     const auto rotate = [&](int start) {
-      if (task.rope.rows == 0) return;
-      if (start == 0) {
+      const int cached = task.piece.cached;
+      if (!kRotatesKeys || task.rope.rows == 0 || start + kKeys <= cached) return;
+      rotate_tile<kThreads>(t.keys, max(cached - start, 0), min(kKeys, end - start), task.rope,
+                            status, [&](int r) { return position(start + r - cached); });
+      __syncthreads();
+    };
+    t.load_keys(task.source, 0, end);
+    if (changes_queries()) {
+      ptx::cp_async_wait_group<1>();
+      __syncthreads();  // the queries have arrived
+      if (task.rope.rows > 0) {
         rotate_tile<kThreads>(t.queries, 0, task.rows, task.rope, status,
                               [&](int r) { return position(task.first + r); });
       }
-      const int cached = task.piece.cached, end = cached + task.first + task.rows;
-      if (task.rotate_keys && start + kKeys > cached) {
-        rotate_tile<kThreads>(t.keys, max(cached - start, 0), min(kKeys, end - start), task.rope,
-                              status, [&](int r) { return position(start + r - cached); });
-      }
-      __syncthreads();
-    };
+      if (p.negative) negate_tile<kThreads>(t.queries);
+    }
     t.attend(
-        p, task.source, 0, whole - 1 + task.rows, whole,
-        [&](int i, int h) { return whole + Tile::row(i, h); }, Tile::first_row() >= task.rows,
-        rotate);
+        p, task.source, end, whole, [&](int i, int h) { return whole + Tile::row(i, h); }, rotate);
     t.reduce();
   } else {
-    ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncthreads();
   }
@@ -97,13 +115,12 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
   const Gate gate = gate_of(p, call, task);
   const bool retrieves = !task.piece.empty && gate.memory != 0.0f;
   t.finish(
-      p, task.memory, task.rows, retrieves, [&](int) { return gate; },
+      p, task.memory, task.rows, retrieves, gate,
       [&](int r) { return out(task.branch == Branch::kMemory ? call.a_mem : call.o, r); },
       [&] {
-        if (!attends || task.rope.rows == 0) return;
-        __syncthreads();  // all have read the rotated queries
+        if (!changes_queries()) return;
+        __syncthreads();  // all have read the changed queries
         load_queries(t);
-        ptx::cp_async_commit_group();
         ptx::cp_async_wait_group<0>();
       });
 }

@@ -103,10 +103,11 @@ __device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Rows<
   const bool idle = Threads % chunks != 0 && row >= step;
   const T* from = source.row(first + row) + column + chunk * 8;
   const int64_t stride = source.stride * step;
-#pragma unroll 4
+  const int left = end - first - row;
+#pragma unroll
   for (int r = 0; r < R; r += step, from += stride) {
     if (idle || (R % step != 0 && row + r >= R)) continue;
-    ptx::cp_async_16(tile.at(row + r, chunk), from, first + row + r < end);
+    ptx::cp_async_16(tile.at(row + r, chunk), from, r < left);
   }
 }
 
@@ -118,8 +119,7 @@ __device__ __forceinline__ void load_tile(const Tile<T, R, C>& tile, const Segme
   if (first >= cached || first + R <= cached) {
     const bool open = first < cached;
     const int skip = open ? 0 : cached;
-    const Rows<T> rows{open ? source.open.data : source.fresh.data,
-                       open ? source.open.stride : source.fresh.stride};
+    const Rows<T> rows = *(open ? &source.open : &source.fresh);
     load_tile<Threads>(tile, rows, first - skip, end - skip, column);
     return;
   }

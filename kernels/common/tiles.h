@@ -16,17 +16,16 @@ namespace infini {
 constexpr int kWarp = 32;
 
 // Local attention of one query head: 4 warps, each of `row_tiles` x 16 query rows; blocks of `keys`
-// keys. Registers bound it: at Dv = 256 a second row tile of accumulators would spill.
+// keys. Registers bound it: scores and output take 192 of them; at Dv = 256 a second row tile of
+// accumulators would spill. At Dk = 192 an A100 had room for one block with more keys.
 template <int Dk, int Dv>
 struct AttentionTile {
   static constexpr int warps = 4;
   static constexpr int threads = warps * kWarp;
   static constexpr int row_tiles = Dv > 128 ? 1 : 2;
   static constexpr int rows = warps * row_tiles * 16;
-  static constexpr int keys = Dk == 192 ? 32 : 64;  // 64 would spill where keys are rotated
+  static constexpr int keys = Dk == 192 ? 32 : Dk == 64 && Dv == 64 ? 128 : 64;
   static constexpr int blocks_per_sm = 2;
-  // Steps of 16 channels that Q Kt has in flight: as many as registers allow without a spill.
-  static constexpr int score_unroll = Dv >= 128 ? 1 : 2;
   // Query tile, key tile, value tile; z; two weights per row.
   static constexpr int shared_bytes = 2 * (rows * Dk + keys * Dk + keys * Dv) + 4 * Dk + 8 * rows;
 };

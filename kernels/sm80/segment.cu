@@ -49,8 +49,7 @@ struct Segment {
     if (threadIdx.x == 0) {
       task.source = {keys_of<T>(p.problem, p.call.k, p.state, piece, kv_head),
                      values_of<T>(p.problem, p.call.v, p.state, piece, kv_head)};
-      task.rotate_keys = p.call.rope.rows > 0;
-      if (task.rotate_keys) {
+      if (p.call.rope.rows > 0) {
         const uint64_t open = p.state.open_k_rotated;
         task.source.k.open.data = segment_rows<T>(open, p.problem, piece.slot, kv_head, Dk);
       }
@@ -66,7 +65,7 @@ struct Segment {
       task.branch = second ? Branch::kMemory : Branch::kBoth;
     }
     __syncthreads();
-    segment_tile<T, Dk, Dv>(p.problem, p.call, task, p.state.status, shared);
+    segment_tile<true, T, Dk, Dv>(p.problem, p.call, task, p.state.status, shared);
   }
 
   // Update block `id` of a sequence.

@@ -1,11 +1,11 @@
 // Phase 5 of prefill: local attention, retrieval and gate of every piece, segments in parallel.
 //
 // Tile: AttentionTile<Dk, Dv>: 128 query rows (64 at Dv = 256) of one query head, 64 keys per
-// block, 4 warps; two blocks per SM. One-dimensional grid in the order of common/schedule.cuh; with
-// a_mem asked, as many blocks again write the memory branch alone.
+// block (128 at d = 64), 4 warps; two blocks per SM. One-dimensional grid in the order of
+// common/schedule.cuh; with a_mem asked, as many blocks again write the memory branch alone.
 //
-// Shared memory: query, key, value tile; z [Dk]; row weights. Barriers: __syncthreads only, three
-// per block of keys (common/attention.cuh).
+// Shared memory: query, key, value tile; z [Dk]; row weights. Barriers: __syncthreads only, two per
+// block of keys (common/attention.cuh).
 //
 // Per tile of R rows at key n (on average N/2): 4 R n D flops of the local branch and 2 R Dk Dv of
 // the retrieval; reads R Dk + n (Dk + Dv) + Dk Dv elements, all but the queries mostly from L2.
@@ -46,11 +46,10 @@ __device__ __forceinline__ void segment_attention(const InfiniSegmentAttention& 
       task.rows = min(kRows, piece.len - first);
       task.head = place.head;
       task.branch = place.memory ? Branch::kMemory : Branch::kBoth;
-      task.rotate_keys = false;
     }
   }
   __syncthreads();
-  segment_tile<T, Dk, Dv>(p.problem, p.call, task, p.state.status, shared);
+  segment_tile<false, T, Dk, Dv>(p.problem, p.call, task, p.state.status, shared);
 }
 
 }  // namespace infini
