@@ -64,36 +64,35 @@ def patch(folder: Path, edits: dict[str, dict[str, str]]) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """The bundle, with the faults as a variant, and another one that only cuts work differently."""
-    scratch = tmp_path_factory.mktemp("rehearsal")
-    folder = scratch / "bundle"
-    planted = patch(scratch, FAULTS)
-    subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variant", f"planted={planted}",
-                    "--variant", "alone=@shared_by=1", folder], env=environment(), check=True)
-    return folder
-
-
 def head(patch: Path) -> dict[str, str]:
     """What a kept variant says of itself: lines `Word: text` in front of the patch."""
     lines = patch.read_text().split("diff --git")[0].splitlines()
     return dict(line.split(": ", 1) for line in lines if line)
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    """The bundle with the kept variants; those that others have within are built with these."""
-    scratch = tmp_path_factory.mktemp("variants")
-    more = []
+def kept() -> list[str]:
+    """The kept variants as arguments; those that others have within are built with these."""
+    arguments = []
     for patch in VARIANTS:
         if "Within" not in (said := head(patch)):
             file = patch if "diff --git" in patch.read_text() else ""
             switches = "@" + said["Switches"] if "Switches" in said else ""
-            more += ["--variant", f"{patch.stem}={file}{switches}"]
+            arguments += ["--variant", f"{patch.stem}={file}{switches}"]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The bundle, with the faults as a variant, another one that only cuts work differently, and those
+    that are kept for a card, which visits here do not know of."""
+    scratch = tmp_path_factory.mktemp("rehearsal")
     folder = scratch / "bundle"
-    subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", *more, folder], env=environment(),
-                   check=True)
+    planted = patch(scratch, FAULTS)
+    subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variant", f"planted={planted}",
+                    "--variant", "alone=@shared_by=1", *kept(), folder], env=environment(), check=True)
+    lines = (folder / "variants.txt").read_text().splitlines()
+    (folder / "variants.txt").write_text("".join(f"{line}\n" for line in lines[:2]))
+    (folder / "kept.txt").write_text("".join(f"{line}\n" for line in lines[2:]))
     return folder
 
 
@@ -195,7 +194,7 @@ def test_one_case_of_a_group_runs_alone(bundle):
 
 
 @pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
-def test_kept_variants_pass(variants, patch):
+def test_kept_variants_pass(bundle, patch):
     said = head(patch)
     assert said["What"] and said["Predicted"] and said["Test"]
     # In the log: what was predicted, and where a card's answer belongs.
@@ -204,15 +203,15 @@ def test_kept_variants_pass(variants, patch):
         assert "Within" not in head(patch.with_stem(said["Within"]))
         subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
         return
-    lines = [line.split() for line in (variants / "variants.txt").read_text().splitlines()]
+    lines = [line.split() for line in (bundle / "kept.txt").read_text().splitlines()]
     folder, switches = next(rest for name, *rest in lines if name == patch.stem)
-    changed = [*(variants / folder).glob("*/*.fatbin")] if folder != "-" else []
+    changed = [*(bundle / folder).glob("*/*.fatbin")] if folder != "-" else []
     assert changed or switches != "-"
     more = {} if folder == "-" else {"INFINI_KERNELS": folder}
     # Few blocks, so that each takes several tiles.
     more["INFINI_TARGET"] = "multiprocessors=2" + ("" if switches == "-" else "," + switches)
     # The smallest of its groups; a visit runs all that its kernels concern.
     group = said["Test"].split()[0]
-    done = subprocess.run(["./device-tests", "--exact", group], cwd=variants,
+    done = subprocess.run(["./device-tests", "--exact", group], cwd=bundle,
                           env=environment(**more), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and f"test {group} ... ok" in done.stdout, done.stderr
