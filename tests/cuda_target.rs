@@ -303,6 +303,7 @@ fn no_more_clusters_are_launched_than_the_device_holds() {
     };
     assert_eq!(attention(66), (3000_u32.div_ceil(128) * 4, 2));
     assert_eq!(attention(5), (10, 2));
+    assert_eq!(attention(usize::MAX), (3000_u32.div_ceil(128) * 4, 2));
     assert_eq!(attention(0), (3000_u32.div_ceil(128) * 4, 1));
 }
 
@@ -345,6 +346,8 @@ fn a_cluster_has_a_head_of_a_segment_where_it_fills_the_device() {
     let plan = segment(&p, &Target { cluster_blocks: 7, ..full });
     let reason = "portable: clusters of 8 blocks, the device holds 7 at most";
     assert!(launch(&plan, "segment").why.contains(reason), "{plan}");
+    let plan = segment(&p, &Target { segment_fill: usize::MAX, ..full });
+    assert_eq!(launch(&plan, "segment").kernel.arch, Arch::Sm80);
     let narrow = problem(|b| b.key_dim(96).value_dim(96));
     let plan = segment(&narrow, &full);
     assert!(launch(&plan, "segment").why.contains("no sm90 kernel for d = 96"), "{plan}");

@@ -133,7 +133,7 @@ fn choose(
     let blocks = p.kv_heads() * cluster;
     let reason = if cluster > target.cluster_blocks {
         format!("clusters of {cluster} blocks, the device holds {} at most", target.cluster_blocks)
-    } else if blocks * 100 < all * target.segment_fill {
+    } else if blocks * 100 < all.saturating_mul(target.segment_fill) {
         format!("{blocks} blocks per sequence for {all} multiprocessors")
     } else {
         return Ok(chosen);

@@ -163,7 +163,8 @@ impl Chosen {
                 1 => target.multiprocessors,
                 _ => target.pairs.min(target.multiprocessors / 2),
             };
-            self.most_blocks = (clusters * self.kernel.blocks_per_sm as usize).max(1) * cluster;
+            let blocks = clusters.saturating_mul(self.kernel.blocks_per_sm as usize);
+            self.most_blocks = blocks.max(1).saturating_mul(cluster);
             self.cluster = cluster as u32;
         }
         self
