@@ -17,8 +17,8 @@ const PORTABLE_CLUSTER: u32 = 8;
 /// Largest table that [`CudaLauncher`] writes from the parameters of launches; more is copied.
 const TABLE_LIMIT: usize = 64 << 10;
 
-/// Runs plans on a device's stream. Allocates nothing and waits for nothing, so that what it does
-/// can be captured in a graph.
+/// Runs plans on a device's stream. Allocates nothing on the device and waits for nothing, so that
+/// what it does can be captured in a graph.
 #[derive(Debug)]
 pub struct CudaLauncher<'a> {
     pub(super) device: &'a Device,

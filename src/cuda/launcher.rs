@@ -11,7 +11,7 @@ const MAP_ALIGN: usize = 128;
 
 /// Executes the steps of a plan, in order, each after the one before has taken effect.
 ///
-/// Nothing here allocates or waits for the device.
+/// Nothing here allocates device memory or waits for the device.
 pub trait Launcher {
     /// Enqueues a launch.
     ///
