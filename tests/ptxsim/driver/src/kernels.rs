@@ -243,7 +243,7 @@ impl Machine {
             module.set_variable(name, &self.device.contents(*buffer));
         }
         let args: Vec<_> = call.args.iter().cloned().map(Arg::Bytes).collect();
-        self.pinned.values().for_each(|pinned| pinned.value.upload(&mut self.device));
+        self.pinned.values_mut().for_each(|pinned| pinned.value.upload(&mut self.device));
         let residency = self.device.options.residency;
         if call.cooperative {
             self.device.options.residency = Residency::CoResident;

@@ -178,9 +178,9 @@ impl Machine {
     }
 
     /// Where kernels find it.
-    pub fn pinned_address(&self, start: usize) -> Result<u64> {
-        let pinned = self.pinned.get(&start).ok_or(INVALID_VALUE)?;
-        Ok(self.device.address(pinned.value.buffer))
+    pub fn pinned_address(&mut self, start: usize) -> Result<u64> {
+        let pinned = self.pinned.get_mut(&start).ok_or(INVALID_VALUE)?;
+        Ok(pinned.value.map(&self.device))
     }
 
     pub fn free_pinned(&mut self, start: usize) -> Result {

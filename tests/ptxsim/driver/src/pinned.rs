@@ -1,8 +1,8 @@
 //! Memory of the host that kernels reach as well: a launch finds there what the host has written, and
-//! leaves there what it has.
+//! leaves there what it has written itself.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::slice::{from_raw_parts, from_raw_parts_mut};
+use std::slice::from_raw_parts;
 
 use ptxsim::{Buffer, Device};
 
@@ -15,6 +15,8 @@ pub struct Pinned {
     layout: Layout,
     /// What kernels see of it.
     pub buffer: Buffer,
+    /// What the last launch found; nothing where no program has asked where kernels find it.
+    found: Option<Vec<u8>>,
 }
 
 impl Pinned {
@@ -25,24 +27,37 @@ impl Pinned {
         let start = unsafe { alloc_zeroed(layout) } as usize;
         let buffer =
             (start != 0).then(|| device.uninitialised_bytes("pinned memory", bytes as u64));
-        Some(Self { start, layout, buffer: buffer? })
+        Some(Self { start, layout, buffer: buffer?, found: None })
     }
 
     pub fn start(&self) -> usize {
         self.start
     }
 
-    pub fn upload(&self, device: &mut Device) {
-        // SAFETY: the memory is this object's; a program that writes it during a launch has a race on
-        // a device as well.
-        let bytes = unsafe { from_raw_parts(self.start as *const u8, self.layout.size()) };
-        _ = device.write(device.address(self.buffer), bytes);
+    /// Where kernels find it.
+    pub fn map(&mut self, device: &Device) -> u64 {
+        self.found.get_or_insert_default();
+        device.address(self.buffer)
     }
 
+    /// Before a launch.
+    pub fn upload(&mut self, device: &mut Device) {
+        let Some(found) = &mut self.found else { return };
+        // SAFETY: the memory is this object's; a program that writes it during a launch that reads it
+        // has a race on a device as well.
+        *found = unsafe { from_raw_parts(self.start as *const u8, self.layout.size()) }.to_vec();
+        _ = device.write(device.address(self.buffer), found);
+    }
+
+    /// After it. Other threads of the host may have written here meanwhile what the launch did not.
     pub fn download(&self, device: &Device) {
-        // SAFETY: as above.
-        let bytes = unsafe { from_raw_parts_mut(self.start as *mut u8, self.layout.size()) };
-        bytes.copy_from_slice(&device.contents(self.buffer));
+        let Some(found) = &self.found else { return };
+        let left = device.contents(self.buffer);
+        let written = left.iter().zip(found).enumerate().filter(|(_, (left, found))| left != found);
+        for (at, (byte, _)) in written {
+            // SAFETY: within the memory, which is this object's.
+            unsafe { (self.start as *mut u8).add(at).write(*byte) };
+        }
     }
 }
 

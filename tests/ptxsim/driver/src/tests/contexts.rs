@@ -6,6 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::error::{INVALID_CONTEXT, INVALID_HANDLE, LAUNCH_FAILED};
+use crate::pinned::Pinned;
 
 fn current() -> usize {
     given(|c| unsafe { cuCtxGetCurrent(c) }).unwrap()
@@ -187,4 +188,20 @@ fn every_thread_has_a_default_stream() {
         ok(cuGraphLaunch(exec, 2));
         assert_eq!(first_word(to), Ok(2));
     }
+}
+
+#[test]
+fn a_launch_leaves_alone_what_other_threads_write_meanwhile() {
+    let mut device = ptxsim::Device::new(ptxsim::Arch::Sm80);
+    let mut pinned = Pinned::new(&mut device, 4).unwrap();
+    let host = pinned.start() as *mut [u8; 4];
+    let address = pinned.map(&device);
+    unsafe { host.write([1, 2, 3, 4]) };
+    pinned.upload(&mut device);
+    device.write(address, &[10]).unwrap();
+    unsafe { host.write([1, 20, 3, 4]) };
+    pinned.download(&device);
+    assert_eq!(unsafe { host.read() }, [10, 20, 3, 4]);
+    pinned.upload(&mut device);
+    assert_eq!(device.contents(pinned.buffer), [10, 20, 3, 4]);
 }
