@@ -20,7 +20,7 @@ struct HostTable {
 
 impl HostTables {
     /// Enqueues a copy of `from` to the device address `to`; `from` may change afterwards. Waits for
-    /// nothing.
+    /// nothing where a table is free; for a new one, or to free one, the driver may.
     ///
     /// # Safety
     /// The device has `from.len()` bytes at `to`, which nothing else uses until the copy is done.
