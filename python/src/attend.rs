@@ -4,10 +4,10 @@ use infini_attn::{DType, Element, Inputs, MAX_DECODE_TOKENS, Outputs, Rope, Tens
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::dlpack::{Memory, Scalar};
+use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::problem::Policies;
 use crate::state::State;
-use crate::tensor::{self, Kind, dtype_name};
+use crate::tensor::{self, Kind};
 use crate::{error, threads};
 
 /// One call's arguments, their memory borrowed.
@@ -40,12 +40,9 @@ impl<'py> Arguments<'py> {
         let [b, t, _, _] = q.extents("[B, T, Hq, Dk]")?;
         let same_kind = |argument, object| {
             let (got, memory) = tensor::borrow(argument, object)?;
-            if got != kind {
-                return Err(error::wrong_type(argument, got, format!("{kind} as q is")));
-            }
+            tensor::check_kind(argument, got, "q", kind)?;
             if memory.data_type() != q.data_type() {
-                let expected = format!("{} as q has", q.data_type());
-                return Err(error::dtype(argument, memory.data_type(), expected));
+                return Err(memory.wrong_dtype(format_args!("{} as q has", q.data_type())));
             }
             Ok(memory)
         };
@@ -89,8 +86,7 @@ impl<'py> Arguments<'py> {
         let [_, _, kv_heads, _] = self.k.extents("[B, T, Hkv, Dk]")?;
         let [_, _, _, value_dim] = self.v.extents("[B, T, Hkv, Dv]")?;
         let builder = base.map_or_else(infini_attn::Problem::builder, |p| p.to_builder());
-        let builder = builder.heads(heads).kv_heads(kv_heads).key_dim(key_dim).value_dim(value_dim);
-        policies.apply(builder.dtype(dtype))?.build().map_err(error::python)
+        policies.problem(builder, [heads, kv_heads, key_dim, value_dim], dtype)
     }
 
     /// The core's inputs: views `q`, `k`, `v`, and the rest from here.
@@ -118,34 +114,21 @@ impl<'py> Arguments<'py> {
 fn seq_lens(object: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
     let (shape, lens) = tensor::integers("seq_lens", object)?;
     if shape.len() != 1 {
-        return Err(error::value("seq_lens", format!("shape {shape:?}"), "[B]"));
+        return Err(error::shape("seq_lens", &shape, "[B]"));
     }
-    (lens.iter().enumerate())
-        .map(|(b, &len)| {
-            let argument = format!("seq_lens[{b}]");
-            i32::try_from(len).map_err(|_| error::value(&argument, len, "0 to T"))
-        })
-        .collect()
+    tensor::narrow("seq_lens", lens, "0 to T")
 }
 
 fn positions(object: &Bound<'_, PyAny>, b: usize, t: usize) -> PyResult<Vec<i64>> {
     let (shape, positions) = tensor::integers("positions", object)?;
     if shape != [t] && shape != [b, t] {
-        let expected = format!("[T] = [{t}] or [B, T] = [{b}, {t}]");
-        return Err(error::value("positions", format!("shape {shape:?}"), expected));
+        let expected = format_args!("[T] = [{t}] or [B, T] = [{b}, {t}]");
+        return Err(error::shape("positions", &shape, expected));
     }
     Ok(positions)
 }
 
-/// Which results are asked for besides `out`.
-#[derive(Clone, Copy)]
-pub struct Wanted {
-    pub state: bool,
-    pub lse: bool,
-    pub parts: bool,
-}
-
-/// The arrays of one call's results.
+/// The arrays of one call's results: `out`, and what is asked for.
 pub struct Results<'py> {
     pub out: Bound<'py, PyAny>,
     pub lse: Option<Bound<'py, PyAny>>,
@@ -153,22 +136,21 @@ pub struct Results<'py> {
     pub parts: Option<[Bound<'py, PyAny>; 2]>,
 }
 
-impl Wanted {
+impl<'py> Results<'py> {
     /// `out` alone, or the tuple (out, state, lse, a_dot, a_mem) of what is asked for.
-    pub fn pack<'py>(
+    pub fn pack(
         self,
         py: Python<'py>,
-        results: Results<'py>,
-        state: Bound<'py, PyAny>,
+        state: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        if !(self.state || self.lse || self.parts) {
-            return Ok(results.out);
+        let mut results = vec![self.out];
+        results.extend(state);
+        results.extend(self.lse);
+        results.extend(self.parts.into_iter().flatten());
+        match <[_; 1]>::try_from(results) {
+            Ok([out]) => Ok(out),
+            Err(results) => Ok(PyTuple::new(py, results)?.into_any()),
         }
-        let mut tuple = vec![results.out];
-        tuple.extend(self.state.then_some(state));
-        tuple.extend(results.lse);
-        tuple.extend(results.parts.into_iter().flatten());
-        Ok(PyTuple::new(py, tuple)?.into_any())
     }
 }
 
@@ -248,34 +230,25 @@ pub fn infini_attention<'py>(
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let state: Option<Bound<'py, State>> =
         state.map(|s| error::typed("state", s, "an infini_attn.State")).transpose()?;
-    let state = state.as_ref();
-    let base = state.map(|s| s.get().read().map(|s| *s.problem())).transpose()?;
-    let dtype = dtype_of("q", &arguments.q)?;
+    let base = state.as_ref().map(|s| s.get().read().map(|s| *s.problem())).transpose()?;
+    let dtype = by_dtype!(arguments.q, dtype_of())?;
     let problem = arguments.problem(base, &policies, dtype)?;
-    let wanted = Wanted { state: return_state, lse: return_lse, parts: return_parts };
-    let compute = |state: &mut infini_attn::State| match dtype {
-        DType::F32 => run::<f32>(py, &arguments, &problem, state, wanted),
-        DType::F16 => run::<half::f16>(py, &arguments, &problem, state, wanted),
-        DType::BF16 => run::<half::bf16>(py, &arguments, &problem, state, wanted),
-        other => Err(error::dtype("q", other, "f32, f16 or bf16")),
-    };
-    let (results, state) = match state {
-        Some(state) if inplace => (compute(&mut *state.get().write()?)?, state.clone()),
-        given => {
-            let mut next = match given {
-                Some(state) => state.get().read()?.clone(),
-                None => infini_attn::State::new(&problem, arguments.batch().0),
-            };
-            (compute(&mut next)?, Bound::new(py, State::new(next))?)
+    let state = match &state {
+        Some(state) => State::to_advance(state, inplace)?,
+        None => {
+            let empty = infini_attn::State::new(&problem, arguments.batch().0);
+            Bound::new(py, State::new(empty))?
         }
     };
-    wanted.pack(py, results, state.into_any())
+    let results = by_dtype!(
+        arguments.q,
+        run(py, &arguments, &problem, &mut *state.get().write()?, return_lse, return_parts)
+    )?;
+    results.pack(py, return_state.then(|| state.into_any()))
 }
 
-/// The element type of an input, if it is one of the operator's.
-pub fn dtype_of(argument: &str, memory: &Memory<'_>) -> PyResult<DType> {
-    let got = memory.data_type();
-    got.dtype().ok_or_else(|| error::dtype(argument, got, "f32, f16 or bf16"))
+fn dtype_of<T: Element>() -> PyResult<DType> {
+    Ok(T::DTYPE)
 }
 
 fn run<'py, T: Element + Scalar>(
@@ -283,15 +256,15 @@ fn run<'py, T: Element + Scalar>(
     arguments: &Arguments<'py>,
     problem: &infini_attn::Problem,
     state: &mut infini_attn::State,
-    wanted: Wanted,
+    lse: bool,
+    parts: bool,
 ) -> PyResult<Results<'py>> {
     let (b, t) = arguments.batch();
-    let shape = [b, t, problem.heads(), problem.value_dim()];
-    let new = |shape: &[usize], dtype| tensor::empty(py, arguments.kind, shape, dtype);
-    let like = || new(&shape, dtype_name(T::DTYPE));
+    let (kind, shape) = (arguments.kind, [b, t, problem.heads(), problem.value_dim()]);
+    let like = || tensor::empty::<T>(py, kind, &shape);
     let (out, mut out_memory) = like()?;
-    let mut lse = wanted.lse.then(|| new(&[b, shape[2], t], "float32")).transpose()?;
-    let mut parts = wanted.parts.then(|| Ok::<_, PyErr>([like()?, like()?])).transpose()?;
+    let mut lse = lse.then(|| tensor::empty::<f32>(py, kind, &[b, shape[2], t])).transpose()?;
+    let mut parts = parts.then(|| Ok::<_, PyErr>([like()?, like()?])).transpose()?;
 
     let mut outputs = Outputs::new(out_memory.view_mut::<T>()?);
     if let Some((_, memory)) = &mut lse {
@@ -308,8 +281,7 @@ fn run<'py, T: Element + Scalar>(
         } else {
             infini_attn::prefill(problem, &inputs, gate, state, outputs)
         }
-    })?
-    .map_err(error::python)?;
+    })?;
     Ok(Results {
         out,
         lse: lse.map(|(object, _)| object),

@@ -5,10 +5,11 @@
 //! to it, is dropped.
 
 use std::ffi::c_void;
+use std::fmt::Display;
 use std::ptr::NonNull;
 
 use half::{bf16, f16};
-use infini_attn::{DType, MAX_RANK, TensorView, TensorViewMut};
+use infini_attn::{MAX_RANK, TensorView, TensorViewMut};
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyCapsule};
@@ -68,29 +69,42 @@ const READ_ONLY: u64 = 1;
 /// `DATA_TYPE` describes the type, and every bit pattern is a value of it.
 pub unsafe trait Scalar: Copy + 'static {
     const DATA_TYPE: DataType;
+    /// What NumPy and PyTorch call it.
+    const NAME: &str;
 }
 
 macro_rules! scalars {
-    ($($type:ty: $code:literal, $bits:literal;)+) => {$(
+    ($($type:ty: $name:literal, $code:literal, $bits:literal;)+) => {$(
         // SAFETY: kDLInt is 0, kDLFloat 2, kDLBfloat 4; plain numbers.
         unsafe impl Scalar for $type {
             const DATA_TYPE: DataType = DataType { code: $code, bits: $bits, lanes: 1 };
+            const NAME: &str = $name;
         }
     )+};
 }
 
-scalars! { f32: 2, 32; f64: 2, 64; f16: 2, 16; bf16: 4, 16; i64: 0, 64; }
-
-impl DataType {
-    /// As one of the types the operator takes.
-    pub fn dtype(self) -> Option<DType> {
-        [(f32::DATA_TYPE, DType::F32), (f16::DATA_TYPE, DType::F16), (bf16::DATA_TYPE, DType::BF16)]
-            .into_iter()
-            .find_map(|(data_type, dtype)| (data_type == self).then_some(dtype))
-    }
+scalars! {
+    f32: "float32", 2, 32;
+    f64: "float64", 2, 64;
+    f16: "float16", 2, 16;
+    bf16: "bfloat16", 4, 16;
+    i64: "int64", 0, 64;
 }
 
-impl std::fmt::Display for DataType {
+/// Calls a generic function for the element type of an argument, one of those the operator takes.
+macro_rules! by_dtype {
+    ($memory:expr, $function:ident($($args:expr),*)) => {
+        match $memory.data_type() {
+            f32::DATA_TYPE => $function::<f32>($($args),*),
+            half::f16::DATA_TYPE => $function::<half::f16>($($args),*),
+            half::bf16::DATA_TYPE => $function::<half::bf16>($($args),*),
+            _ => Err($memory.wrong_dtype("f32, f16 or bf16")),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+impl Display for DataType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = match self.code {
             0 => "i",
@@ -182,12 +196,15 @@ impl<'py> Memory<'py> {
         self.data_type
     }
 
+    /// TypeError about the element type.
+    pub fn wrong_dtype(&self, expected: impl Display) -> PyErr {
+        error::dtype(&self.argument, self.data_type, expected)
+    }
+
     /// Extents of a tensor whose rank is known; `names` is what errors call them.
     pub fn extents<const RANK: usize>(&self, names: &str) -> PyResult<[usize; RANK]> {
-        self.shape[..].try_into().map_err(|_| {
-            let got = format!("shape {:?}", self.shape);
-            error::value(&self.argument, got, format!("rank {RANK} {names}"))
-        })
+        let expected = format_args!("rank {RANK} {names}");
+        self.shape[..].try_into().map_err(|_| error::shape(&self.argument, &self.shape, expected))
     }
 
     /// The memory as the core sees it.
@@ -219,32 +236,20 @@ impl<'py> Memory<'py> {
 
     /// The elements to write to, row-major; for arrays as in [`Self::view_mut`].
     pub fn as_mut_slice<T: Scalar>(&mut self) -> PyResult<&mut [T]> {
-        self.check::<T>()?;
-        let mut step = 1;
-        let contiguous = (self.shape.iter().zip(&self.strides).rev()).all(|(&extent, &stride)| {
-            let ok = extent <= 1 || stride == step;
-            step *= extent as i64;
-            ok
-        });
-        if self.read_only || !contiguous && !self.shape.contains(&0) {
-            return Err(error::value(
-                &self.argument,
-                "other memory",
-                "writable, contiguous memory",
-            ));
-        }
-        let len = self.shape.iter().product();
-        // SAFETY: as in `view_mut`; contiguous, so the elements are the product of the extents.
+        let Some(len) = self.view_mut::<T>()?.view().as_slice().map(<[T]>::len) else {
+            return Err(error::value(&self.argument, "other memory", "contiguous memory"));
+        };
+        // SAFETY: as in `view_mut`; the elements are contiguous, and `len` many.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().cast(), len) })
     }
 
     fn check<T: Scalar>(&self) -> PyResult<()> {
         if self.data_type != T::DATA_TYPE {
-            return Err(error::dtype(&self.argument, self.data_type, T::DATA_TYPE));
+            return Err(self.wrong_dtype(T::DATA_TYPE));
         }
         if self.shape.is_empty() || self.shape.len() > MAX_RANK {
-            let got = format!("shape {:?}", self.shape);
-            return Err(error::value(&self.argument, got, format!("rank 1 to {MAX_RANK}")));
+            let expected = format_args!("rank 1 to {MAX_RANK}");
+            return Err(error::shape(&self.argument, &self.shape, expected));
         }
         let align = align_of::<T>();
         if !self.data.as_ptr().addr().is_multiple_of(align) {

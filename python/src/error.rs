@@ -43,6 +43,11 @@ pub fn dtype(argument: &str, got: impl Display, expected: impl Display) -> PyErr
     wrong_type(argument, format_args!("dtype {got}"), expected)
 }
 
+/// ValueError about a shape.
+pub fn shape(argument: &str, got: &[usize], expected: impl Display) -> PyErr {
+    value(argument, format_args!("shape {got:?}"), expected)
+}
+
 /// A scalar argument as a Rust value, or an error that names it.
 pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
     argument: &str,

@@ -1,26 +1,13 @@
 //! Merging: partial local attentions, linear memories, and the affine maps of delta memories.
 
-use infini_attn::{DType, Element};
+use infini_attn::Element;
 use pyo3::prelude::*;
 
-use crate::attend::dtype_of;
-use crate::dlpack::{Memory, Scalar};
+use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::problem::{Problem, extent};
 use crate::state::State;
-use crate::tensor::{self, Kind, dtype_name};
+use crate::tensor::{self, Kind};
 use crate::{error, threads};
-
-/// Calls a generic function for the element type of an argument.
-macro_rules! by_dtype {
-    ($memory:expr, $argument:expr, $function:ident($($args:expr),*)) => {
-        match dtype_of($argument, $memory)? {
-            DType::F32 => $function::<f32>($($args),*),
-            DType::F16 => $function::<half::f16>($($args),*),
-            DType::BF16 => $function::<half::bf16>($($args),*),
-            other => Err(error::dtype($argument, other, "f32, f16 or bf16")),
-        }
-    };
-}
 
 /// Merges local attentions over disjoint sets of keys by their log-sum-exp.
 ///
@@ -55,14 +42,13 @@ pub fn merge_partials<'py>(
     };
     let kind = *kind;
     for (name, list) in [("a_dot", &a_dot), ("lse", &lse)] {
-        if let Some(i) = list.iter().position(|(got, _)| *got != kind) {
-            let expected = format!("{kind} as a_dot[0] is");
-            return Err(error::wrong_type(&format!("{name}[{i}]"), list[i].0, expected));
+        for (i, (got, _)) in list.iter().enumerate() {
+            tensor::check_kind(&format!("{name}[{i}]"), *got, "a_dot[0]", kind)?;
         }
     }
     let a_dot: Vec<_> = a_dot.iter().map(|(_, memory)| memory).collect();
     let lse: Vec<_> = lse.iter().map(|(_, memory)| memory).collect();
-    by_dtype!(first, "a_dot[0]", merge_typed(py, kind, &a_dot, &lse, return_lse))
+    by_dtype!(first, merge_typed(py, kind, &a_dot, &lse, return_lse))
 }
 
 fn merge_typed<'py, T: Element + Scalar>(
@@ -73,13 +59,12 @@ fn merge_typed<'py, T: Element + Scalar>(
     return_lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let [b, t, heads, _] = a_dot[0].extents("[B, T, Hq, Dv]")?;
-    let (out, mut memory) = tensor::empty(py, kind, a_dot[0].shape(), dtype_name(T::DTYPE))?;
-    let (out_lse, mut lse_memory) = tensor::empty(py, kind, &[b, heads, t], "float32")?;
+    let (out, mut memory) = tensor::empty::<T>(py, kind, a_dot[0].shape())?;
+    let (out_lse, mut lse_memory) = tensor::empty::<f32>(py, kind, &[b, heads, t])?;
     let a_dot = a_dot.iter().map(|m| m.view::<T>()).collect::<PyResult<Vec<_>>>()?;
     let lse = lse.iter().map(|m| m.view::<f32>()).collect::<PyResult<Vec<_>>>()?;
-    let (view, lse_view) = (memory.view_mut::<T>()?, lse_memory.view_mut::<f32>()?);
-    threads::run(py, || infini_attn::merge_partials(&a_dot, &lse, view, Some(lse_view)))?
-        .map_err(error::python)?;
+    let (view, lse_view) = (memory.view_mut::<T>()?, lse_memory.view_mut()?);
+    threads::run(py, || infini_attn::merge_partials(&a_dot, &lse, view, Some(lse_view)))?;
     if return_lse { Ok((out, out_lse).into_pyobject(py)?.into_any()) } else { Ok(out) }
 }
 
@@ -123,7 +108,7 @@ impl KeySums {
     /// Tokens summed: int64 [B].
     #[getter]
     fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        token_array(py, self.0.tokens())
+        tensor::counts(py, self.0.tokens().iter().copied())
     }
 
     fn __add__(&self, other: &Bound<'_, KeySums>) -> PyResult<Self> {
@@ -133,11 +118,6 @@ impl KeySums {
     fn __repr__(&self) -> String {
         format!("KeySums(tokens={:?}, shape={:?})", self.0.tokens(), self.0.sums().shape())
     }
-}
-
-fn token_array<'py>(py: Python<'py>, tokens: &[u64]) -> PyResult<Bound<'py, PyAny>> {
-    let tokens: Vec<i64> = tokens.iter().map(|&n| n as i64).collect();
-    tensor::array(py, &[tokens.len()], "int64", &tokens)
 }
 
 /// What a run of segments does to the memory it finds: M -> A M + B, z -> z + dz.
@@ -167,7 +147,7 @@ impl SegmentMap {
     /// Tokens of the run: int64 [B].
     #[getter]
     fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        token_array(py, self.0.tokens())
+        tensor::counts(py, self.0.tokens().iter().copied())
     }
 
     fn __repr__(&self) -> String {
@@ -189,7 +169,7 @@ pub fn key_sums<'py>(
     k: &Bound<'py, PyAny>,
 ) -> PyResult<KeySums> {
     let (_, k) = tensor::borrow("k", k)?;
-    by_dtype!(&k, "k", key_sums_typed(py, problem, &k))
+    by_dtype!(k, key_sums_typed(py, problem, &k))
 }
 
 fn key_sums_typed<T: Element + Scalar>(
@@ -198,8 +178,7 @@ fn key_sums_typed<T: Element + Scalar>(
     k: &Memory<'_>,
 ) -> PyResult<KeySums> {
     let (problem, k) = (problem.0, k.view::<T>()?);
-    let sums = threads::run(py, || infini_attn::key_sums(&problem, k))?;
-    sums.map(KeySums).map_err(error::python)
+    threads::run(py, || infini_attn::key_sums(&problem, k)).map(KeySums)
 }
 
 /// The affine map of a run of tokens, cut into segments from its first token on; a shorter last
@@ -222,7 +201,7 @@ pub fn segment_map<'py>(
     before: &KeySums,
 ) -> PyResult<SegmentMap> {
     let ((_, k), (_, v)) = (tensor::borrow("k", k)?, tensor::borrow("v", v)?);
-    by_dtype!(&k, "k", segment_map_typed(py, problem, &k, &v, before))
+    by_dtype!(k, segment_map_typed(py, problem, &k, &v, before))
 }
 
 fn segment_map_typed<T: Element + Scalar>(
@@ -233,15 +212,13 @@ fn segment_map_typed<T: Element + Scalar>(
     before: &KeySums,
 ) -> PyResult<SegmentMap> {
     let (problem, k, v, before) = (problem.0, k.view::<T>()?, v.view::<T>()?, &before.0);
-    let map = threads::run(py, || infini_attn::segment_map(&problem, k, v, before))?;
-    map.map(SegmentMap).map_err(error::python)
+    threads::run(py, || infini_attn::segment_map(&problem, k, v, before)).map(SegmentMap)
 }
 
 /// The map of `first` followed by `second`.
 #[pyfunction]
 pub fn compose(py: Python<'_>, first: &SegmentMap, second: &SegmentMap) -> PyResult<SegmentMap> {
-    let map = threads::run(py, || infini_attn::compose(&first.0, &second.0))?;
-    map.map(SegmentMap).map_err(error::python)
+    threads::run(py, || infini_attn::compose(&first.0, &second.0)).map(SegmentMap)
 }
 
 /// The state after the run of `map`, as if its tokens had been attended and flushed. `state` holds
@@ -254,14 +231,10 @@ pub fn apply<'py>(
     state: &Bound<'py, State>,
     inplace: bool,
 ) -> PyResult<Bound<'py, State>> {
-    let state = if inplace {
-        state.clone()
-    } else {
-        Bound::new(py, State::new(state.get().read()?.clone()))?
-    };
+    let state = State::to_advance(state, inplace)?;
     let mut guard = state.get().write()?;
     let target = &mut *guard;
-    threads::run(py, || infini_attn::apply(&map.0, target))?.map_err(error::python)?;
+    threads::run(py, || infini_attn::apply(&map.0, target))?;
     drop(guard);
     Ok(state)
 }

@@ -34,7 +34,6 @@ use crate::error;
 pub struct Problem(pub infini_attn::Problem);
 
 /// The policies of a call as given: None where the state's value or the default holds.
-#[derive(Default)]
 pub struct Policies<'a, 'py> {
     pub segment_len: Option<&'a Bound<'py, PyAny>>,
     pub update: Option<&'a Bound<'py, PyAny>>,
@@ -44,7 +43,16 @@ pub struct Policies<'a, 'py> {
 }
 
 impl Policies<'_, '_> {
-    pub fn apply(&self, mut builder: ProblemBuilder) -> PyResult<ProblemBuilder> {
+    /// The problem that `builder` makes with these policies, the extents Hq, Hkv, Dk and Dv, and an
+    /// element type.
+    pub fn problem(
+        &self,
+        builder: ProblemBuilder,
+        [heads, kv_heads, key_dim, value_dim]: [usize; 4],
+        dtype: DType,
+    ) -> PyResult<infini_attn::Problem> {
+        let builder = builder.heads(heads).kv_heads(kv_heads).key_dim(key_dim).value_dim(value_dim);
+        let mut builder = builder.dtype(dtype);
         if let Some(n) = self.segment_len {
             builder = builder.segment_len(extent("segment_len", n)?);
         }
@@ -60,7 +68,7 @@ impl Policies<'_, '_> {
         if let Some(policy) = self.denominator {
             builder = builder.denominator(denominator(policy)?);
         }
-        Ok(builder)
+        builder.build().map_err(error::python)
     }
 }
 
@@ -70,8 +78,13 @@ pub fn extent(argument: &str, n: &Bound<'_, PyAny>) -> PyResult<usize> {
     usize::try_from(n).map_err(|_| error::value(argument, n, "at least 1"))
 }
 
+/// An element type by its name, f32 by default.
+pub fn element_type(name: Option<&Bound<'_, PyAny>>) -> PyResult<DType> {
+    name.map_or(Ok(DType::F32), |name| parse("dtype", name))
+}
+
 /// A policy or element type by its name.
-pub fn parse<T>(argument: &str, name: &Bound<'_, PyAny>) -> PyResult<T>
+fn parse<T>(argument: &str, name: &Bound<'_, PyAny>) -> PyResult<T>
 where
     T: FromStr<Err = infini_attn::Error>,
 {
@@ -111,13 +124,14 @@ impl Problem {
         dtype: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let policies = Policies { segment_len, update, scale, empty_memory, denominator };
-        let builder = infini_attn::Problem::builder()
-            .heads(extent("heads", heads)?)
-            .kv_heads(extent("kv_heads", kv_heads.unwrap_or(heads))?)
-            .key_dim(extent("key_dim", key_dim)?)
-            .value_dim(extent("value_dim", value_dim.unwrap_or(key_dim))?)
-            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
-        policies.apply(builder)?.build().map(Self).map_err(error::python)
+        let extents = [
+            extent("heads", heads)?,
+            extent("kv_heads", kv_heads.unwrap_or(heads))?,
+            extent("key_dim", key_dim)?,
+            extent("value_dim", value_dim.unwrap_or(key_dim))?,
+        ];
+        let builder = infini_attn::Problem::builder();
+        policies.problem(builder, extents, element_type(dtype)?).map(Self)
     }
 
     /// Query heads, Hq.

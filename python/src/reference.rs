@@ -1,12 +1,12 @@
 //! The float64 reference: the paper's equations line by line, slow, the oracle of everything else.
 
-use std::sync::RwLock;
+use std::sync::{RwLock, RwLockReadGuard};
 
 use half::{bf16, f16};
 use infini_attn::{DType, Problem, TensorView, reference};
 use pyo3::prelude::*;
 
-use crate::attend::{Arguments, Results, Tokens, Wanted};
+use crate::attend::{Arguments, Results, Tokens};
 use crate::dlpack::{Memory, Scalar};
 use crate::problem::Policies;
 use crate::state::unusable;
@@ -21,18 +21,8 @@ pub struct ReferenceState {
 }
 
 impl ReferenceState {
-    fn read<R>(&self, read: impl FnOnce(&reference::State) -> R) -> PyResult<R> {
-        self.state.try_read().map(|state| read(&state)).map_err(unusable)
-    }
-
-    fn counts<'py>(
-        &self,
-        py: Python<'py>,
-        count: impl Fn(&reference::State, usize) -> i64,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let counts: Vec<i64> =
-            self.read(|state| (0..self.sequences).map(|slot| count(state, slot)).collect())?;
-        tensor::array(py, &[self.sequences], "int64", &counts)
+    fn read(&self) -> PyResult<RwLockReadGuard<'_, reference::State>> {
+        self.state.try_read().map_err(unusable)
     }
 }
 
@@ -43,32 +33,35 @@ impl ReferenceState {
     fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let p = &self.problem;
         let shape = [self.sequences, p.kv_heads(), p.key_dim(), p.value_dim()];
-        self.read(|state| tensor::array(py, &shape, "float64", &state.m))?
+        tensor::array(py, &shape, &self.read()?.m)
     }
 
     /// Normaliser, a copy: float64 [B, Hkv, Dk].
     #[getter(z)]
     fn normalizer<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let shape = [self.sequences, self.problem.kv_heads(), self.problem.key_dim()];
-        self.read(|state| tensor::array(py, &shape, "float64", &state.z))?
+        tensor::array(py, &shape, &self.read()?.z)
     }
 
     /// Tokens each stream has seen: int64 [B].
     #[getter]
     fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.tokens(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..self.sequences).map(|slot| state.tokens(slot)))
     }
 
     /// Tokens each stream has written into (M, z): int64 [B].
     #[getter]
     fn committed<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.committed(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..self.sequences).map(|slot| state.committed(slot)))
     }
 
     /// Tokens in each stream's open segment: int64 [B].
     #[getter]
     fn open_len<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.open_len(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..self.sequences).map(|slot| state.open_len(slot) as u64))
     }
 
     /// Commits the open segments of all streams, in place.
@@ -112,54 +105,48 @@ pub fn reference_infini_attention<'py>(
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let state: Option<Bound<'py, ReferenceState>> =
         state.map(|s| error::typed("state", s, "an infini_attn.reference.State")).transpose()?;
-    let state = state.as_ref();
-    let base = state.map(|s| s.get().problem);
+    let base = state.as_ref().map(|s| s.get().problem);
     let problem = arguments.problem(base, &policies, DType::F32)?;
     if let Some(made_for) = base.filter(|made_for| *made_for != problem) {
         let got = format!("made for {made_for:?}");
         return Err(error::value("state", got, format!("the call's {problem:?}")));
     }
     let (batch, length) = arguments.batch();
-    let mut next = match state {
-        Some(state) => state.get().read(Clone::clone)?,
+    let mut next = match &state {
+        Some(state) => state.get().read()?.clone(),
         None => reference::State::new(&problem, batch),
     };
-    let (q, k, v) =
-        (widen(&arguments.q, "q")?, widen(&arguments.k, "k")?, widen(&arguments.v, "v")?);
+    let (q, k, v) = (widen(&arguments.q)?, widen(&arguments.k)?, widen(&arguments.v)?);
     fn view<'a>(elements: &'a [f64], memory: &Memory<'_>) -> PyResult<TensorView<'a, f64>> {
         TensorView::new(elements, memory.shape()).map_err(error::python)
     }
     let (q, k, v) = (view(&q, &arguments.q)?, view(&k, &arguments.k)?, view(&v, &arguments.v)?);
     let (inputs, gate) = (arguments.inputs(q, k, v)?, &arguments.beta[..]);
-    let output = threads::run(py, || reference::prefill(&problem, &inputs, gate, &mut next))?
-        .map_err(error::python)?;
+    let output = threads::run(py, || reference::prefill(&problem, &inputs, gate, &mut next))?;
 
     let shape = [batch, length, problem.heads(), problem.value_dim()];
-    let array = |values: &[f64]| tensor::array(py, &shape, "float64", values);
-    let lse = || tensor::array(py, &[batch, shape[2], length], "float64", &output.lse);
+    let array = |values: &[f64]| tensor::array(py, &shape, values);
+    let lse = || tensor::array(py, &[batch, shape[2], length], &output.lse);
     let parts = || Ok::<_, PyErr>([array(&output.a_dot)?, array(&output.a_mem)?]);
-    let wanted = Wanted { state: return_state, lse: return_lse, parts: return_parts };
     let results = Results {
         out: array(&output.o)?,
         lse: return_lse.then(lse).transpose()?,
         parts: return_parts.then(parts).transpose()?,
     };
-    let sequences = state.map_or(batch, |s| s.get().sequences);
-    let next = ReferenceState { problem, sequences, state: RwLock::new(next) };
-    wanted.pack(py, results, Bound::new(py, next)?.into_any())
+    let next = ReferenceState { problem, sequences: batch, state: RwLock::new(next) };
+    results.pack(py, return_state.then_some(Bound::new(py, next)?.into_any()))
 }
 
 /// The elements of an input of any float type.
-fn widen(memory: &Memory<'_>, argument: &str) -> PyResult<Vec<f64>> {
+fn widen(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
     fn as_f64<T: Scalar + Into<f64>>(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
         Ok(tensor::elements(memory.view::<T>()?).into_iter().map(Into::into).collect())
     }
-    let got = memory.data_type();
-    match got.dtype() {
-        _ if got == f64::DATA_TYPE => as_f64::<f64>(memory),
-        Some(DType::F32) => as_f64::<f32>(memory),
-        Some(DType::F16) => as_f64::<f16>(memory),
-        Some(DType::BF16) => as_f64::<bf16>(memory),
-        _ => Err(error::dtype(argument, got, "f64, f32, f16 or bf16")),
+    match memory.data_type() {
+        f64::DATA_TYPE => as_f64::<f64>(memory),
+        f32::DATA_TYPE => as_f64::<f32>(memory),
+        f16::DATA_TYPE => as_f64::<f16>(memory),
+        bf16::DATA_TYPE => as_f64::<bf16>(memory),
+        _ => Err(memory.wrong_dtype("f64, f32, f16 or bf16")),
     }
 }

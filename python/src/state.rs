@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
-use infini_attn::{DType, State as Core};
+use infini_attn::State as Core;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::problem::{Policies, Problem, extent, parse};
-use crate::{dlpack::Memory, error, tensor, threads};
+use crate::problem::{Policies, Problem, element_type, extent};
+use crate::{error, tensor, threads};
 
 /// The state of B independent streams: compressive memory, normaliser, counters, open segment.
 ///
@@ -37,14 +37,12 @@ impl State {
         self.0.try_write().map_err(unusable)
     }
 
-    fn counts<'py>(
-        &self,
-        py: Python<'py>,
-        count: impl Fn(&Core, usize) -> i64,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let state = self.read()?;
-        let counts: Vec<i64> = (0..state.sequences()).map(|slot| count(&state, slot)).collect();
-        tensor::array(py, &[counts.len()], "int64", &counts)
+    /// What a call advances: `state` itself, or a copy.
+    pub fn to_advance<'py>(state: &Bound<'py, Self>, inplace: bool) -> PyResult<Bound<'py, Self>> {
+        if inplace {
+            return Ok(state.clone());
+        }
+        Bound::new(state.py(), Self::new(state.get().read()?.clone()))
     }
 }
 
@@ -60,26 +58,16 @@ pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
 fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
     let Some(given) = given else { return Ok((0..sequences).collect()) };
     let (_, slots) = tensor::integers("slots", given)?;
-    (slots.into_iter().enumerate())
-        .map(|(i, slot)| {
-            usize::try_from(slot).map_err(|_| {
-                error::value(&format!("slots[{i}]"), slot, format!("0 to {sequences} - 1"))
-            })
-        })
-        .collect()
+    tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }
 
 /// Tokens per sequence [B], at least 0.
 fn token_counts(argument: &str, object: &Bound<'_, PyAny>, batch: usize) -> PyResult<Vec<u64>> {
     let (shape, counts) = tensor::integers(argument, object)?;
     if shape != [batch] {
-        return Err(error::value(argument, format!("shape {shape:?}"), format!("[B] = [{batch}]")));
+        return Err(error::shape(argument, &shape, format_args!("[B] = [{batch}]")));
     }
-    (counts.into_iter().enumerate())
-        .map(|(b, n)| {
-            u64::try_from(n).map_err(|_| error::value(&format!("{argument}[{b}]"), n, "at least 0"))
-        })
-        .collect()
+    tensor::narrow(argument, counts, "at least 0")
 }
 
 #[pymethods]
@@ -126,15 +114,15 @@ impl State {
         let (_, m) = tensor::borrow("M", M)?;
         let (_, z) = tensor::borrow("z", z)?;
         let [batch, kv_heads, key_dim, value_dim] = m.extents("[B, Hkv, Dk, Dv]")?;
-        check_shape(&z, "z", [batch, kv_heads, key_dim])?;
+        let expected = [batch, kv_heads, key_dim];
+        if z.shape() != expected {
+            return Err(error::shape("z", z.shape(), format_args!("{expected:?}")));
+        }
         let policies = Policies { segment_len, update, scale, empty_memory, denominator };
-        let builder = infini_attn::Problem::builder()
-            .heads(heads.map_or(Ok(kv_heads), |n| extent("heads", n))?)
-            .kv_heads(kv_heads)
-            .key_dim(key_dim)
-            .value_dim(value_dim)
-            .dtype(dtype.map_or(Ok(DType::F32), |name| parse("dtype", name))?);
-        let problem = policies.apply(builder)?.build().map_err(error::python)?;
+        let heads = heads.map_or(Ok(kv_heads), |n| extent("heads", n))?;
+        let extents = [heads, kv_heads, key_dim, value_dim];
+        let builder = infini_attn::Problem::builder();
+        let problem = policies.problem(builder, extents, element_type(dtype)?)?;
         let tokens = token_counts("tokens", tokens, batch)?;
         let committed = match committed {
             Some(committed) => token_counts("committed", committed, batch)?,
@@ -167,19 +155,22 @@ impl State {
     /// Tokens each stream has seen: int64 [B].
     #[getter]
     fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.tokens(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..state.sequences()).map(|slot| state.tokens(slot)))
     }
 
     /// Tokens each stream has written into (M, z): int64 [B].
     #[getter]
     fn committed<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.committed(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..state.sequences()).map(|slot| state.committed(slot)))
     }
 
     /// Tokens in each stream's open segment: int64 [B].
     #[getter]
     fn open_len<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.counts(py, |state, slot| state.open_len(slot) as i64)
+        let state = self.read()?;
+        tensor::counts(py, (0..state.sequences()).map(|slot| state.open_len(slot) as u64))
     }
 
     /// Default position of each stream's next token (= tokens): int64 [B].
@@ -207,7 +198,7 @@ impl State {
         let mut guard = self.write()?;
         let slots = self::slots(slots, guard.sequences())?;
         let (problem, state) = (*guard.problem(), &mut *guard);
-        threads::run(py, || infini_attn::flush(&problem, state, &slots))?.map_err(error::python)
+        threads::run(py, || infini_attn::flush(&problem, state, &slots))
     }
 
     /// Forgets everything all streams (or those in `slots`) have seen, in place.
@@ -276,18 +267,6 @@ impl State {
             problem.repr()?
         ))
     }
-}
-
-fn check_shape<const RANK: usize>(
-    memory: &Memory<'_>,
-    argument: &str,
-    expected: [usize; RANK],
-) -> PyResult<()> {
-    if memory.shape() != expected {
-        let got = format!("shape {:?}", memory.shape());
-        return Err(error::value(argument, got, format!("{expected:?}")));
-    }
-    Ok(())
 }
 
 /// What pickle calls.

@@ -1,7 +1,9 @@
 //! NumPy arrays and PyTorch tensors as arguments and results. PyTorch is looked for only among the
 //! modules the program has imported itself.
 
-use infini_attn::{DType, TensorView};
+use std::fmt::Display;
+
+use infini_attn::TensorView;
 use pyo3::exceptions::PyBufferError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -18,7 +20,7 @@ pub enum Kind {
     Torch,
 }
 
-impl std::fmt::Display for Kind {
+impl Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Kind::NumPy => "a NumPy array",
@@ -123,22 +125,29 @@ pub fn borrow<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind
     }
 }
 
+/// Refuses an argument of another kind than the argument `like`.
+pub fn check_kind(argument: &str, got: Kind, like: &str, kind: Kind) -> PyResult<()> {
+    if got != kind {
+        return Err(error::wrong_type(argument, got, format_args!("{kind} as {like} is")));
+    }
+    Ok(())
+}
+
 /// A new array of a kind, contiguous, its elements not yet set; and its memory.
-pub fn empty<'py>(
+pub fn empty<'py, T: Scalar>(
     py: Python<'py>,
     kind: Kind,
     shape: &[usize],
-    dtype: &str,
 ) -> PyResult<(Bound<'py, PyAny>, Memory<'py>)> {
     let kwargs = PyDict::new(py);
     let object = match (kind, torch(py)?) {
         (Kind::Torch, Some(torch)) => {
-            kwargs.set_item("dtype", torch.getattr(dtype)?)?;
+            kwargs.set_item("dtype", torch.getattr(T::NAME)?)?;
             kwargs.set_item("device", "cpu")?;
             torch.call_method("empty", (shape,), Some(&kwargs))?
         }
         _ => {
-            kwargs.set_item("dtype", dtype)?;
+            kwargs.set_item("dtype", T::NAME)?;
             numpy(py)?.call_method("empty", (shape,), Some(&kwargs))?
         }
     };
@@ -146,30 +155,29 @@ pub fn empty<'py>(
     Ok((object, memory))
 }
 
-/// The name NumPy and PyTorch have for an element type.
-pub fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "float16",
-        DType::BF16 => "bfloat16",
-        _ => "float32",
-    }
-}
-
 /// A new NumPy array [shape] that holds `values`, row-major.
 pub fn array<'py, T: Scalar>(
     py: Python<'py>,
     shape: &[usize],
-    dtype: &str,
     values: &[T],
 ) -> PyResult<Bound<'py, PyAny>> {
-    let (object, mut memory) = empty(py, Kind::NumPy, shape, dtype)?;
+    let (object, mut memory) = empty::<T>(py, Kind::NumPy, shape)?;
     memory.as_mut_slice()?.copy_from_slice(values);
     Ok(object)
 }
 
 /// A new NumPy array, a copy of a view.
 pub fn copy<'py>(py: Python<'py>, view: TensorView<'_, f32>) -> PyResult<Bound<'py, PyAny>> {
-    array(py, view.shape(), "float32", &elements(view))
+    array(py, view.shape(), &elements(view))
+}
+
+/// A new NumPy array, int64 [n], of counts.
+pub fn counts<'py>(
+    py: Python<'py>,
+    counts: impl Iterator<Item = u64>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let counts: Vec<i64> = counts.map(|n| n as i64).collect();
+    array(py, &[counts.len()], &counts)
 }
 
 /// The elements of a view, row-major.
@@ -199,6 +207,20 @@ pub fn integers(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usiz
     let array = to_numpy(argument, object, "iu", "int64", "integers")?;
     let memory = Memory::borrow(argument, &array)?;
     Ok((memory.shape().to_vec(), elements(memory.view()?)))
+}
+
+/// Integers as another type; one that does not fit it is refused by its index.
+pub fn narrow<T: TryFrom<i64>>(
+    argument: &str,
+    integers: Vec<i64>,
+    expected: impl Display,
+) -> PyResult<Vec<T>> {
+    (integers.into_iter().enumerate())
+        .map(|(i, n)| {
+            let refused = |_| error::value(&format!("{argument}[{i}]"), n, &expected);
+            T::try_from(n).map_err(refused)
+        })
+        .collect()
 }
 
 /// Floating-point numbers of any precision [n], as f32.

@@ -47,12 +47,16 @@ fn current() -> PyResult<Option<Arc<ThreadPool>>> {
 }
 
 /// Runs `work` in the pool, with the interpreter free for other Python threads.
-pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> R + Send) -> PyResult<R> {
+pub fn run<R: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> infini_attn::Result<R> + Send,
+) -> PyResult<R> {
     let pool = current()?;
-    Ok(py.detach(|| match pool {
+    let result = py.detach(|| match pool {
         Some(pool) => pool.install(work),
         None => work(),
-    }))
+    });
+    result.map_err(error::python)
 }
 
 /// Sets how many threads the calls that start from now on compute with, in this process.

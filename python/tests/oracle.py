@@ -1,4 +1,4 @@
-"""The operator in plain PyTorch, float64, and how to compare with it."""
+"""The operator in plain PyTorch, float64, what to call it with, and how to compare with it."""
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,17 @@ def tensors(b, t, hq, hkv, dk, dv=None, dtype=torch.float32, seed=0):
     new = lambda *shape: torch.randn(*shape, generator=generator)
     q, k, v = new(b, t, hq, dk), new(b, t, hkv, dk), new(b, t, hkv, dv or dk)
     return q.to(dtype), k.to(dtype), v.to(dtype), new(hq)
+
+
+def runs(lengths, *tensors):
+    """Runs of so many tokens each, one after another."""
+    return zip(*(x.split(lengths, dim=1) for x in tensors))
+
+
+def tables(positions, frequencies):
+    """Cosines and sines, [positions, frequencies]."""
+    angles = torch.arange(positions)[:, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def error(got, expected):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import TOLERANCE, assert_close, tensors
+from oracle import TOLERANCE, assert_close, runs, tensors
 
 from infini_attn import (
     KeySums,
@@ -46,8 +46,8 @@ def test_linear_memories_add():
     q, k, v, beta = tensors(2, 90, 4, 2, 8, 6)
     _, whole = infini_attention(q, k, v, beta, segment_len=16, update="linear")
     states = []
-    for part in zip(*(x.split([32, 16, 42], dim=1) for x in (q, k, v))):
-        states.append(infini_attention(*part, beta, segment_len=16, update="linear")[1])
+    for run in runs([32, 16, 42], q, k, v):
+        states.append(infini_attention(*run, beta, segment_len=16, update="linear")[1])
     merged = merge_memories(states)
     assert_close(merged.M, whole.M)
     assert_close(merged.z, whole.z)
@@ -60,13 +60,14 @@ def test_linear_memories_add():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_delta_memories_compose(dtype):
     q, k, v, beta = tensors(2, 112, 4, 2, 8, 6, dtype=dtype)
-    _, state = infini_attention(*(x[:, :32] for x in (q, k, v)), beta, segment_len=16)
+    first, *others = runs([32, 32, 16, 32], q, k, v)
+    _, state = infini_attention(*first, beta, segment_len=16)
     _, whole = infini_attention(q, k, v, beta, segment_len=16)
     assert whole.open_len.tolist() == [0, 0]
     problem, before, maps = state.problem, KeySums.from_state(state), []
-    for part in zip(k[:, 32:].split([32, 16, 32], dim=1), v[:, 32:].split([32, 16, 32], dim=1)):
-        maps.append(segment_map(problem, *part, before))
-        before = before + key_sums(problem, part[0])
+    for _, keys, values in others:
+        maps.append(segment_map(problem, keys, values, before))
+        before = before + key_sums(problem, keys)
     assert before.tokens.tolist() == [112, 112]
     assert_close(before.sums, whole.z)
     total = compose(maps[0], compose(maps[1], maps[2]))
@@ -85,8 +86,8 @@ def test_delta_memories_compose(dtype):
 
 def test_the_first_run_finds_nothing():
     _, k, v, _ = tensors(1, 48, 2, 2, 8)
-    problem = infini_attention(k, k, v, [0.0, 0.0], segment_len=16)[1].problem
-    fresh = State(problem)
+    _, whole = infini_attention(k, k, v, [0.0, 0.0], segment_len=16)
+    problem = whole.problem
     part = segment_map(problem, k.numpy(), v.numpy(), KeySums.zero(problem))
-    after = apply(part, fresh)
-    assert_close(after.M, infini_attention(k, k, v, [0.0, 0.0], segment_len=16)[1].M)
+    after = apply(part, State(problem))
+    assert_close(after.M, whole.M)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from infini_transformer_pytorch.infini_transformer import CausalAttention, FastweightMemory
-from oracle import TOLERANCE, assert_close, oracle, tensors
+from oracle import TOLERANCE, assert_close, oracle, runs, tables, tensors
 
 import infini_attn
 from infini_attn import State, infini_attention, reference
@@ -62,6 +62,10 @@ def test_policies(policy, denominator, empty_memory):
     assert state.problem.denominator == policy and state.problem.empty_memory == empty_memory
 
 
+# What the public package computes.
+PUBLIC = dict(empty_memory="bypass", denominator=("clamp", 1e-10))
+
+
 @pytest.mark.parametrize("delta", [True, False])
 @torch.no_grad()
 def test_equals_fastweight_memory_of_a_public_package(delta):
@@ -73,16 +77,8 @@ def test_equals_fastweight_memory_of_a_public_package(delta):
         local = F.scaled_dot_product_attention(*segment, is_causal=True)
         out.append(memory.retrieve_and_add_to_output(local, segment[0], past))
         past = memory.create_new_memories(segment[1], segment[2], past)
-    got, state = infini_attention(
-        q,
-        k,
-        v,
-        beta,
-        segment_len=16,
-        update="delta" if delta else "linear",
-        empty_memory="bypass",
-        denominator=("clamp", 1e-10),
-    )
+    update = "delta" if delta else "linear"
+    got, state = infini_attention(q, k, v, beta, segment_len=16, update=update, **PUBLIC)
     assert_close(got, torch.cat(out, dim=2).transpose(1, 2))
     assert_close(state.M, past.kv_mem)
     assert_close(state.z, past.k_norm)
@@ -100,17 +96,10 @@ def test_equals_the_attention_layer_of_a_public_package():
         out, _, past = layer(segment, past_memories=past, return_new_memories=True)
         expected.append(out)
     q, k, v = (y.transpose(1, 2).float() for y in layer.split_heads(layer.to_qkv(layer.norm(x))))
-    angles = torch.arange(36)[:, None] * layer.rotary_emb.freqs.detach().float()
+    rope = tables(36, layer.rotary_emb.freqs.detach().float())
+    beta = -layer.fastweight_mem.head_gates
     out, state = infini_attention(
-        q,
-        k,
-        v,
-        -layer.fastweight_mem.head_gates,
-        segment_len=12,
-        empty_memory="bypass",
-        denominator=("clamp", 1e-10),
-        rope=(angles.cos(), angles.sin()),
-        rope_interleaved=True,
+        q, k, v, beta, segment_len=12, rope=rope, rope_interleaved=True, **PUBLIC
     )
     assert_close(layer.to_out(out.double().flatten(2)), torch.cat(expected, dim=1))
     assert_close(state.M, past.kv_mem)
@@ -132,14 +121,19 @@ def test_equals_the_reference_in_every_result(update):
     assert (got[1].tokens == expected[1].tokens).all()
 
 
+def in_runs(operator, lengths, q, k, v, beta, n):
+    """The outputs of the runs, and the state after the last one."""
+    state, outputs = None, []
+    for run in runs(lengths, q, k, v):
+        out, state = operator(*run, beta, segment_len=None if outputs else n, state=state)
+        outputs.append(out)
+    return outputs, state
+
+
 def test_the_reference_carries_its_state():
     q, k, v, beta = tensors(1, 40, 2, 1, 8)
     whole, end = reference.infini_attention(q, k, v, beta, segment_len=8)
-    state, parts = None, []
-    for part in zip(*(x.split([3, 13, 0, 24], dim=1) for x in (q, k, v))):
-        n = 8 if state is None else None
-        out, state = reference.infini_attention(*part, beta, segment_len=n, state=state)
-        parts.append(out)
+    parts, state = in_runs(reference.infini_attention, [3, 13, 0, 24], q, k, v, beta, 8)
     assert_close(np.concatenate(parts, axis=1), whole, 1e-14)
     assert_close(state.M, end.M, 1e-14)
     with pytest.raises(ValueError, match="state: made for"):
@@ -270,11 +264,7 @@ def test_gate_at_its_ends():
 def test_any_split_of_a_stream_gives_the_same(cuts, dtype):
     q, k, v, beta = tensors(2, 200, 4, 2, 16, dtype=dtype)
     whole, end = infini_attention(q, k, v, beta, segment_len=32)
-    state, parts = None, []
-    for part in zip(*(x.split(cuts, dim=1) for x in (q, k, v))):
-        n = 32 if state is None else None
-        out, state = infini_attention(*part, beta, segment_len=n, state=state)
-        parts.append(out)
+    parts, state = in_runs(infini_attention, cuts, q, k, v, beta, 32)
     assert_close(torch.cat(parts, dim=1), whole, TOLERANCE[dtype])
     assert_close(state.M, end.M)
     assert_close(state.z, end.z)
@@ -321,8 +311,8 @@ def rotate(x, cos, sin):
 
 def test_rotation_is_local_and_partial():
     q, k, v, beta = tensors(2, 60, 4, 2, 16)
-    angles = torch.arange(80)[:, None] * torch.tensor([1.0, 0.3, 0.05])
-    cos, sin = 1.2 * angles.cos(), 1.2 * angles.sin()  # tables may carry a factor
+    rope = tables(80, torch.tensor([1.0, 0.3, 0.05]))
+    cos, sin = (1.2 * x for x in rope)  # tables may carry a factor
     options = dict(segment_len=16, return_parts=True)
     out, state, a_dot, a_mem = infini_attention(q, k, v, beta, rope=(cos, sin), **options)
     turned = [rotate(x, cos[:60], sin[:60]) for x in (q, k)]
@@ -343,7 +333,7 @@ def test_rotation_is_local_and_partial():
     mixed = infini_attention(q, k, v, beta, rope=(cos, sin), positions=backwards, **options)
     assert torch.equal(mixed[0][0], out[0]) and not torch.allclose(mixed[0][1], out[1])
     # Positions count on from the state.
-    head, rest = ([x[:, :23] for x in (q, k, v)], [x[:, 23:] for x in (q, k, v)])
+    head, rest = runs([23, 37], q, k, v)
     first, state = infini_attention(*head, beta, segment_len=16, rope=(cos, sin))
     second, _ = infini_attention(*rest, beta, state=state, rope=(cos.numpy(), sin.numpy()))
     assert_close(torch.cat([first, second], dim=1), out)

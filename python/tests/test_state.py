@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from oracle import assert_close, tensors
+from oracle import assert_close, runs, tables, tensors
 
 from infini_attn import Problem, State, infini_attention
 
@@ -16,7 +16,7 @@ N = 16
 def stream(t, *, dtype=torch.float32, batch=2, **options):
     """A state after `t` tokens, and the tokens that follow."""
     q, k, v, beta = tensors(batch, t + 30, 4, 2, 8, 12, dtype=dtype)
-    head, rest = [x[:, :t] for x in (q, k, v)], [x[:, t:] for x in (q, k, v)]
+    head, rest = runs([t, 30], q, k, v)
     _, state = infini_attention(*head, beta, segment_len=N, **options)
     return state, (*rest, beta)
 
@@ -106,13 +106,11 @@ def test_round_trips(tmp_path, t, dtype):
 
 def test_round_trip_with_rotated_open_segment(tmp_path):
     q, k, v, beta = tensors(1, 40, 2, 1, 8)
-    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1])
-    rope = (angles.cos(), angles.sin())
-    part = lambda i: [x[:, i] for x in (q, k, v)]
-    _, state = infini_attention(*part(slice(0, 21)), beta, segment_len=N, rope=rope)
+    rope = tables(40, torch.tensor([1.0, 0.1]))
+    head, rest = runs([21, 19], q, k, v)
+    _, state = infini_attention(*head, beta, segment_len=N, rope=rope)
     state.save(tmp_path / "s")
     loaded = State.load(tmp_path / "s")
-    rest = part(slice(21, None))
     expected = infini_attention(*rest, beta, state=state, rope=rope, return_state=False)
     assert torch.equal(
         infini_attention(*rest, beta, state=loaded, rope=rope, return_state=False), expected
