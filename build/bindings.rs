@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bindgen::callbacks::{DeriveInfo, ParseCallbacks};
 
-use crate::cuda::Result;
+use super::Result;
 
 /// Derives `Pod`, which also proves at compile time that there is no padding.
 #[derive(Debug)]

@@ -13,8 +13,7 @@ use std::{env, fs, thread};
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cuda::{Result, copy, read, write};
-use crate::tools;
+use super::{Result, copy, read, tools, write};
 
 /// A folder of kernels: the architecture of its PTX, and those that get a cubin (devices between
 /// them run the cubin of the last smaller minor version, all others the PTX). PTX of an architecture

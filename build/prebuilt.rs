@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cuda::{self, Result, read, write};
+use super::{Result, read, write};
 
 const MANIFEST: &str = "manifest";
 
 /// Lists what was generated: a line with the sources' hash, then a line per file.
 pub fn write_manifest(kernels: &Path, files: &[String], out: &Path) -> Result<()> {
-    let mut text = sources(kernels)? + "\nparams.rs\nkernels.rs\ntable.txt\n";
+    let mut text = sources(kernels)? + "\nparams.rs\nkernels.rs\nkernels.md\ntable.txt\n";
     for file in files {
         text += &format!("{file}.ptx\n{file}.fatbin\n");
     }
@@ -36,7 +36,7 @@ pub fn copy(folder: &Path, kernels: &Path, out: &Path) -> Result<()> {
         ));
     }
     for file in lines.chain([MANIFEST]) {
-        cuda::copy(&folder.join(file), &out.join(file))?;
+        super::copy(&folder.join(file), &out.join(file))?;
     }
     Ok(())
 }

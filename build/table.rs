@@ -7,8 +7,7 @@ use std::process::Command;
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::cuda::{Result, read, write};
-use crate::tools;
+use super::{Result, read, tools, write};
 
 /// One line of describe.cpp.
 struct Line {
@@ -91,15 +90,14 @@ pub fn generate(
     files: &[String],
 ) -> Result<String> {
     let lines = describe(host_compiler, kernels, out)?;
-    let mut source = documentation(&lines);
-    source += "pub static KERNELS: LazyLock<&[Kernel]> = LazyLock::new(|| table(EMBEDDED));\n\
-               static EMBEDDED: &[Kernel] = &[\n";
+    write(&out.join("kernels.md"), &documentation(&lines))?;
+    let mut source = String::from("pub(super) static EMBEDDED: &[Kernel] = &[\n");
     for line in &lines {
         source += &line.rust()?;
     }
     source += "];\n";
     let params = format!("{:032x}", xxh3_128(read(&out.join("params.rs"))?.as_bytes()));
-    _ = writeln!(source, "static PARAMS: &str = {params:?};");
+    _ = writeln!(source, "pub(super) static PARAMS: &str = {params:?};");
     write(&out.join("table.txt"), &text(&lines, &params))?;
     let (mut fatbins, mut texts) = (String::new(), String::new());
     for file in files {
@@ -115,7 +113,7 @@ pub fn generate(
     for (function, kind, arms) in [("fatbin", "[u8]", fatbins), ("ptx", "str", texts)] {
         _ = write!(
             source,
-            "fn embedded_{function}(file: &str) -> Option<&'static {kind}> {{\n\
+            "pub(super) fn embedded_{function}(file: &str) -> Option<&'static {kind}> {{\n\
              match file {{\n{arms}_ => None,\n}}\n}}\n"
         );
     }
@@ -159,14 +157,12 @@ fn documentation(lines: &[Line]) -> String {
         rows.entry(first).or_default().push(line.dtype.as_deref().unwrap_or("any"));
     }
     let mut text = String::from(
-        "/// Every kernel; of those that serve a problem, the newest that the target runs is used.\n\
-         ///\n\
-         /// | arch | operation | Dk | Dv | threads | shared bytes | blocks per SM | rows | columns \
+        "| arch | operation | Dk | Dv | threads | shared bytes | blocks per SM | rows | columns \
          | keys | registers | dtypes |\n\
-         /// |---|---|---|---|---|---|---|---|---|---|---|---|\n",
+         |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (first, dtypes) in rows {
-        _ = writeln!(text, "/// {}| {} |", lines[first].documentation(), dtypes.join(", "));
+        _ = writeln!(text, "{}| {} |", lines[first].documentation(), dtypes.join(", "));
     }
     text
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::cuda::Result;
+use super::Result;
 
 /// nvcc and libclang as Python packages, a line each.
 const REQUIREMENTS: &str = include_str!("requirements.txt");

@@ -36,13 +36,13 @@ impl std::fmt::Display for DType {
 }
 
 impl std::str::FromStr for DType {
-    type Err = crate::Error;
+    type Err = crate::error::Error;
 
-    fn from_str(s: &str) -> crate::Result<Self> {
+    fn from_str(s: &str) -> crate::error::Result<Self> {
         [DType::F32, DType::F16, DType::BF16]
             .into_iter()
             .find(|d| d.to_string() == s)
-            .ok_or_else(|| crate::Error::value("dtype", s, "f32, f16 or bf16"))
+            .ok_or_else(|| crate::error::Error::value("dtype", s, "f32, f16 or bf16"))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The one error type of the crate.
 
-use crate::DType;
+use crate::dtype::DType;
 
 /// Everything that can be wrong with a call, an argument or a file.
 ///

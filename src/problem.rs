@@ -1,6 +1,7 @@
 //! What is to be computed: heads, dimensions, segment length and policies, validated once.
 
-use crate::{DType, Error, Result};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
 
 /// How a finished segment is written into the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

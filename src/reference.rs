@@ -1,9 +1,11 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
 
-use crate::call::{self, Batch, Inputs, Sequence};
-use crate::memory::Counters;
-use crate::{Denominator, EmptyMemory, Problem, Result, Update};
+use crate::call::form::Sequence;
+use crate::call::{self, Batch, Inputs};
+use crate::error::Result;
+use crate::memory::{Counters, check_slots};
+use crate::problem::{Denominator, EmptyMemory, Problem, Update};
 
 /// State of the reference: float64 throughout, one entry per slot.
 #[derive(Clone, Debug)]
@@ -74,7 +76,7 @@ impl State {
     /// # Errors
     /// [`crate::Error::Value`] for a slot out of range or named twice.
     pub fn flush(&mut self, problem: &Problem, slots: &[usize]) -> Result<()> {
-        call::check_slots(slots, self.counters.len())?;
+        check_slots(slots, self.counters.len())?;
         slots.iter().for_each(|&slot| self.commit(problem, slot));
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Highest rank a view can have.
 pub const MAX_RANK: usize = 4;

@@ -1,9 +1,11 @@
 //! The only place where shapes, lengths, slots and positions are checked.
 
 use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
-use crate::memory::Counters;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::memory::{Counters, check_slots};
+use crate::problem::Problem;
 use crate::tensor::Layout;
-use crate::{DType, Element, Error, Problem, Result};
 
 impl Form<'_> {
     /// Checks everything against the problem and a state's counters, and names the sequences.
@@ -219,25 +221,6 @@ fn assign_slots(
     }
     for s in sequences {
         s.position = counters[s.slot].tokens as usize;
-    }
-    Ok(())
-}
-
-/// Slots must lie inside the state and be distinct.
-pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
-    let mut taken = vec![None; available];
-    for (i, &slot) in slots.iter().enumerate() {
-        match taken.get_mut(slot) {
-            None => {
-                let expected = format!("less than the state's {available} slots");
-                return Err(Error::value(format!("slots[{i}]"), slot, expected));
-            }
-            Some(Some(first)) => {
-                let expected = format!("a slot other than slots[{first}]");
-                return Err(Error::value(format!("slots[{i}]"), slot, expected));
-            }
-            Some(free) => *free = Some(i),
-        }
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! A call without its data: shapes, strides, lengths, slots, positions. Two backends that resolve the
 //! same form get the same sequences, or the same error.
 
-use crate::Problem;
 use crate::memory::Counters;
+use crate::problem::Problem;
 use crate::tensor::Layout;
 
 /// How the tokens of a batch are laid out.

@@ -5,36 +5,21 @@
 
 use std::ops::Range;
 
+use super::call::Call;
 use super::matmul::{Into, Mat, matmul};
-use super::simd::{self, Running};
-use crate::call::{Batch, InputRows, OutputRows, Piece, Sequence};
-use crate::memory::KeyBlocks;
-use crate::{Element, EmptyMemory, Problem};
+use super::simd;
+use super::simd::Running;
+use crate::call::form::{Piece, Sequence};
+use crate::dtype::Element;
+use crate::problem::EmptyMemory;
 
 /// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
 pub(crate) const TILE_ROWS: usize = 48;
 
-/// Everything the tasks of one call share.
-pub(crate) struct Call<'a, T> {
-    pub problem: Problem,
-    pub batch: Batch<'a>,
-    pub blocks: KeyBlocks,
-    pub inputs: InputRows<'a, T>,
-    pub outputs: OutputRows<'a, T>,
-    /// Per query head: weight of the memory branch, weight of the local branch.
-    pub gates: Vec<[f32; 2]>,
-}
-
-/// The gate as weights of both branches, each rounded on its own: 1 − g keeps its precision.
-pub(crate) fn gate_weights(logit: f32) -> [f32; 2] {
-    let sigmoid = |x: f64| (1.0 / (1.0 + (-x).exp())) as f32;
-    [sigmoid(logit.into()), sigmoid(-f64::from(logit))]
-}
-
 /// What a tile reads besides its queries.
 #[derive(Clone, Copy)]
 pub(crate) struct Segment<'a> {
-    /// Local keys in [`KeyBlocks`] layout.
+    /// Local keys in [`crate::memory::KeyBlocks`] layout.
     pub keys: &'a [f32],
     /// Values, [tokens, Dv].
     pub values: &'a [f32],

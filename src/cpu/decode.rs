@@ -3,12 +3,15 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Scratch as TileScratch, Segment};
-use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, advance};
-use crate::call::{Piece, Sequence, pieces};
-use crate::memory::{HeadMut, KeyBlocks};
-use crate::{Element, Problem, State};
+use super::attention::{Scratch as TileScratch, Segment};
+use super::call::{Call, advance};
+use super::pool::Pool;
+use super::segment;
+use super::segment::Scratch as SegmentScratch;
+use crate::call::form::{Piece, Sequence, pieces};
+use crate::dtype::Element;
+use crate::memory::{HeadMut, KeyBlocks, State};
+use crate::problem::Problem;
 
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     let p = &call.problem;

@@ -7,11 +7,14 @@
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, matmul};
-use super::segment::{self, CHUNK, Scratch};
-use super::simd;
-use crate::runs::{MapTokens, check_batch, check_keys, check_map};
-use crate::tensor::Rows;
-use crate::{Element, Problem, Result, State, TensorView, Update};
+use super::segment::{CHUNK, Scratch};
+use super::{segment, simd};
+use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::memory::State;
+use crate::problem::{Problem, Update};
+use crate::tensor::{Rows, TensorView};
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
 #[derive(Clone, Debug, PartialEq)]

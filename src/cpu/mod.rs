@@ -4,27 +4,26 @@
 //! one.
 
 mod attention;
+mod call;
 mod decode;
-mod maps;
+pub mod maps;
 mod matmul;
+pub mod merge;
 mod pack;
 mod phases;
+mod pool;
 mod prefill;
 mod segment;
 mod simd;
 
-pub use maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_map};
+use call::{Call, gate_weights};
 
-use std::sync::Mutex;
-
-use attention::{Call, gate_weights};
-
-use crate::call::{self, Sequence, pieces};
-use crate::memory::KeyBlocks;
-use crate::{Element, Inputs, Outputs, Problem, Result, State};
-
-/// Most new tokens per sequence that [`decode()`] takes.
-pub const MAX_DECODE_TOKENS: usize = 16;
+use crate::call::check::check_longest;
+use crate::call::{Inputs, MAX_DECODE_TOKENS, Outputs, check_outputs, resolve};
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::memory::{KeyBlocks, State, check_slots};
+use crate::problem::Problem;
 
 /// Infini-attention over any number of new tokens per sequence; continues where `state` stands.
 ///
@@ -78,7 +77,8 @@ pub fn prefill<T: Element>(
 /// where it lies and each (sequence, KV head) is one task.
 ///
 /// # Errors
-/// As [`prefill()`], and [`Error::Value`](crate::Error::Value) for a sequence of more than [`MAX_DECODE_TOKENS`] tokens.
+/// As [`prefill()`], and [`Error::Value`](crate::Error::Value) for a sequence of more than
+/// [`MAX_DECODE_TOKENS`] tokens.
 pub fn decode<T: Element>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -94,11 +94,12 @@ pub fn decode<T: Element>(
 /// segment is left as it is.
 ///
 /// # Errors
-/// [`Error::Problem`](crate::Error::Problem) when the state belongs to another problem, [`Error::Value`](crate::Error::Value) for a slot out of
-/// range or named twice. Nothing is written then.
+/// [`Error::Problem`](crate::Error::Problem) when the state belongs to another problem,
+/// [`Error::Value`](crate::Error::Value) for a slot out of range or named twice. Nothing is written
+/// then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
-    call::check_slots(slots, state.sequences())?;
+    check_slots(slots, state.sequences())?;
     decode::flush(problem, state, slots);
     Ok(())
 }
@@ -113,9 +114,9 @@ fn run<T: Element>(
     max_tokens: Option<usize>,
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
-    let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
-    call::check_outputs(problem, inputs, &outputs)?;
-    call::check_longest(&sequences, max_tokens)?;
+    let (batch, sequences) = resolve(problem, inputs, gate, &state.counters)?;
+    check_outputs(problem, inputs, &outputs)?;
+    check_longest(&sequences, max_tokens)?;
     if batch.rope.is_some() {
         state.ensure_rotated();
     }
@@ -136,32 +137,4 @@ fn run<T: Element>(
         call.clear_padding(seq, batch.tokens());
     }
     Ok(())
-}
-
-/// Scratch buffers that tasks borrow: never more than run at once.
-struct Pool<S>(Mutex<Vec<S>>);
-
-impl<S> Default for Pool<S> {
-    fn default() -> Self {
-        Self(Mutex::new(Vec::new()))
-    }
-}
-
-impl<S> Pool<S> {
-    fn with<R>(&self, new: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
-        let idle = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop();
-        let mut scratch = idle.unwrap_or_else(new);
-        let result = f(&mut scratch);
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(scratch);
-        result
-    }
-}
-
-/// Moves the counters past a call whose tasks are done.
-fn advance<T>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
-    for seq in sequences {
-        for piece in pieces(&call.problem, *seq, state.counters[seq.slot]) {
-            state.counters[seq.slot].advance(&piece, call.batch.rope.is_some());
-        }
-    }
 }

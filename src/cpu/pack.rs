@@ -1,10 +1,10 @@
 //! Tokens of one segment and KV head, gathered into contiguous f32: rows of one head lie far apart in
 //! the inputs, at strides that evict each other from the caches, so they are read there once.
 
-use super::attention::Call;
+use super::call::Call;
 use super::segment::Tokens;
-use crate::Element;
-use crate::call::Piece;
+use crate::call::form::Piece;
+use crate::dtype::Element;
 use crate::memory::{HeadMut, OpenRef};
 
 /// Tokens rotated at a time.

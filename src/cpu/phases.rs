@@ -5,13 +5,16 @@
 
 use rayon::prelude::*;
 
-use super::Pool;
-use super::attention::{Call, Scratch as TileScratch, Segment, TILE_ROWS};
+use super::attention::{Scratch as TileScratch, Segment, TILE_ROWS};
+use super::call::Call;
 use super::pack::{Packed, PieceTokens};
-use super::prefill::{advance_memory, transits};
-use super::segment::{self, Scratch as SegmentScratch};
-use crate::call::{Piece, Sequence, pieces};
-use crate::{Element, Problem, State, Update};
+use super::pool::Pool;
+use super::segment;
+use super::segment::{Scratch as SegmentScratch, advance_memory, transits};
+use crate::call::form::{Piece, Sequence, pieces};
+use crate::dtype::Element;
+use crate::memory::State;
+use crate::problem::{Problem, Update};
 
 /// Most workspace of a run.
 const WORKSPACE_BYTES: usize = 32 << 20;

@@ -8,14 +8,15 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Call, Scratch as TileScratch, Segment};
-use super::matmul::{Into, Mat, matmul};
+use super::attention::{Scratch as TileScratch, Segment};
+use super::call::{Call, advance};
 use super::pack::Packed;
-use super::segment::{self, Scratch as SegmentScratch};
-use super::{Pool, advance, phases};
-use crate::call::{Piece, Sequence, pieces};
-use crate::memory::HeadMut;
-use crate::{Element, Problem, State, Update};
+use super::pool::Pool;
+use super::segment::{Scratch as SegmentScratch, advance_memory, transits};
+use super::{phases, segment};
+use crate::call::form::{Piece, Sequence, pieces};
+use crate::dtype::Element;
+use crate::memory::{HeadMut, State};
 
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
     match heads_per_chain(call.problem.kv_heads(), sequences) {
@@ -123,23 +124,4 @@ fn chain<T: Element>(
     }
     advance_memory(p, piece, &mut x.b, &x.g, head.m);
     head.z.iter_mut().zip(&x.dz).for_each(|(z, dz)| *z += dz);
-}
-
-/// Whether a completed segment has a G.
-pub(super) fn transits(p: &Problem, piece: &Piece) -> bool {
-    p.update() == Update::Delta && !piece.empty
-}
-
-/// m ← m − G m + B; `b` is left holding the M the segment found.
-pub(super) fn advance_memory(p: &Problem, piece: &Piece, b: &mut [f32], g: &[f32], m: &mut [f32]) {
-    let (dk, dv) = (p.key_dim(), p.value_dim());
-    // B − G M, then M + that: the small correction is rounded, never I − G.
-    if transits(p, piece) {
-        matmul(b, Into::Subtract, Mat::rows(g, dk, dk, dk), Mat::rows(m, dk, dv, dv));
-    }
-    for (b, m) in b.iter_mut().zip(m) {
-        let found = *m;
-        *m += *b;
-        *b = found;
-    }
 }

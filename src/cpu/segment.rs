@@ -4,7 +4,8 @@
 
 use super::matmul::{Into, Mat, matmul};
 use super::simd;
-use crate::{Problem, Update};
+use crate::call::form::Piece;
+use crate::problem::{Problem, Update};
 
 /// Tokens per chunk: σ(K), its weights and V of 256 tokens at d = 128 are 384 KiB, inside L2.
 pub(crate) const CHUNK: usize = 256;
@@ -121,4 +122,23 @@ pub(crate) fn commit(
         simd::add_rows(&x.k[..n * dk], z);
         matmul(m, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.v, n, dv, dv));
     });
+}
+
+/// Whether a completed segment has a G.
+pub(super) fn transits(p: &Problem, piece: &Piece) -> bool {
+    p.update() == Update::Delta && !piece.empty
+}
+
+/// m ← m − G m + B; `b` is left holding the M the segment found.
+pub(super) fn advance_memory(p: &Problem, piece: &Piece, b: &mut [f32], g: &[f32], m: &mut [f32]) {
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    // B − G M, then M + that: the small correction is rounded, never I − G.
+    if transits(p, piece) {
+        matmul(b, Into::Subtract, Mat::rows(g, dk, dk, dk), Mat::rows(m, dk, dv, dv));
+    }
+    for (b, m) in b.iter_mut().zip(m) {
+        let found = *m;
+        *m += *b;
+        *b = found;
+    }
 }

@@ -3,7 +3,7 @@
 
 use multiversion::multiversion;
 
-use crate::Denominator;
+use crate::problem::Denominator;
 
 /// Lanes per chunk: one AVX-512 register, two of AVX2, four of NEON.
 const LANES: usize = 16;

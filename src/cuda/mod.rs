@@ -10,67 +10,43 @@
 //! alone ([`plan_prefill`], [`plan_segment`], [`plan_decode`], [`plan_flush`]), printed or tested
 //! without a device, and run by a [`Launcher`]. The typed one ([`prefill()`], [`segment()`],
 //! [`decode()`], [`flush`]) owns its [`State`] and borrows tensors in cudarc's buffers.
+//!
+//! Three floors, each of which knows only those below it: `device` (cudarc), `operations` (what
+//! is launched for each of them), `plan` (the vocabulary that plans are written in).
 
-mod address;
-mod attention;
-mod buffers;
-mod call;
-mod calls;
-mod commit;
-mod decode;
 mod device;
-mod encoded_maps;
-mod enqueue;
-mod host_tables;
-mod kernels;
-mod launcher;
-mod maps;
-mod merge;
-mod observer;
-pub mod params;
-mod phases;
+mod operations;
 mod plan;
-mod prefill;
-mod replaced;
-mod residency;
-mod runs;
-mod segment;
-mod sequences;
-mod state;
-mod target;
-mod tensor;
-mod tensor_map;
-mod transfer;
-mod typed;
-mod wait_report;
 
-pub use address::{Addresses, Operand, Requirement};
-pub use buffers::{TensorView, TensorViewMut};
-pub use call::{Call, DeviceRope};
-pub use calls::{
-    Inputs, Outputs, Rope, decode, flush, prefill, prepare_decode, record_decode, segment,
-};
-pub use commit::plan_flush;
-pub use decode::{DecodeOptions, Runs, plan_decode};
 pub use device::Device;
-pub use enqueue::CudaLauncher;
-pub use kernels::{KERNELS, Kernel, fatbin, find, ptx};
-pub use launcher::{Launch, Launcher};
-pub use maps::{
-    KeySumsMirror, MapAddresses, SegmentMapMirror, plan_add_key_sums, plan_apply, plan_compose,
-    plan_key_sums, plan_segment_map,
+pub use device::buffers::{TensorView, TensorViewMut};
+pub use device::gate::Gate;
+pub use device::launcher::CudaLauncher;
+pub use device::maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_map};
+pub use device::merge::{merge_memories, merge_partials};
+pub use device::observer::Event;
+pub use device::operator::{Inputs, Outputs, Rope};
+pub use device::operator::{decode, flush, prefill, prepare_decode, record_decode, segment};
+pub use device::state::State;
+pub use operations::commit::plan_flush;
+pub use operations::decode::{DecodeOptions, Runs, plan_decode};
+pub use operations::maps::{KeySumsMirror, MapAddresses, SegmentMapMirror};
+pub use operations::maps::{
+    plan_add_key_sums, plan_apply, plan_compose, plan_key_sums, plan_segment_map,
 };
-pub use merge::{plan_merge_memories, plan_merge_partials};
-pub use observer::Event;
+pub use operations::merge::{plan_merge_memories, plan_merge_partials};
+pub use operations::prefill::{PrefillOptions, plan_prefill};
+pub use operations::segment::plan_segment;
+pub use plan::address::{Addresses, Operand, Requirement};
+pub use plan::call::{Call, DeviceRope};
+pub use plan::kernel::{Arch, Kernel};
+pub use plan::kernels::{KERNELS, fatbin, find, ptx};
+pub use plan::launcher::{Launch, Launcher};
+pub use plan::layout::StateLayout;
+pub use plan::mirror::Mirror;
+pub use plan::params;
+pub use plan::replaced::replace_kernels;
+pub use plan::target::Target;
+pub use plan::tensor::DeviceTensor;
+pub use plan::tensor_map::{MAP_BYTES, MAP_CHANNELS, TensorMap};
 pub use plan::{Plan, PlannedLaunch};
-pub use prefill::{PrefillOptions, plan_prefill};
-pub use replaced::replace_kernels;
-pub use runs::{
-    KeySums, SegmentMap, apply, compose, key_sums, merge_memories, merge_partials, segment_map,
-};
-pub use segment::plan_segment;
-pub use state::{Mirror, StateLayout};
-pub use target::{Arch, Target};
-pub use tensor::DeviceTensor;
-pub use tensor_map::{MAP_BYTES, MAP_CHANNELS, TensorMap};
-pub use typed::{Gate, State};

@@ -1,6 +1,6 @@
 //! How the CPU holds the keys of one segment: transposed, in blocks.
 
-use crate::Problem;
+use crate::problem::Problem;
 
 /// Layout of one segment's keys for one KV head: blocks of `width` keys, each block [Dk, width], so
 /// that a product with a tile of queries reads whole vectors of keys. Key j, channel d stands at

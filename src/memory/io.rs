@@ -23,7 +23,8 @@ use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, serialize};
 
 use super::{Counters, KeyBlocks, State};
-use crate::{Error, Problem, Result};
+use crate::error::{Error, Result};
+use crate::problem::Problem;
 
 const METADATA: &str = "infini_attn";
 const FORMAT: &str = "1";

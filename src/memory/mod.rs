@@ -6,8 +6,9 @@ mod parts;
 
 pub(crate) use blocks::KeyBlocks;
 
-use crate::call::check_slots;
-use crate::{Error, Problem, Result, TensorView};
+use crate::error::{Error, Result};
+use crate::problem::Problem;
+use crate::tensor::TensorView;
 
 /// Counters of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -235,4 +236,23 @@ impl State {
             self.open.k_rotated = vec![0.0; self.open.k.len()];
         }
     }
+}
+
+/// Slots must lie inside the state and be distinct.
+pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
+    let mut taken = vec![None; available];
+    for (i, &slot) in slots.iter().enumerate() {
+        match taken.get_mut(slot) {
+            None => {
+                let expected = format!("less than the state's {available} slots");
+                return Err(Error::value(format!("slots[{i}]"), slot, expected));
+            }
+            Some(Some(first)) => {
+                let expected = format!("a slot other than slots[{first}]");
+                return Err(Error::value(format!("slots[{i}]"), slot, expected));
+            }
+            Some(free) => *free = Some(i),
+        }
+    }
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! A state put together from parts that come from outside: the caller's arrays, or a file.
 
 use super::{Counters, KeyBlocks, OpenSegments, State};
-use crate::{Error, Problem, Result};
+use crate::error::{Error, Result};
+use crate::problem::Problem;
 
 /// Most tokens a stream may have seen: positions stay inside i64, with room for any call.
 const MAX_TOKENS: u64 = 1 << 62;

@@ -38,6 +38,23 @@ pub struct CallRope<'a> {
     pub positions: Option<Vec<i64>>,
 }
 
+/// The batch layout and slots of a call, on inputs for any memory.
+macro_rules! laid_out {
+    ($inputs:expr, $call:expr) => {{
+        let inputs = match $call.batch {
+            $crate::common::cases::Batch::Full => $inputs,
+            $crate::common::cases::Batch::Padded => $inputs.seq_lens(&$call.lens),
+            $crate::common::cases::Batch::Packed => $inputs.cu_seqlens(&$call.cu),
+        };
+        match &$call.slots {
+            Some(slots) => inputs.slots(slots),
+            None => inputs,
+        }
+    }};
+}
+#[cfg(feature = "cuda")]
+pub(crate) use laid_out;
+
 impl<T: Element> Call<'_, T> {
     /// The most tokens of a sequence.
     pub fn longest(&self) -> usize {
@@ -51,15 +68,8 @@ impl<T: Element> Call<'_, T> {
 
     /// As the CPU backend and the reference take it.
     pub fn inputs(&self) -> Inputs<'_, T> {
-        let mut inputs = Inputs::new(self.q.view(), self.k.view(), self.v.view());
-        inputs = match self.batch {
-            Batch::Full => inputs,
-            Batch::Padded => inputs.seq_lens(&self.lens),
-            Batch::Packed => inputs.cu_seqlens(&self.cu),
-        };
-        if let Some(slots) = &self.slots {
-            inputs = inputs.slots(slots);
-        }
+        let inputs = Inputs::new(self.q.view(), self.k.view(), self.v.view());
+        let inputs = laid_out!(inputs, self);
         match &self.rope {
             Some(r) => inputs.rope(rope(&r.rotation, r.cos, r.sin, r.positions.as_deref())),
             None => inputs,

@@ -16,6 +16,11 @@ pub fn relative_rms<'a>(
     rms(what, got, want, shape.into(), tolerance, 0.0)
 }
 
+/// Fails where [`relative_rms`] does.
+pub fn assert_close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    relative_rms(what, got, want, &[want.len()], tolerance).unwrap_or_else(|e| panic!("{e}"));
+}
+
 /// As [`relative_rms`] for logarithms, which pass through 0: the scale is at least 1.
 ///
 /// # Errors

@@ -7,10 +7,6 @@ pub mod backend;
 pub mod buffers;
 pub mod call;
 pub mod cases;
-#[cfg(feature = "cuda")]
-pub mod cuda;
-#[cfg(feature = "cuda")]
-pub mod device;
 pub mod driver;
 pub mod extremes;
 pub mod metric;
@@ -18,6 +14,8 @@ pub mod model;
 #[cfg(feature = "cuda")]
 pub mod noise;
 pub mod plain;
+#[cfg(feature = "cuda")]
+pub mod plans;
 pub mod say;
 #[cfg(feature = "cuda")]
 pub mod simulator;

@@ -24,6 +24,18 @@ pub fn normals(seed: u64, count: usize) -> Vec<f32> {
     (0..count).map(|_| StandardNormal.sample(&mut rng)).collect()
 }
 
+/// Deterministic values in (−1, 1).
+pub fn uniforms(seed: u64, len: usize) -> Vec<f32> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
 impl<T: Element> Stream<T> {
     /// N(0, 1), rounded to the element type.
     pub fn normal(problem: &Problem, tokens: usize, seed: u64) -> Self {

@@ -80,7 +80,7 @@ def test_a_crash_names_kernel_and_shape(bundle):
     bundle.only({D128: {"do": "crash", "portable": "crash"}, D64: {"do": "pass"}}, sanitizer="find")
     assert bundle.run("test", "20") == 1
     text = bundle.summary()
-    assert f"{D128}: fault: signal 6 (Aborted): thread 'main' panicked at src/cuda/device.rs:1: " \
+    assert f"{D128}: fault: signal 6 (Aborted): thread 'main' panicked at src/cuda/device/mod.rs:1: " \
         f"CUDA_ERROR_ILLEGAL_ADDRESS; pending {KERNEL} [132, 1, 1]" in text
     assert "    portable kernels: fault: signal 6 (Aborted): thread 'main' panicked" in text
     assert "    memcheck: 3 reported, first: Invalid __global__ write of size 2 bytes; at" in text

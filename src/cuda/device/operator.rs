@@ -1,0 +1,343 @@
+//! The operator on typed tensors: what the CPU functions are for the host, argument by argument.
+//!
+//! Every argument is checked before anything is enqueued, with the CPU functions' errors. A call
+//! goes to the stream of its state's [`Device`](super::Device) and returns when it is enqueued. A
+//! call into a graph is recorded by [`record_decode`] or, for anything else, by the plans themselves.
+
+use cudarc::driver::{DevicePtr, DeviceRepr};
+
+use super::buffers::{Operands, TensorView, TensorViewMut};
+use super::gate::Gate;
+use super::state::State;
+use crate::call::builders::{input_builders, output_builders, rope_builders};
+use crate::call::form::{Lengths, Positions};
+use crate::cuda::operations::commit::plan_flush;
+use crate::cuda::operations::decode::{Runs, plan_decode};
+use crate::cuda::operations::prefill::plan_prefill;
+use crate::cuda::operations::segment::plan_segment;
+use crate::cuda::plan::Plan;
+use crate::cuda::plan::address::Operand;
+use crate::cuda::plan::call::{Call, DeviceRope};
+use crate::cuda::plan::mirror::Mirror;
+use crate::cuda::plan::tensor::DeviceTensor;
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::problem::Problem;
+
+/// Queries, keys and values of one call in device memory; see [`crate::Inputs`]. Rows start at
+/// multiples of 16 bytes. Lengths and slots are the host's.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a, T> {
+    /// Queries [B, T, Hq, Dk] (packed: [total, Hq, Dk]).
+    pub q: TensorView<'a, T>,
+    /// Keys [B, T, Hkv, Dk] (packed: [total, Hkv, Dk]).
+    pub k: TensorView<'a, T>,
+    /// Values [B, T, Hkv, Dv] (packed: [total, Hkv, Dv]).
+    pub v: TensorView<'a, T>,
+    lengths: Lengths<'a>,
+    slots: Option<&'a [usize]>,
+    rope: Option<Rope<'a>>,
+}
+
+impl<'a, T> Inputs<'a, T> {
+    /// A batch in which every sequence is T tokens long and sequence b uses slot b of the state.
+    pub fn new(q: TensorView<'a, T>, k: TensorView<'a, T>, v: TensorView<'a, T>) -> Self {
+        Self { q, k, v, lengths: Lengths::Full, slots: None, rope: None }
+    }
+
+    input_builders!('a, Rope<'a>);
+}
+
+/// Rotary position embedding of the local branch, tables in device memory; see [`crate::Rope`].
+#[derive(Clone, Copy)]
+pub struct Rope<'a> {
+    cos: TensorView<'a, f32>,
+    sin: TensorView<'a, f32>,
+    interleaved: bool,
+    positions: Positions<'a>,
+    /// Of positions in device memory, with its address.
+    buffer: Option<(&'a dyn DevicePtr<i64>, u64)>,
+}
+
+impl std::fmt::Debug for Rope<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rope({:?}, {:?}, interleaved: {})", self.cos, self.sin, self.interleaved)
+    }
+}
+
+impl<'a> Rope<'a> {
+    /// Tables [positions, R/2]. Channel i pairs with i + R/2 (rotate-half). The row of a token is its
+    /// absolute position, continued from the state.
+    pub fn new(cos: TensorView<'a, f32>, sin: TensorView<'a, f32>) -> Self {
+        Self { cos, sin, interleaved: false, positions: Positions::Continued, buffer: None }
+    }
+
+    rope_builders!('a);
+
+    /// The same from device memory, read and checked there: a sequence with a position outside the
+    /// tables is skipped, and [`State::status`] says so.
+    pub fn device_positions(mut self, positions: &'a impl DevicePtr<i64>) -> Self {
+        let address = positions.device_ptr(positions.stream()).0;
+        self.positions = Positions::Device(positions.len());
+        self.buffer = Some((positions, address));
+        self
+    }
+
+    fn describe(&self) -> DeviceRope<'a> {
+        let rope = DeviceRope::new(self.cos.tensor(), self.sin.tensor());
+        let rope = rope.interleaved(self.interleaved);
+        match self.positions {
+            Positions::Continued => rope,
+            Positions::Given(positions) => rope.positions(positions),
+            Positions::Device(count) => rope.device_positions(count),
+        }
+    }
+}
+
+/// Where the results go, in device memory; see [`crate::Outputs`].
+#[derive(Debug)]
+pub struct Outputs<'a, T> {
+    o: TensorViewMut<'a, T>,
+    lse: Option<TensorViewMut<'a, f32>>,
+    a_dot: Option<TensorViewMut<'a, T>>,
+    a_mem: Option<TensorViewMut<'a, T>>,
+}
+
+impl<'a, T> Outputs<'a, T> {
+    /// Only the gated output.
+    pub fn new(o: TensorViewMut<'a, T>) -> Self {
+        Self { o, lse: None, a_dot: None, a_mem: None }
+    }
+
+    output_builders!(TensorViewMut<'a, T>, TensorViewMut<'a, f32>);
+}
+
+/// [`crate::prefill`] on the device: any number of new tokens per sequence.
+///
+/// # Errors
+/// Those of [`crate::prefill`]; [`Error::Unsupported`] when no kernels are compiled for the problem,
+/// [`Error::Stride`] for rows that do not start at multiples of 16 bytes, [`Error::Value`] for a
+/// rotation that the state has no room for. Nothing was enqueued then. [`Error::Launch`],
+/// [`Error::Driver`] and [`Error::Capturing`] come from the device.
+///
+/// ```no_run
+/// use half::bf16;
+/// use infini_attn::{DType, Problem, cuda};
+/// let device = cuda::Device::new(0)?;
+/// let b = Problem::builder().heads(4).kv_heads(2).head_dim(64).segment_len(128);
+/// let problem = b.dtype(DType::BF16).build()?;
+/// let mut state = cuda::State::new(&device, &problem, 1, false)?;
+/// let gate = cuda::Gate::new(&device, &[0.0; 4])?;
+/// let q = device.upload(&vec![bf16::ONE; 300 * 4 * 64])?;
+/// let (k, v) = (device.upload(&vec![bf16::ONE; 300 * 2 * 64])?, q.slice(..300 * 2 * 64));
+/// let mut o = q.clone();
+/// let inputs = cuda::Inputs::new(
+///     cuda::TensorView::new(&q, &[1, 300, 4, 64])?,
+///     cuda::TensorView::new(&k, &[1, 300, 2, 64])?,
+///     cuda::TensorView::new(&v, &[1, 300, 2, 64])?,
+/// );
+/// let outputs = cuda::Outputs::new(cuda::TensorViewMut::new(&mut o, &[1, 300, 4, 64])?);
+/// cuda::prefill(&problem, &inputs, &gate, &mut state, outputs)?;
+/// assert_eq!((state.tokens(0), state.committed(0), state.open_len(0)), (300, 256, 44));
+/// # Ok::<(), infini_attn::Error>(())
+/// ```
+pub fn prefill<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+) -> Result<()> {
+    let options = state.device().prefill_options()?;
+    now(inputs, gate, state, outputs, |call, mirror| plan_prefill(problem, call, mirror, &options))
+}
+
+/// [`prefill`] in one launch, for at most what is left of each sequence's segment: streaming segment
+/// by segment.
+///
+/// # Errors
+/// Those of [`prefill`], and [`Error::Value`] for a sequence that would leave its segment.
+pub fn segment<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+) -> Result<()> {
+    let target = state.device().target()?;
+    now(inputs, gate, state, outputs, |call, mirror| plan_segment(problem, call, mirror, &target))
+}
+
+/// [`crate::decode`] on the device: 1 to [`crate::MAX_DECODE_TOKENS`] new tokens per sequence (0 in
+/// a ragged batch).
+///
+/// # Errors
+/// Those of [`prefill`], and [`Error::Value`] for a sequence of more tokens.
+pub fn decode<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+) -> Result<()> {
+    let options = state.device().decode_options(Runs::Once)?;
+    now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
+}
+
+/// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors
+/// then hold, from wherever the state then stands, across ends of segments; before each,
+/// [`State::advance`] with the plan that this returns. [`prepare_decode`] comes before the capture.
+///
+/// # Errors
+/// Those of [`decode`]; [`Error::Value`] when the stream captures nothing.
+///
+/// # Safety
+/// As long as the graph is replayed: the buffers of inputs, gate and outputs and the state live and
+/// stay where they are, and the application orders replays after what writes the inputs and before
+/// what reads the outputs; the graph runs on the device's stream, after a successful
+/// [`State::advance`] each time.
+pub unsafe fn record_decode<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    outputs: Outputs<'_, T>,
+) -> Result<Plan> {
+    if !state.device().is_capturing()? {
+        return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
+    }
+    let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
+    enqueue(&plan, inputs, gate, state, outputs)?;
+    Ok(plan)
+}
+
+/// Loads the kernels and makes the room that [`record_decode`] of the same shapes needs. (A plan for
+/// any counters needs more of both than a call does.)
+///
+/// # Errors
+/// Those of [`decode`].
+pub fn prepare_decode<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    outputs: &Outputs<'_, T>,
+) -> Result<()> {
+    state.device().prepare(&plan_replay(problem, inputs, gate, state, outputs)?)
+}
+
+/// A decode step for any number of runs.
+fn plan_replay<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    outputs: &Outputs<'_, T>,
+) -> Result<Plan> {
+    let options = state.device().decode_options(Runs::Replay)?;
+    plan_decode(problem, &describe(inputs, gate, outputs)?, &state.mirror, &options)
+}
+
+/// [`crate::flush`] on the device: writes the open segments of the given slots into their memories.
+///
+/// # Errors
+/// Those of [`crate::flush`], and the device's.
+pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
+    state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
+    let plan = plan_flush(problem, &state.mirror, slots)?;
+    state.mirror.check(&plan)?;
+    state.run(&plan)?;
+    state.mirror.advance(&plan)
+}
+
+impl State {
+    /// Accounts for the next replay of a graph into which [`record_decode`] put this plan. Call it
+    /// before the replay, and skip that if this fails.
+    ///
+    /// # Errors
+    /// Those of [`Mirror::advance`]; nothing changes then.
+    pub fn advance(&mut self, plan: &Plan) -> Result<()> {
+        self.mirror.advance(plan)
+    }
+}
+
+/// Plans, enqueues, and moves the mirror.
+fn now<T: Element + DeviceRepr>(
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+    plan: impl FnOnce(&Call<'_>, &Mirror) -> Result<Plan>,
+) -> Result<()> {
+    state.device().refuse_capture("a call", "record it with record_decode, or run its plan")?;
+    let plan = plan(&describe(inputs, gate, &outputs)?, &state.mirror)?;
+    state.mirror.check(&plan)?;
+    enqueue(&plan, inputs, gate, state, outputs)?;
+    state.mirror.advance(&plan)
+}
+
+/// The call without its addresses.
+fn describe<'a, T: Element + DeviceRepr>(
+    inputs: &Inputs<'a, T>,
+    gate: &Gate,
+    outputs: &Outputs<'_, T>,
+) -> Result<Call<'a>> {
+    let gate = DeviceTensor::contiguous(DType::F32, &[gate.heads()])?;
+    let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|t| t.tensor());
+    let mut call = Call::new(q, k, v, gate, outputs.o.tensor());
+    call = match inputs.lengths {
+        Lengths::Full => call,
+        Lengths::Padded(lens) => call.seq_lens(lens),
+        Lengths::Packed(cu) => call.cu_seqlens(cu),
+    };
+    if let Some(slots) = inputs.slots {
+        call = call.slots(slots);
+    }
+    if let Some(rope) = &inputs.rope {
+        call = call.rope(rope.describe());
+    }
+    if let Some(lse) = &outputs.lse {
+        call = call.lse(lse.tensor());
+    }
+    if let Some(a_dot) = &outputs.a_dot {
+        call = call.a_dot(a_dot.tensor());
+    }
+    if let Some(a_mem) = &outputs.a_mem {
+        call = call.a_mem(a_mem.tensor());
+    }
+    Ok(call)
+}
+
+/// Runs the plan with the operands' addresses.
+fn enqueue<T: Element + DeviceRepr>(
+    plan: &Plan,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &State,
+    mut outputs: Outputs<'_, T>,
+) -> Result<()> {
+    let mut operands = Operands::new(state.device())?;
+    operands.read(Operand::Q, &inputs.q)?;
+    operands.read(Operand::K, &inputs.k)?;
+    operands.read(Operand::V, &inputs.v)?;
+    operands.buffer(Operand::Gate, &gate.logits, gate.address)?;
+    if let Some(rope) = &inputs.rope {
+        operands.read(Operand::Cos, &rope.cos)?;
+        operands.read(Operand::Sin, &rope.sin)?;
+        if let (Positions::Device(_), Some((positions, address))) = (rope.positions, rope.buffer) {
+            operands.buffer(Operand::Positions, positions, address)?;
+        }
+    }
+    operands.write(Operand::O, &mut outputs.o)?;
+    if let Some(lse) = &mut outputs.lse {
+        operands.write(Operand::Lse, lse)?;
+    }
+    if let Some(a_dot) = &mut outputs.a_dot {
+        operands.write(Operand::ADot, a_dot)?;
+    }
+    if let Some(a_mem) = &mut outputs.a_mem {
+        operands.write(Operand::AMem, a_mem)?;
+    }
+    let addresses = operands.addresses.clone().with(Operand::State, state.address());
+    state.device().run(plan, addresses)
+}

@@ -1,0 +1,297 @@
+//! A pool of states that owns its device memory, and the buffers that calls read besides tensors.
+
+use cudarc::driver::result;
+
+use super::error::driver;
+use super::observer::Event;
+use super::transfer::Parts;
+use super::{Buffer, Device};
+use crate::cuda::plan::Plan;
+use crate::cuda::plan::address::{Addresses, Operand};
+use crate::cuda::plan::layout::StateLayout;
+use crate::cuda::plan::mirror::Mirror;
+use crate::cuda::plan::params::{INFINI_SCALE_COLUMNS, InfiniCounters, InfiniState};
+use crate::error::{Error, Result};
+use crate::memory::Counters;
+use crate::problem::Problem;
+
+/// The state of `slots` independent streams in device memory: what [`crate::State`] is on the host.
+///
+/// Belongs to the stream of the [`Device`] it was made with; every call on it goes there, in order,
+/// and returns when the work is enqueued. The counters that [`Self::tokens`] and its like show are
+/// the host's mirror of the device's: they are where the stream will be when everything enqueued so
+/// far is done.
+///
+/// ```no_run
+/// use infini_attn::{DType, Problem, cuda};
+/// let device = cuda::Device::new(0)?;
+/// let problem = Problem::builder().heads(8).head_dim(128).dtype(DType::BF16).build()?;
+/// let mut state = cuda::State::new(&device, &problem, 4, false)?;
+/// assert_eq!(state.tokens(0), 0);
+/// let host: infini_attn::State = state.to_host()?;
+/// # Ok::<(), infini_attn::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct State {
+    device: Device,
+    pub(super) mirror: Mirror,
+    data: Buffer,
+}
+
+impl State {
+    /// Empty streams in slots 0 to `slots` − 1. `rotation`: with room for rotated keys, which calls
+    /// with [`Inputs::rope`](crate::cuda::Inputs::rope) need.
+    ///
+    /// # Errors
+    /// Those of [`StateLayout::new`], [`Error::Driver`] when the device's memory does not suffice,
+    /// [`Error::Capturing`].
+    pub fn new(device: &Device, problem: &Problem, slots: usize, rotation: bool) -> Result<Self> {
+        let layout = StateLayout::new(problem, slots, rotation)?;
+        let state = Self::allocate(device, &layout, Mirror::new(&layout))?;
+        state.run(&layout.plan_init()?)?;
+        Ok(state)
+    }
+
+    /// The device copy of a host state; it continues where that stands. Rotated keys of an open
+    /// segment are rounded to the element type, as the kernels hold them.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`], and [`Error::Value`] when there is no room for the rotated keys that
+    /// an open segment holds, or when an open key or value is not a number of the element type,
+    /// which no call can have brought.
+    pub fn from_host(device: &Device, state: &crate::State, rotation: bool) -> Result<Self> {
+        let layout = StateLayout::new(state.problem(), state.sequences(), rotation)?;
+        let parts = Parts::pack(state)?;
+        if !parts.open_k_rotated.is_empty() && !rotation {
+            let expected = "true: an open segment of the state holds rotated keys";
+            return Err(Error::value("rotation", false, expected));
+        }
+        let mirror = Mirror::with_counters(&layout, parts.counters.clone())?;
+        let copy = Self::allocate(device, &layout, mirror)?;
+        copy.run(&layout.plan_init()?)?;
+        let at = copy.parts();
+        let counters: Vec<InfiniCounters> = parts.counters.iter().map(|&c| c.into()).collect();
+        copy.upload(at.memory, bytemuck::cast_slice(&parts.memory))?;
+        copy.upload(at.normalizer, bytemuck::cast_slice(&parts.normalizer))?;
+        copy.upload(at.counters, bytemuck::cast_slice(&counters))?;
+        copy.upload(at.open_k, &parts.open_k)?;
+        copy.upload(at.open_k_rotated, &parts.open_k_rotated)?;
+        copy.upload(at.open_v, &parts.open_v)?;
+        copy.run(&layout.plan_snapshots()?)?;
+        // The parts are read by then, whatever memory they lie in.
+        device.synchronize()?;
+        Ok(copy)
+    }
+
+    /// The host copy, exactly: open segments are widened to f32. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] with what went wrong on the device, [`Error::Capturing`], [`Error::Value`]
+    /// when the device's counters are not those of any sequence of calls.
+    pub fn to_host(&self) -> Result<crate::State> {
+        self.device.refuse_capture("reading a state", "read it after the capture has ended")?;
+        let (layout, p, at) = (self.mirror.layout(), self.problem(), self.parts());
+        let rows = layout.slots() * p.kv_heads();
+        let (dk, dv, n) = (p.key_dim(), p.value_dim(), p.segment_len());
+        let counters = self.download::<InfiniCounters>(at.counters, layout.slots())?;
+        let counters: Vec<Counters> = counters.into_iter().map(Counters::from).collect();
+        let [open, rotated] = Parts::filled(&counters);
+        let bytes = |wanted: bool, dim: usize| {
+            if wanted { rows * n * dim * p.dtype().bytes() } else { 0 }
+        };
+        let parts = Parts {
+            memory: self.download(at.memory, rows * dk * dv)?,
+            normalizer: self.download(at.normalizer, rows * dk)?,
+            open_k: self.download(at.open_k, bytes(open, dk))?,
+            open_k_rotated: self.download(at.open_k_rotated, bytes(rotated, dk))?,
+            open_v: self.download(at.open_v, bytes(open, dv))?,
+            counters,
+        };
+        parts.unpack(p)
+    }
+
+    /// Forgets everything the given slots have seen.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a slot out of range or named twice; nothing is reset then.
+    pub fn reset(&mut self, slots: &[usize]) -> Result<()> {
+        let plan = self.mirror.layout().plan_reset(slots)?;
+        self.mirror.check(&plan)?;
+        self.run(&plan)?;
+        self.mirror.advance(&plan)
+    }
+
+    /// A new state whose slot i continues where `slots[i]` will stand. A slot may be named several
+    /// times.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a slot out of range, and those of [`Self::new`].
+    pub fn fork(&self, slots: &[usize]) -> Result<State> {
+        let from = self.mirror.layout();
+        if let Some(i) = slots.iter().position(|&slot| slot >= from.slots()) {
+            let expected = format!("less than the state's {} slots", from.slots());
+            return Err(Error::value(format!("slots[{i}]"), slots[i], expected));
+        }
+        let layout = StateLayout::new(self.problem(), slots.len(), from.rotation())?;
+        let counters = slots.iter().map(|&slot| self.mirror.counters()[slot]).collect();
+        let mirror = Mirror::with_counters(&layout, counters)?;
+        let fork = Self::allocate(&self.device, &layout, mirror)?;
+        fork.run(&layout.plan_init()?)?;
+        for ((to, bytes), (from, _)) in slot_parts(&fork).into_iter().zip(slot_parts(self)) {
+            for (i, &slot) in slots.iter().enumerate() {
+                fork.copy_within_device(to + i as u64 * bytes, from + slot as u64 * bytes, bytes)?;
+            }
+        }
+        Ok(fork)
+    }
+
+    /// Reads the status word, in which kernels note indices they could not accept, and clears it.
+    /// Waits for the device. Only what comes from device memory can be wrong there: everything the
+    /// host passes was checked before the launch.
+    ///
+    /// # Errors
+    /// [`Error::Status`] naming what was met; those sequences were skipped, and the mirror does not
+    /// know it. [`Error::Driver`], [`Error::Capturing`].
+    pub fn status(&mut self) -> Result<()> {
+        self.device.refuse_capture("reading the status word", "read it after the capture")?;
+        let status = self.parts().status;
+        match self.download::<u32>(status, 1)?[0] {
+            0 => Ok(()),
+            bits => {
+                self.upload(status, &[0; 4])?;
+                Err(Error::Status { bits })
+            }
+        }
+    }
+
+    /// The device and stream it belongs to.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The problem this state belongs to.
+    pub fn problem(&self) -> &Problem {
+        self.mirror.problem()
+    }
+
+    /// The mirror of its counters, for plans made by hand.
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    /// The device address of its allocation, laid out by [`Mirror::layout`].
+    pub fn address(&self) -> u64 {
+        self.data.address
+    }
+
+    /// Number of slots.
+    pub fn sequences(&self) -> usize {
+        self.mirror.layout().slots()
+    }
+
+    /// Tokens the slot has seen; also the default position of its next token.
+    ///
+    /// # Panics
+    /// This and the two accessors below panic for a slot that the state does not have.
+    pub fn tokens(&self, slot: usize) -> u64 {
+        self.mirror.tokens(slot)
+    }
+
+    /// Tokens the slot has written into (M, z).
+    pub fn committed(&self, slot: usize) -> u64 {
+        self.mirror.committed(slot)
+    }
+
+    /// Tokens in the slot's open segment, 0 to N − 1.
+    pub fn open_len(&self, slot: usize) -> usize {
+        self.mirror.open_len(slot)
+    }
+
+    /// Bytes of device memory held.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    pub(super) fn allocate(device: &Device, layout: &StateLayout, mirror: Mirror) -> Result<Self> {
+        let data = device.allocate(layout.bytes(), "a state")?;
+        Ok(Self { device: device.clone(), mirror, data })
+    }
+
+    /// Runs a plan that has no tensors.
+    pub(super) fn run(&self, plan: &Plan) -> Result<()> {
+        let addresses = Addresses::new().with(Operand::State, self.data.address);
+        self.device.run(plan, addresses)
+    }
+
+    pub(super) fn parts(&self) -> InfiniState {
+        self.mirror.layout().params(self.data.address)
+    }
+
+    fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: `to` and the bytes from there on belong to `data`, whose layout says so; the caller
+        // keeps `from` until the stream was waited for, or it is pageable and read before this
+        // returns.
+        unsafe { result::memcpy_htod_async(to, from, self.device.stream().cu_stream()) }
+            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
+    }
+
+    /// Waits for the stream.
+    fn download<T: bytemuck::Pod>(&self, from: u64, len: usize) -> Result<Vec<T>> {
+        let mut to = vec![T::zeroed(); len];
+        if len == 0 {
+            return Ok(to);
+        }
+        self.device.bind()?;
+        let what = || format!("copying {} B from the device", len * size_of::<T>());
+        // SAFETY: the range belongs to `data`, whose layout says so; `to` lives until the stream was
+        // waited for.
+        unsafe { result::memcpy_dtoh_async(&mut to, from, self.device.stream().cu_stream()) }
+            .map_err(|e| self.device.failed(what(), e))?;
+        self.device.stream().synchronize().map_err(|e| self.device.failed(what(), e))?;
+        self.device.tell(Event::Waited);
+        Ok(to)
+    }
+
+    fn copy_within_device(&self, to: u64, from: u64, bytes: u64) -> Result<()> {
+        self.device.bind()?;
+        let stream = self.device.stream().cu_stream();
+        // SAFETY: both ranges belong to states of this stream, whose layouts say so.
+        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, stream) }
+            .map_err(|e| driver(format!("copying {bytes} B within the device"), e))
+    }
+}
+
+/// Address and bytes per slot of every part that belongs to slots.
+fn slot_parts(state: &State) -> Vec<(u64, u64)> {
+    let (p, at) = (state.problem(), state.parts());
+    let (h, t) = (p.kv_heads(), p.dtype().bytes());
+    let (dk, dv, n) = (p.key_dim(), p.value_dim(), p.segment_len());
+    let scales = dv / INFINI_SCALE_COLUMNS as usize;
+    let mut parts = vec![
+        (at.memory, h * dk * dv * 4),
+        (at.normalizer, h * dk * 4),
+        (at.snapshot, h * dk * dv * t),
+        (at.snapshot_scale, h * scales * 4),
+        (at.open_k, h * n * dk * t),
+        (at.open_v, h * n * dv * t),
+        (at.counters, size_of::<InfiniCounters>()),
+    ];
+    if state.mirror.layout().rotation() {
+        parts.push((at.open_k_rotated, h * n * dk * t));
+    }
+    parts.into_iter().map(|(at, bytes)| (at, bytes as u64)).collect()
+}
+
+impl crate::State {
+    /// The device copy of this state; see [`State::from_host`].
+    ///
+    /// # Errors
+    /// Those of [`State::from_host`].
+    pub fn to_device(&self, device: &Device, rotation: bool) -> Result<State> {
+        State::from_host(device, self, rotation)
+    }
+}

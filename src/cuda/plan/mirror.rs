@@ -1,0 +1,195 @@
+//! The host's copy of a state's counters.
+
+use super::Plan;
+use super::effect::{Effect, Kind, Tokens};
+use super::layout::StateLayout;
+use crate::call::check::check_continued;
+use crate::call::form::{Sequence, pieces};
+use crate::error::{Error, Result};
+use crate::memory::{Counters, check_slots};
+use crate::problem::Problem;
+
+/// The host's copy of a state's counters: what plans are made from. [`Self::advance`] keeps it in
+/// step with the device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mirror {
+    layout: StateLayout,
+    counters: Vec<Counters>,
+}
+
+impl Mirror {
+    /// The mirror of a pool of empty states.
+    pub fn new(layout: &StateLayout) -> Self {
+        Self { layout: *layout, counters: vec![Counters::default(); layout.slots()] }
+    }
+
+    /// The mirror of a state with these counters, one per slot.
+    #[cfg_attr(not(test), allow(dead_code, reason = "states that come from the host"))]
+    pub(crate) fn with_counters(layout: &StateLayout, counters: Vec<Counters>) -> Result<Self> {
+        if counters.len() != layout.slots() {
+            let (got, expected) = (counters.len(), format!("{} (slots)", layout.slots()));
+            return Err(Error::Length { argument: "state", got, expected });
+        }
+        Ok(Self { layout: *layout, counters })
+    }
+
+    /// The layout of the mirrored state.
+    pub fn layout(&self) -> &StateLayout {
+        &self.layout
+    }
+
+    /// The problem of the mirrored state.
+    pub fn problem(&self) -> &Problem {
+        self.layout.problem()
+    }
+
+    pub(crate) fn counters(&self) -> &[Counters] {
+        &self.counters
+    }
+
+    /// Tokens the slot has seen; also the default position of its next token.
+    ///
+    /// # Panics
+    /// This and the two accessors below panic for a slot that the state does not have.
+    pub fn tokens(&self, slot: usize) -> u64 {
+        self.counters[slot].tokens
+    }
+
+    /// Tokens the slot has written into its memory.
+    pub fn committed(&self, slot: usize) -> u64 {
+        self.counters[slot].committed
+    }
+
+    /// Tokens in the slot's open segment, 0 to N − 1.
+    pub fn open_len(&self, slot: usize) -> usize {
+        self.counters[slot].open_len
+    }
+
+    /// Whether a run of the plan would be valid now.
+    ///
+    /// # Errors
+    /// As [`Self::advance`].
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        self.after(plan, None).map(drop)
+    }
+
+    /// Accounts for one run of the plan. Runs are asynchronous: call it before the run, or the
+    /// replay of its graph, and skip that if this fails.
+    ///
+    /// # Errors
+    /// Nothing changes then. [`Error::Problem`] or [`Error::Length`] for a plan of another state;
+    /// [`Error::Value`] when positions continued from the state leave the rotation tables, or when
+    /// the plan runs once and the state has moved since it was made; [`Error::RotationChanged`].
+    pub fn advance(&mut self, plan: &Plan) -> Result<()> {
+        self.counters = self.after(plan, None)?;
+        Ok(())
+    }
+
+    /// [`Self::advance`] for a plan whose sequences lie in device memory: what that table holds in
+    /// this run, slot and number of new tokens of every sequence.
+    ///
+    /// # Errors
+    /// As [`Self::advance`], and [`Error::Value`] or [`Error::Length`] for a table that the plan does
+    /// not allow.
+    pub fn advance_table(&mut self, plan: &Plan, sequences: &[(usize, usize)]) -> Result<()> {
+        self.counters = self.after(plan, Some(sequences))?;
+        Ok(())
+    }
+
+    /// The counters after a run.
+    fn after(&self, plan: &Plan, table: Option<&[(usize, usize)]>) -> Result<Vec<Counters>> {
+        let mut counters = self.counters.clone();
+        let Some(state) = plan.state() else { return Ok(counters) };
+        self.problem().check_same(state.problem())?;
+        if state.slots() != self.counters.len() {
+            let (got, expected) = (self.counters.len(), format!("{} (slots)", state.slots()));
+            return Err(Error::Length { argument: "state", got, expected });
+        }
+        match &plan.effect {
+            Effect::None => {}
+            Effect::Set(slots) => {
+                for (slot, (planned, after)) in slots.iter().enumerate() {
+                    self.unmoved(slot, planned)?;
+                    counters[slot] = *after;
+                }
+            }
+            Effect::Reset(slots) => slots.iter().for_each(|&s| counters[s] = Counters::default()),
+            Effect::Flush(slots) => {
+                for (slot, planned) in slots {
+                    self.unmoved(*slot, planned)?;
+                    counters[*slot].flush();
+                }
+            }
+            Effect::Tokens(tokens) => self.bring(tokens, table, &mut counters)?,
+        }
+        Ok(counters)
+    }
+
+    /// Moves `counters` past the new tokens of a run.
+    fn bring(
+        &self,
+        tokens: &Tokens,
+        table: Option<&[(usize, usize)]>,
+        counters: &mut [Counters],
+    ) -> Result<()> {
+        match (&tokens.kind, table) {
+            (Kind::Table(most), Some(table)) => check_table(table, tokens, *most, counters.len())?,
+            (_, Some(_)) => {
+                let expected = "a plan whose sequences lie in device memory";
+                return Err(Error::value("plan", "a plan with its own sequences", expected));
+            }
+            (Kind::Once(planned), None) => {
+                for (&(slot, _), planned) in tokens.sequences.iter().zip(planned) {
+                    self.unmoved(slot, planned)?;
+                }
+            }
+            _ => {}
+        }
+        let sequences: Vec<_> = (table.unwrap_or(&tokens.sequences).iter())
+            .map(|&(slot, len)| {
+                let position = counters[slot].tokens as usize;
+                Sequence { slot, batch: 0, first: 0, len, position }
+            })
+            .collect();
+        for s in sequences.iter().filter(|s| s.len > 0) {
+            counters[s.slot].check_rotation(s.slot, tokens.rotation.is_some())?;
+        }
+        if let Some((rows, true)) = tokens.rotation {
+            check_continued(rows, &sequences)?;
+        }
+        for s in sequences {
+            for piece in pieces(self.problem(), s, counters[s.slot]) {
+                counters[s.slot].advance(&piece, tokens.rotation.is_some());
+            }
+        }
+        Ok(())
+    }
+
+    /// A plan that runs once must find the counters it was made for.
+    fn unmoved(&self, slot: usize, planned: &Counters) -> Result<()> {
+        let now = &self.counters[slot];
+        if now == planned {
+            return Ok(());
+        }
+        let show = |c: &Counters| {
+            format!("{} tokens seen, {} committed, {} open", c.tokens, c.committed, c.open_len)
+        };
+        let expected = format!("{}, as when the plan was made", show(planned));
+        Err(Error::value(format!("state (slot {slot})"), show(now), expected))
+    }
+}
+
+fn check_table(table: &[(usize, usize)], tokens: &Tokens, most: usize, slots: usize) -> Result<()> {
+    if table.len() != tokens.sequences.len() {
+        let expected = format!("{} (the number of sequences)", tokens.sequences.len());
+        return Err(Error::Length { argument: "sequences", got: table.len(), expected });
+    }
+    check_slots(&table.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots)?;
+    match table.iter().position(|(_, len)| *len > most) {
+        Some(b) => {
+            let expected = format!("0 to {most} new tokens");
+            Err(Error::value(format!("q (sequence {b})"), table[b].1, expected))
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,45 @@
+//! Memory beyond inputs, outputs and state does not depend on the number of tokens. Every
+//! allocation of the process is watched.
+
+use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, Update, prefill};
+use peak_alloc::PeakAlloc;
+
+use crate::alone;
+
+#[global_allocator]
+static ALLOCATED: PeakAlloc = PeakAlloc;
+
+/// Bytes a prefill of `tokens` tokens allocates at its worst, beyond what it is given.
+fn peak(problem: &Problem, tokens: usize) -> usize {
+    let data = vec![0.25f32; tokens * 64];
+    let mut out = vec![0.0f32; tokens * 64];
+    let mut state = State::new(problem, 1);
+    let shape = [1, tokens, 1, 64];
+    let view = TensorView::new(&data, &shape).expect("shape");
+    let o = TensorViewMut::new(&mut out, &shape).expect("shape");
+    let before = ALLOCATED.current_usage();
+    ALLOCATED.reset_peak_usage();
+    prefill(problem, &Inputs::new(view, view, view), &[0.0], &mut state, Outputs::new(o))
+        .expect("valid");
+    assert!(out.iter().all(|x| (x - 0.25).abs() < 0.25));
+    ALLOCATED.peak_usage() - before
+}
+
+#[test]
+fn workspace_does_not_grow_with_the_stream() {
+    let _alone = alone();
+    // The global pool belongs to the other test.
+    let pool = rayon::ThreadPoolBuilder::new().build().expect("a pool");
+    pool.install(measure);
+}
+
+fn measure() {
+    for update in [Update::Linear, Update::Delta] {
+        let problem = Problem::builder().segment_len(64).update(update).build().expect("valid");
+        // The longest workspace of a run is in use from here on.
+        let (once, twice) = (peak(&problem, 1 << 18), peak(&problem, 1 << 19));
+        println!("{update}: {once} bytes for 2^18 tokens, {twice} for 2^19");
+        assert!(twice <= once + once / 20, "{update}: {once} bytes, then {twice}");
+        assert!(twice < 64 << 20, "{update}: {twice} bytes");
+    }
+}

@@ -1,0 +1,3 @@
+mod counts;
+mod elements;
+mod memory;

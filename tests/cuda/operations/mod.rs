@@ -1,0 +1,5 @@
+mod launches;
+mod maps;
+mod offsets;
+mod prefill;
+mod table;
