@@ -27,6 +27,7 @@ mod measure;
 #[path = "../../tests/common/noise.rs"]
 mod noise;
 mod roofline;
+mod stopwatch;
 #[path = "../../tests/common/switches.rs"]
 mod switches;
 mod work;

@@ -10,7 +10,8 @@ use infini_attn::cuda::{Device, State};
 use serde_json::json;
 
 use crate::cases::{Case, Operation, Shape, headline as headline_cases};
-use crate::roofline::{Roofline, median};
+use crate::roofline::Roofline;
+use crate::stopwatch::median;
 use crate::work::Set;
 
 const USAGE: &str = "--card, --headline SECONDS [PREFIX], or --measure prefill --shape HQ,HKV,D,N,T [--inputs FOLDER]";

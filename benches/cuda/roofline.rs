@@ -5,8 +5,8 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use infini_attn::cuda::Device;
 use serde_json::{Value, json};
 
+use crate::stopwatch::{Stopwatch, median};
 use crate::switches::is_simulated;
-use crate::work::Stopwatch;
 
 /// Dense 16-bit flops with f32 accumulation, per multiprocessor and clock.
 const FLOPS_PER_CLOCK: [((i32, i32), f64); 6] = [
@@ -85,11 +85,6 @@ fn copy_bandwidth(device: &Device) -> Result<f64> {
         times.push(time.as_secs_f64());
     }
     Ok(2.0 * bytes as f64 / median(times.split_off(2)))
-}
-
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// What was measured of one operation.

@@ -6,8 +6,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DevicePtr};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 use infini_attn::DType;
 use infini_attn::cuda::{
@@ -18,7 +18,8 @@ use infini_attn::cuda::{
 
 use crate::cases::{Case, DECODE_STEPS, Operation, Shape};
 use crate::noise::Noise;
-use crate::roofline::{Figures, median};
+use crate::roofline::Figures;
+use crate::stopwatch::{Stopwatch, median};
 use crate::switches::{is_simulated, note};
 
 /// Buffers of one operation together, at least: several times the largest L2.
@@ -79,28 +80,6 @@ impl Work {
         let seconds = median(samples) / self.steps as f64;
         let name = self.name.clone();
         seconds.is_finite().then_some(Figures { name, seconds, flops, bytes })
-    }
-}
-
-/// Time between two events on the stream.
-pub struct Stopwatch {
-    device: Device,
-    events: [CudaEvent; 2],
-}
-
-impl Stopwatch {
-    pub fn new(device: &Device) -> Result<Self> {
-        let event = || device.stream().context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        Ok(Self { device: device.clone(), events: [event()?, event()?] })
-    }
-
-    pub fn time(&self, run: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        let [start, end] = &self.events;
-        start.record(self.device.stream())?;
-        run()?;
-        end.record(self.device.stream())?;
-        let ms = start.elapsed_ms(end)?;
-        Ok(Duration::from_secs_f64(f64::from(ms) / 1e3))
     }
 }
 

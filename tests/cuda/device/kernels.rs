@@ -88,7 +88,7 @@ fn case(
 fn prefills(dtype: DType, shape: (usize, usize), small: bool) -> Vec<Case> {
     let (channels, positions) = (shape.0, Positions::Continued);
     let rotation = Rotation { channels, interleaved: false, positions, magnitude: 1.0 };
-    // The simulator runs all cases of the table by plans as well (tests/cuda_sim.rs).
+    // The simulator runs all cases of the table by plans as well (tests/cuda/operations/table.rs).
     let tokens = if small { [70, 4] } else { [150, 9] };
     let n = if small { 32 } else { 64 };
     let pairs = case("two heads", dtype, shape, 2, n, &tokens);

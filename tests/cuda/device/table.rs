@@ -16,7 +16,7 @@ const BUDGET: u64 = 200_000_000;
 const SIMULATED_BUDGET: u64 = 2_000_000;
 
 /// On the simulator one case in so many is run: it meets every dimension that a newer architecture
-/// has kernels for. All cases run there by plans (tests/cuda_sim.rs).
+/// has kernels for. All cases run there by plans (tests/cuda/operations/table.rs).
 const SIMULATED: usize = 31;
 
 /// A group per entry point and head dimensions.

@@ -173,7 +173,7 @@ fn wider_and_narrower() -> &'static [(usize, Vec<Counted>)] {
 }
 
 /// The plans of [`streaming`] that have kernels of compute capability 9.0, and those kernels. Races
-/// are looked for by tests/cuda_sim.rs; counts are the same without.
+/// are looked for by tests/cuda/operations/table.rs; counts are the same without.
 fn on_sm90(shape: Shape) -> Result<Vec<Counted>> {
     const TARGET: Target = Target { arch: Arch::Sm90, ..Target::DEFAULT };
     let mut counter =
