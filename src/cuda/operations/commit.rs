@@ -1,5 +1,8 @@
 //! Folding open segments into the memories: `flush`, and the step that decoding needs when a
 //! segment fills.
+//!
+//! 1. `commit`: partial sums of chunks of tokens, added up by the last block to finish; snapshots
+//!    and counters.
 
 use super::phases::TILE;
 use crate::cuda::plan::Plan;

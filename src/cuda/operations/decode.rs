@@ -1,5 +1,8 @@
-//! A few new tokens per sequence, in steps that end where a segment may fill; each is followed by a
-//! commit of those that did.
+//! A few new tokens per sequence, in steps that end where a segment may fill.
+//!
+//! 1. `decode`, per step: all outputs of the step's tokens, the open segments, the counters.
+//! 2. `commit`, after a step in which segments may have filled.
+//! 3. `clear_padding`, where a batch has padding.
 
 use super::commit::{Chunks, commit};
 use super::phases::TILE;

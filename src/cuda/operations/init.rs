@@ -1,4 +1,7 @@
-//! Empty states, and what every change of their memories is followed by: snapshots, counters.
+//! Empty states, and what follows a change of memories from outside of the kernels.
+//!
+//! 1. Fills: the whole allocation, or what belongs to the slots.
+//! 2. `snapshot` of the memories.
 
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Bytes, Operand};

@@ -1,6 +1,14 @@
 //! Delta-rule memories of disjoint token runs as affine maps, on the device: key sums of every run,
 //! their prefix sums, maps in parallel, then composed in order or applied to a state.
 //!
+//! | plan | launches |
+//! |---|---|
+//! | key sums | `segment_state` without values, `normaliser_scan` |
+//! | their sum | `sum` |
+//! | map | per run of segments `segment_state`, `normaliser_scan` (Δz, then what segments find), `segment_transition`, `memory_scan` (A, then B) |
+//! | composition | `compose` (A, then B), `sum` of Δz |
+//! | application | `compose` and `sum` (M), `sum` (z), `snapshot`, the counters, copied |
+//!
 //! Sums and maps are f32 arrays at addresses of the caller. What they were made from stays on the
 //! host, in [`KeySumsMirror`] and [`SegmentMapMirror`], and is checked whenever they meet.
 

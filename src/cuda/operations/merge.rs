@@ -1,5 +1,8 @@
 //! Merging on the device: local attentions over disjoint keys, and linear memories over disjoint
 //! tokens.
+//!
+//! Partial results: 1. `merge_partials`. Memories: 1. `sum` of M and of z; 2. the counters, copied;
+//! 3. `snapshot`.
 
 use crate::call::check::dtype_is;
 use crate::call::merge::{check_partials, merge_counters};

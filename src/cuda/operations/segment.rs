@@ -1,4 +1,8 @@
 //! Up to one segment per sequence in one launch.
+//!
+//! 1. `segment`: all outputs, the open segments, the counters, and the memory of segments that are
+//!    completed.
+//! 2. `clear_padding`, where a batch has padding.
 
 use super::attention::AttentionOperands;
 use super::commit::Chunks;

@@ -1,4 +1,4 @@
-//! A pool of states in device memory: one allocation, and a mirror of its counters on the host.
+//! Where the parts of a pool of states lie in device memory.
 
 use super::address::{Addresses, Operand, Parameters};
 use super::allocation::Allocation;
