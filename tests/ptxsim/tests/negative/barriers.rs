@@ -50,8 +50,7 @@ fn half_a_warp_that_arrives_twice() {
         bra DONE;
         WAITER:
         bar.sync 1, 64;
-        DONE:
-        mov.u32 r0, 0;",
+        DONE:",
     )
     .threads(64)
     .reports(BarrierMismatch);
@@ -67,8 +66,7 @@ fn reduction_and_plain_barrier_in_one_round() {
         OTHER:
         -bar.sync 1, 64;     // <-- here
         +bar.red.popc.u32 r0, 1, 64, p;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .threads(64)
     .reports_at_one(BarrierMismatch);
@@ -86,8 +84,7 @@ fn warps_that_wait_for_each_other() {
         -bar.sync 2, 64;
         bar.sync 1, 64;
         +bar.sync 2, 64;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .threads(64)
     .says("barrier 1")
@@ -123,8 +120,7 @@ fn flag_that_nobody_sets() {
         ld.relaxed.gpu.global.u32 r0, [d0];      // <-- here
         setp.eq.u32 p, r0, 0;      // <-- here
         @p bra WAIT;      // <-- here
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .threads(64)
     .reports_at_one(Deadlock);
@@ -169,15 +165,12 @@ fn two_arrivals_at_the_cluster_barrier() {
 #[test]
 fn shared_memory_of_a_block_that_may_have_ended() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        mov.u32 r1, %cluster_ctarank;
+        "mad.lo.u32 r0, tid, 4, sh;
         mapa.shared::cluster.u32 r2, r0, 1;
         st.shared.u32 [r0], tid;
         barrier.cluster.arrive.aligned;
         barrier.cluster.wait.aligned;
-        setp.eq.u32 p, r1, 1;
+        setp.eq.u32 p, rank, 1;
         -@p bra DONE;
         mov.u32 r4, 0;
         LOOP:
@@ -187,8 +180,7 @@ fn shared_memory_of_a_block_that_may_have_ended() {
         @!p ld.shared::cluster.u32 r3, [r2];    // <-- here
         +barrier.cluster.arrive.aligned;
         +barrier.cluster.wait.aligned;
-        DONE:
-        mov.u32 r5, 0;",
+        DONE:",
     )
     .cluster(2)
     .reports(OutOfBounds);
@@ -204,8 +196,7 @@ fn more_registers_than_there_are() {
         bra DONE;
         FIRST:
         setmaxnreg.inc.sync.aligned.u32 232;    // <-- here
-        DONE:
-        mov.u32 r0, 0;",
+        DONE:",
     )
     .threads(256)
     .registers(168)
@@ -248,8 +239,7 @@ fn warps_that_end_early_are_not_waited_for() {
 #[test]
 fn more_blocks_waited_for_than_there_are() {
     let text = "mov.u64 d0, ticket;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        @!leader bra DONE;
         red.relaxed.gpu.global.add.u32 [d0], 1;
         WAIT:
         nanosleep.u32 20;      // <-- here
@@ -257,16 +247,14 @@ fn more_blocks_waited_for_than_there_are() {
         -setp.lt.u32 p, r0, 3;      // <-- here
         +setp.lt.u32 p, r0, 2;
         @p bra WAIT;      // <-- here
-        DONE:
-        mov.u32 r1, 0;";
+        DONE:";
     Case::new(text).blocks(2).co_resident().at_most(50_000).reports_at_one(Deadlock);
 }
 
 #[test]
 fn cluster_barrier_that_one_block_leaves_out() {
     Case::new(
-        "mov.u32 r0, %cluster_ctarank;
-        setp.eq.u32 p, r0, 1;
+        "setp.eq.u32 p, rank, 1;
         setp.eq.u32 q, warp, 0;
         and.pred p, p, q;
         -@p bra SPIN;
@@ -275,8 +263,7 @@ fn cluster_barrier_that_one_block_leaves_out() {
         bra DONE;
         SPIN:
         bar.sync 1, 64;      // <-- here
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .threads(64)
     .cluster(2)

@@ -1,41 +1,64 @@
 //! How a pair of kernels is written and run.
 
 use ptxsim::diagnostic::{Diagnostic, Kind};
-use ptxsim::tensor_map::TensorMap;
+use ptxsim::tensor_map::{Dtype, TensorMap};
 use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Residency, Timing};
 
 /// Words of the buffers `in` (0, 1, 2, …) and `out` (0, 0, 0, …); `raw` has as many that nobody has
 /// written.
 pub const WORDS: u32 = 256;
 
+/// Rows of a tensor map, of `COLUMNS` words.
+const ROWS: u64 = WORDS as u64 / COLUMNS;
+const COLUMNS: u64 = 8;
+
+/// What every kernel begins with, so that its text need not. Set are
+///
+/// * `in`, `out` and `raw`, where the buffers begin; `in_map` and `out_map`, tensor maps of two of
+///   them: tiles of 4 rows of 8 words out of 32 rows;
+/// * `tid`, `lane`, `warp`, `block`, `rank` (of the block in its cluster); `leader`, true in thread 0;
+/// * `sh`, where the shared `tile` begins: 4 KiB that nobody has written;
+/// * `mbar`, where there is room for four mbarriers that nobody has initialised.
+///
+/// `p`, `q`, `h0`…, `r0`…, `d0`…, `f0`… are free.
 const HEADER: &str = "\
 .version 8.6
 .target sm_90a
 .address_size 64
 .global .align 4 .u32 ticket = 0;
 .visible .entry k(.param .u64 p_in, .param .u64 p_out, .param .u64 p_raw,
-    .param .align 64 .b8 map[128]) /* directives */
+    .param .align 64 .b8 p_in_map[128], .param .align 64 .b8 p_out_map[128]) /* directives */
 {
-.reg .pred p, q;
+.shared .align 128 .b8 tile[4096];
+.shared .align 8 .b8 mbarriers[32];
+.reg .pred p, q, leader;
 .reg .b16 h<8>;
-.reg .b32 r<64>, tid, lane, warp, block, sh;
-.reg .b64 d<16>, in, out, raw, tensor;
+.reg .b32 r<64>, tid, lane, warp, block, rank, sh, mbar;
+.reg .b64 d<16>, in, out, raw, in_map, out_map, front, back;
 .reg .f32 f<64>;
 ld.param.u64 in, [p_in];
 ld.param.u64 out, [p_out];
 ld.param.u64 raw, [p_raw];
-mov.b64 tensor, map;
-cvta.param.u64 tensor, tensor;
+mov.b64 in_map, p_in_map;
+cvta.param.u64 in_map, in_map;
+mov.b64 out_map, p_out_map;
+cvta.param.u64 out_map, out_map;
 mov.u32 tid, %tid.x;
 mov.u32 lane, %laneid;
 shr.u32 warp, tid, 5;
 mov.u32 block, %ctaid.x;
+mov.u32 rank, %cluster_ctarank;
+setp.eq.u32 leader, tid, 0;
+mov.u32 sh, tile;
+mov.u32 mbar, mbarriers;
 ";
 
 /// A kernel with a mistake and its corrected twin, as one text: lines that begin with `-` belong
 /// to the mistake, lines that begin with `+` to the correction. The line where the mistake is to
 /// be reported ends with `// <-- here`; a race has two such lines, in either order.
 pub struct Case {
+    /// What comes between the header and the text.
+    prelude: String,
     body: String,
     directives: &'static str,
     launch: Launch,
@@ -44,7 +67,7 @@ pub struct Case {
     weak_alignment: bool,
     early: bool,
     max_instructions: u64,
-    map: Option<TensorMap>,
+    rows: u64,
     says: Vec<&'static str>,
 }
 
@@ -52,6 +75,7 @@ impl Case {
     /// One block of one warp.
     pub fn new(body: &str) -> Self {
         Self {
+            prelude: String::new(),
             body: body.into(),
             directives: "",
             launch: Launch::linear(1, 32),
@@ -60,13 +84,14 @@ impl Case {
             weak_alignment: false,
             early: false,
             max_instructions: 1 << 20,
-            map: None,
+            rows: ROWS,
             says: Vec::new(),
         }
     }
 
-    /// A right kernel, and the mistake that `wrong` stands in place of the line `right`.
-    pub fn planted(body: &str, right: &str, wrong: &str) -> Self {
+    /// Of a right kernel, the mistake that `wrong` stands in place of the line `right`.
+    #[track_caller]
+    pub fn plant(mut self, right: &str, wrong: &str) -> Self {
         let mut found = 0;
         let plant = |line: &str| {
             if line.trim_start() != right {
@@ -75,9 +100,15 @@ impl Case {
             found += 1;
             format!("+{right}\n-{wrong}\n")
         };
-        let body: String = body.lines().map(plant).collect();
+        self.body = self.body.lines().map(plant).collect();
         assert_eq!(found, 1, "lines {right}");
-        Self::new(&body)
+        self
+    }
+
+    /// Of a right kernel, the mistake that this line is left out.
+    #[track_caller]
+    pub fn without(self, line: &str) -> Self {
+        self.plant(line, "")
     }
 
     /// The mistake is to be reported where a line begins so.
@@ -85,6 +116,28 @@ impl Case {
         let begins = |l: &str| l.trim_start_matches([' ', '+', '-']).starts_with(line);
         let mark = |l: &str| format!("{l}{}\n", if begins(l) { "    // <-- here" } else { "" });
         self.body = self.body.lines().map(mark).collect();
+        self
+    }
+
+    /// Before the text, `mbar` becomes an mbarrier of `count` arrivals that all threads may use, and
+    /// copies too.
+    pub fn mbarrier(mut self, count: u32) -> Self {
+        self.prelude += &format!(
+            "@leader mbarrier.init.shared.b64 [mbar], {count};
+            fence.mbarrier_init.release.cluster;
+            bar.sync 0;\n"
+        );
+        self
+    }
+
+    /// Before the text, `front` and `back` become descriptors of operands of m64n8k16, at the start of
+    /// `tile` and 2048 bytes on, where one of 64 rows ends.
+    pub fn descriptors(mut self) -> Self {
+        self.prelude += "\
+            cvt.u64.u32 front, sh;
+            shr.u64 front, front, 4;
+            or.b64 front, front, 0x1000080000;
+            add.u64 back, front, 128;\n";
         self
     }
 
@@ -148,9 +201,9 @@ impl Case {
         self
     }
 
-    /// Passes a tensor map of `in` (of `out` when the address is 1).
-    pub fn map(mut self, map: TensorMap) -> Self {
-        self.map = Some(map);
+    /// Of so many rows `in_map` tells, whatever `in` has.
+    pub fn rows(mut self, rows: u64) -> Self {
+        self.rows = rows;
         self
     }
 
@@ -283,7 +336,7 @@ impl Case {
     pub fn text(&self, sign: char) -> (String, Vec<u32>) {
         let (mut text, mut marks) =
             (HEADER.replace("/* directives */", self.directives), Vec::new());
-        for line in self.body.lines().chain(["ret;", "}"]) {
+        for line in self.prelude.lines().chain(self.body.lines()).chain(["ret;", "}"]) {
             let line = line.trim_start();
             let kept = match line.strip_prefix(['-', '+']) {
                 Some(rest) if line.starts_with(sign) => rest,
@@ -299,21 +352,20 @@ impl Case {
         (text, marks)
     }
 
-    /// A device with the three buffers, of which `out`, and the arguments.
+    /// A device with the three buffers, `out` among them, and the arguments.
     pub fn device(&self) -> (Device, Buffer, Vec<Arg>) {
         let mut device = Device::new(Arch::Sm90a);
         device.options.early = self.early;
         let input = device.buffer("in", &(0..WORDS).collect::<Vec<_>>());
         let output = device.buffer("out", &vec![0u32; WORDS as usize]);
         let raw = device.uninitialised::<u32>("raw", WORDS as usize);
-        let map = match &self.map {
-            None => Arg::Bytes(vec![0; 128]),
-            Some(map) => {
-                let buffer = if map.address == 1 { output } else { input };
-                Arg::TensorMap(TensorMap { address: device.address(buffer), ..map.clone() })
-            }
+        let map = |buffer, rows| {
+            let map = TensorMap::dense(Dtype::U32, vec![COLUMNS, rows], vec![COLUMNS as u32, 4]);
+            Arg::TensorMap(TensorMap { address: device.address(buffer), ..map })
         };
-        (device, output, vec![input.into(), output.into(), raw.into(), map])
+        let maps = [map(input, self.rows), map(output, ROWS)];
+        let args = [input, output, raw].map(Arg::from).into_iter().chain(maps).collect();
+        (device, output, args)
     }
 
     #[track_caller]

@@ -9,9 +9,7 @@ use crate::case::Case;
 #[test]
 fn read_without_waiting_for_the_group() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         cp.async.commit_group;
@@ -24,9 +22,7 @@ fn read_without_waiting_for_the_group() {
 #[test]
 fn wait_that_leaves_one_group_too_many() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         cp.async.commit_group;
@@ -42,9 +38,7 @@ fn wait_that_leaves_one_group_too_many() {
 #[test]
 fn wait_without_a_commit() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         +cp.async.commit_group;
@@ -57,9 +51,7 @@ fn wait_without_a_commit() {
 #[test]
 fn read_of_another_warps_copy_without_a_barrier() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
@@ -76,9 +68,7 @@ fn read_of_another_warps_copy_without_a_barrier() {
 #[test]
 fn read_of_another_lanes_copy_without_a_barrier() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         xor.b32 r1, tid, 1;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
@@ -94,9 +84,7 @@ fn read_of_another_lanes_copy_without_a_barrier() {
 #[test]
 fn barrier_before_the_wait() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
@@ -114,9 +102,7 @@ fn barrier_before_the_wait() {
 #[test]
 fn copy_into_a_buffer_that_another_warp_still_reads() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
@@ -134,9 +120,7 @@ fn copy_into_a_buffer_that_another_warp_still_reads() {
 #[test]
 fn store_to_a_buffer_that_is_being_copied_to() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         -st.shared.u32 [r0], tid;    // <-- here
@@ -149,9 +133,7 @@ fn store_to_a_buffer_that_is_being_copied_to() {
 #[test]
 fn store_to_the_source_of_a_copy() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, out;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         -st.global.u32 [d0], tid;    // <-- here
@@ -164,9 +146,7 @@ fn store_to_the_source_of_a_copy() {
 #[test]
 fn source_larger_than_the_copy() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         -mov.u32 r1, 17;
         +mov.u32 r1, 7;
@@ -179,28 +159,22 @@ fn source_larger_than_the_copy() {
 #[test]
 fn arrival_that_does_not_wait_for_the_copies() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        .shared .align 8 .b8 bar[8];
-        mov.u32 sh, tile;
-        mov.u32 r3, bar;
-        setp.eq.u32 p, tid, 0;
-        @p mbarrier.init.shared.b64 [r3], 32;
-        bar.sync 0;
-        mad.lo.u32 r0, lane, 16, sh;
+        "mad.lo.u32 r0, lane, 16, sh;
         mad.wide.u32 d0, lane, 16, in;
         setp.ne.u32 p, warp, 0;
         @p bra WAIT;
         cp.async.ca.shared.global [r0], [d0], 16;    // <-- here
-        -mbarrier.arrive.shared.b64 _, [r3];
-        +cp.async.mbarrier.arrive.noinc.shared.b64 [r3];
+        -mbarrier.arrive.shared.b64 _, [mbar];
+        +cp.async.mbarrier.arrive.noinc.shared.b64 [mbar];
         bra DONE;
         WAIT:
-        mbarrier.try_wait.parity.shared.b64 p, [r3], 0;
+        mbarrier.try_wait.parity.shared.b64 p, [mbar], 0;
         @!p bra WAIT;
         ld.shared.u32 r1, [r0];    // <-- here
         DONE:
         cp.async.wait_all;",
     )
+    .mbarrier(32)
     .threads(64)
     .reports_one_of(&[PendingWrite, PendingRead, Race]);
 }
@@ -208,29 +182,23 @@ fn arrival_that_does_not_wait_for_the_copies() {
 #[test]
 fn copied_bytes_in_a_bulk_store_without_a_proxy_fence() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
         cp.async.wait_all;
         +fence.proxy.async;
         bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        @!leader bra DONE;
         cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 512;    // <-- here
         cp.async.bulk.commit_group;
         cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .reports(MissingProxyFence);
 }
 
 /// A loop over two buffers: the next tile is copied while one is read.
-const PIPELINE: &str = ".shared .align 16 .b8 tile[2048];
-    mov.u32 sh, tile;
-    mov.u32 r0, 0;
+const PIPELINE: &str = "mov.u32 r0, 0;
     mad.lo.u32 r1, tid, 16, sh;
     mad.wide.u32 d0, tid, 16, in;
     cp.async.cg.shared.global [r1], [d0], 16;

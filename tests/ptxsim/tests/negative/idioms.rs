@@ -11,14 +11,11 @@ use crate::case::Case;
 /// A producer warp copies four tiles of B into one buffer; a warpgroup multiplies, waits, and one
 /// of its threads releases the buffer.
 const PIPELINE: &str = "
-    .shared .align 128 .b8 tile[256];
     .shared .align 8 .b8 full[8];
     .shared .align 8 .b8 empty[8];
-    mov.u32 sh, tile;
     mov.u32 r1, full;
     mov.u32 r2, empty;
-    setp.ne.u32 q, tid, 0;
-    @q bra READY;
+    @!leader bra READY;
     mbarrier.init.shared::cta.b64 [r1], 1;
     mbarrier.init.shared::cta.b64 [r2], 1;
     fence.mbarrier_init.release.cluster;
@@ -33,16 +30,13 @@ const PIPELINE: &str = "
     mov.f32 f1, 0f00000000;
     mov.f32 f2, 0f00000000;
     mov.f32 f3, 0f00000000;
-    shr.u32 r5, sh, 4;
-    cvt.u64.u32 d0, r5;
-    or.b64 d0, d0, 0x1000080000;
     CONSUME:
     and.b32 r6, r3, 1;
     FULL:
     mbarrier.try_wait.parity.shared::cta.b64 p, [r1], r6;
     @!p bra FULL;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, {r4, r4, r4, r4}, d0, 1, 1, 1, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, {r4, r4, r4, r4}, front, 1, 1, 1, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     @!q mbarrier.arrive.shared::cta.b64 _, [r2];
@@ -67,15 +61,14 @@ const PIPELINE: &str = "
     add.u32 r3, r3, 1;
     setp.lt.u32 p, r3, 4;
     @p bra PRODUCE;
-    DONE:
-    mov.u32 r7, 0;";
+    DONE:";
 
 const COPY: &str = "cp.async.bulk.shared::cluster";
 const PRODUCT: &str = "wgmma.mma_async";
 const POLL: &str = "mbarrier.try_wait";
 
-fn pipeline(right: &str, wrong: &str) -> Case {
-    Case::planted(PIPELINE, right, wrong).threads(160)
+fn pipeline() -> Case {
+    Case::new(PIPELINE).threads(160).descriptors()
 }
 
 /// A is ones: each thread leaves the sum of a row of all tiles, whose halves with odd numbers are 0.
@@ -87,53 +80,53 @@ fn pipeline_in_every_schedule() {
         words.map(|(tile, k, w)| word(64 * tile + 32 * k + 4 * n + w)).sum::<f32>()
     };
     let expected: Vec<u32> = (0..128).map(|thread| row(2 * (thread % 4)).to_bits()).collect();
-    Case::new(PIPELINE).threads(160).leaves(&expected);
+    pipeline().leaves(&expected);
 }
 
 #[test]
 fn pipeline_without_the_wait_for_a_full_buffer() {
-    pipeline("@!p bra FULL;", "").at(PRODUCT).at(COPY).reports_one_of(&[PendingWrite, PendingRead]);
+    let case = pipeline().without("@!p bra FULL;");
+    case.at(PRODUCT).at(COPY).reports_one_of(&[PendingWrite, PendingRead]);
 }
 
 #[test]
 fn pipeline_without_the_wait_for_an_empty_buffer() {
-    pipeline("@!p bra EMPTY;", "").at(COPY).reports_one_of(&[PendingWrite]);
+    pipeline().without("@!p bra EMPTY;").at(COPY).reports_one_of(&[PendingWrite]);
 }
 
 #[test]
 fn pipeline_that_releases_nothing() {
-    let case = pipeline("@!q mbarrier.arrive.shared::cta.b64 _, [r2];", "");
+    let case = pipeline().without("@!q mbarrier.arrive.shared::cta.b64 _, [r2];");
     case.at(POLL).at("@!p bra").reports_at_one(Deadlock);
 }
 
 #[test]
 fn pipeline_that_releases_before_the_product_is_complete() {
-    let case = pipeline("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;");
+    let right = "wgmma.wait_group.sync.aligned 0;";
+    let case = pipeline().plant(right, "wgmma.wait_group.sync.aligned 1;");
     // A warp that comes late may miss the phase altogether.
     case.reports_one_of(&[PendingRead, Deadlock]);
 }
 
 #[test]
 fn pipeline_without_the_fence_of_the_initialisation() {
-    let case = pipeline("fence.mbarrier_init.release.cluster;", "");
+    let case = pipeline().without("fence.mbarrier_init.release.cluster;");
     case.at("mbarrier.init.shared::cta.b64 [r1]").at(COPY).is_forgiven(MissingProxyFence);
 }
 
 #[test]
 fn pipeline_without_the_barrier_after_the_initialisation() {
-    pipeline("bar.sync 0;", "").reports_one_of(&[Mbarrier, Race]);
+    pipeline().without("bar.sync 0;").reports_one_of(&[Mbarrier, Race]);
 }
 
 #[test]
 fn pipeline_without_a_wgmma_fence() {
-    let case = pipeline("wgmma.fence.sync.aligned;", "").at(PRODUCT);
+    let case = pipeline().without("wgmma.fence.sync.aligned;").at(PRODUCT);
     case.reports(MissingWgmmaFence);
 }
 
 /// Four warps fill both operands, a quarter each, and multiply without a barrier between.
 const OPERANDS: &str = "
-    .shared .align 128 .b8 tile[2304];
-    mov.u32 sh, tile;
     mov.u32 r0, 0x3f803f80;
     mov.u32 r1, tid;
     FILL:
@@ -144,36 +137,35 @@ const OPERANDS: &str = "
     @p bra FILL;
     fence.proxy.async.shared::cta;
     bar.sync 0;
-    shr.u32 r3, sh, 4;
-    cvt.u64.u32 d0, r3;
-    or.b64 d0, d0, 0x1000080000;
-    add.u64 d1, d0, 128;
     setp.ne.u32 p, r0, r0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, front, back, p, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     mad.wide.u32 d2, tid, 4, out;
     st.global.f32 [d2], f0;";
 
-fn operands(right: &str, wrong: &str) -> Case {
-    Case::planted(OPERANDS, right, wrong).threads(128).at("st.shared.u32").at(PRODUCT)
+/// A kernel of a warpgroup that multiplies once.
+fn warpgroup(text: &str) -> Case {
+    Case::new(text).threads(128).descriptors()
+}
+
+fn operands() -> Case {
+    warpgroup(OPERANDS).at("st.shared.u32").at(PRODUCT)
 }
 
 #[test]
 fn operands_that_only_the_wgmma_fences_order() {
-    operands("bar.sync 0;", "").is_forgiven(Race);
+    operands().without("bar.sync 0;").is_forgiven(Race);
 }
 
 #[test]
 fn operands_by_all_warps_without_a_proxy_fence() {
-    operands("fence.proxy.async.shared::cta;", "").reports(MissingProxyFence);
+    operands().without("fence.proxy.async.shared::cta;").reports(MissingProxyFence);
 }
 
 /// Each warp writes the rows of A that its own accumulators need, and waits for no other.
 const OWN_ROWS: &str = "
-    .shared .align 128 .b8 tile[2304];
-    mov.u32 sh, tile;
     mov.u32 r0, 0x3f803f80;
     setp.lt.u32 q, tid, 16;
     mad.lo.u32 r1, tid, 16, sh;
@@ -183,13 +175,9 @@ const OWN_ROWS: &str = "
     st.shared.v4.u32 [r1], {r0, r0, r0, r0};
     fence.proxy.async.shared::cta;
     bar.warp.sync -1;
-    shr.u32 r3, sh, 4;
-    cvt.u64.u32 d0, r3;
-    or.b64 d0, d0, 0x1000080000;
-    add.u64 d1, d0, 128;
     setp.ne.u32 p, r0, r0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, front, back, p, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     mad.wide.u32 d2, tid, 4, out;
@@ -197,15 +185,19 @@ const OWN_ROWS: &str = "
 
 #[test]
 fn rows_of_a_warp_by_that_warp() {
-    Case::new(OWN_ROWS).threads(128).leaves(&[16f32.to_bits(); 128]);
-    let case = Case::planted(OWN_ROWS, "bar.warp.sync -1;", "").threads(128);
+    warpgroup(OWN_ROWS).leaves(&[16f32.to_bits(); 128]);
+    let case = warpgroup(OWN_ROWS).without("bar.warp.sync -1;");
     case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
 }
 
+/// B is read where A is.
 #[test]
 fn rows_of_a_warp_by_another() {
-    let (right, wrong) = ("add.u64 d1, d0, 128;", "add.u64 d1, d0, 0;");
-    let case = Case::planted(OWN_ROWS, right, wrong).threads(128);
+    let case = warpgroup(&OWN_ROWS.replace(
+        "wgmma.fence",
+        "-mov.b64 back, front;
+        wgmma.fence",
+    ));
     case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
 }
 
@@ -213,28 +205,23 @@ fn rows_of_a_warp_by_another() {
 /// for the next one follows while other warps are still to issue the first.
 #[test]
 fn operand_rewritten_for_the_next_product() {
-    let wait = "wgmma.wait_group.sync.aligned 0;";
     let again = OPERANDS.replace(
-        wait,
+        "wgmma.wait_group.sync.aligned 0;",
         "setp.eq.u32 q, warp, 0;
-        mov.u32 r4, 0;
+        -@q st.shared.u32 [sh], r0;
         fence.proxy.async.shared::cta;
         wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, d0, d1, p, 1, 1, 0, 0;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, front, back, p, 1, 1, 0, 0;
         wgmma.commit_group.sync.aligned;
         wgmma.wait_group.sync.aligned 0;",
     );
-    let case = Case::planted(&again, "mov.u32 r4, 0;", "@q st.shared.u32 [sh], r0;").lenient();
-    case.threads(128).reports_one_of(&[PendingRead, Race]);
+    warpgroup(&again).lenient().reports_one_of(&[PendingRead, Race]);
 }
 
 /// Two warps take turns by two barriers; each arrives for its own first turn.
 const TURNS: &str = "
-    .shared .align 4 .b8 word[4];
-    mov.u32 sh, word;
     setp.ne.u32 p, lane, 0;
-    setp.eq.u32 q, tid, 0;
-    @q st.shared.u32 [sh], 0;
+    @leader st.shared.u32 [sh], 0;
     bar.sync 0;
     add.u32 r0, warp, 1;
     sub.u32 r1, 2, warp;
@@ -255,38 +242,35 @@ const TURNS: &str = "
     setp.eq.u32 q, warp, 0;
     @!q bra DONE;
     bar.sync 1, 64;
-    DONE:
-    mov.u32 r4, 0;";
+    DONE:";
 
-fn turns(right: &str, wrong: &str) -> Case {
-    Case::planted(TURNS, right, wrong).threads(64)
+fn turns() -> Case {
+    Case::new(TURNS).threads(64)
 }
 
 #[test]
 fn turns_without_an_arrival_for_the_first() {
-    turns("bar.arrive 1, 64;", "").at("bar.sync r0").reports_at_one(Deadlock);
+    turns().without("bar.arrive 1, 64;").at("bar.sync r0").reports_at_one(Deadlock);
 }
 
 #[test]
 fn turns_without_an_arrival_for_the_other() {
-    turns("bar.arrive r1, 64;", "").at("bar.sync r0").reports_at_one(Deadlock);
+    turns().without("bar.arrive r1, 64;").at("bar.sync r0").reports_at_one(Deadlock);
 }
 
 #[test]
 fn turns_that_nobody_waits_for() {
-    turns("bar.sync r0, 64;", "").reports_one_of(&[Race]);
+    turns().without("bar.sync r0, 64;").reports_one_of(&[Race]);
 }
 
 #[test]
 fn turns_by_one_warp_too_many() {
-    turns("bar.arrive r1, 64;", "bar.arrive r1, 96;").reports_one_of(&[BarrierMismatch]);
+    turns().plant("bar.arrive r1, 64;", "bar.arrive r1, 96;").reports_one_of(&[BarrierMismatch]);
 }
 
 /// Three warps store with the last: it arrives with them, stores, and waits at the same barrier; the
 /// producer warp has ended long before.
 const EPILOGUE: &str = "
-    .shared .align 4 .b8 tile[256];
-    mov.u32 sh, tile;
     setp.eq.u32 p, warp, 0;
     @p bra DONE;
     sub.u32 r0, tid, 32;
@@ -299,121 +283,111 @@ const EPILOGUE: &str = "
     ld.shared.u32 r1, [r0-128];
     mad.wide.u32 d0, lane, 4, out;
     st.global.u32 [d0], r1;
-    DONE:
-    mov.u32 r2, 0;";
+    DONE:";
 
-fn epilogue(right: &str, wrong: &str) -> Case {
-    Case::planted(EPILOGUE, right, wrong).threads(96)
+fn epilogue() -> Case {
+    Case::new(EPILOGUE).threads(96)
 }
 
 #[test]
 fn epilogue_without_the_arrival() {
-    epilogue("bar.arrive 1, 96;", "").at("bar.sync").reports(Deadlock);
+    epilogue().without("bar.arrive 1, 96;").at("bar.sync").reports(Deadlock);
 }
 
 #[test]
 fn epilogue_without_the_wait() {
-    epilogue("bar.sync 1, 96;", "").at("st.shared").at("ld.shared").reports(Race);
+    epilogue().without("bar.sync 1, 96;").at("st.shared").at("ld.shared").reports(Race);
 }
 
 #[test]
 fn epilogue_for_warps_that_have_ended() {
-    epilogue("bar.sync 1, 96;", "bar.sync 2, 96;").at("bar.sync 2").reports(Deadlock);
+    epilogue().plant("bar.sync 1, 96;", "bar.sync 2, 96;").at("bar.sync 2").reports(Deadlock);
 }
 
 /// Two blocks publish their mbarriers by the light-weight fence and a relaxed arrival; each thread 0
 /// then writes to the other block and arrives there.
 const CLUSTER: &str = "
-    .shared .align 8 .b8 bar[8];
-    .shared .align 4 .b8 word[4];
-    mov.u32 r0, bar;
-    mov.u32 r1, word;
-    setp.ne.u32 q, tid, 0;
-    @q bra JOIN;
-    mbarrier.init.shared::cta.b64 [r0], 1;
+    @!leader bra JOIN;
+    mbarrier.init.shared::cta.b64 [mbar], 1;
     fence.mbarrier_init.release.cluster;
     JOIN:
     bar.warp.sync -1;
     barrier.cluster.arrive.relaxed.aligned;
     barrier.cluster.wait.aligned;
-    mov.u32 r2, %cluster_ctarank;
-    xor.b32 r3, r2, 1;
-    mapa.shared::cluster.u32 r4, r0, r3;
-    mapa.shared::cluster.u32 r5, r1, r3;
-    @!q st.shared::cluster.u32 [r5], r2;
-    @!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];
+    xor.b32 r3, rank, 1;
+    mapa.shared::cluster.u32 r4, mbar, r3;
+    mapa.shared::cluster.u32 r5, sh, r3;
+    @leader st.shared::cluster.u32 [r5], rank;
+    @leader mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];
     WAIT:
-    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [r0], 0;
+    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [mbar], 0;
     @!p bra WAIT;
-    ld.shared::cta.u32 r6, [r1];
-    mad.wide.u32 d0, r2, 4, out;
-    @!q st.global.u32 [d0], r6;
+    ld.shared::cta.u32 r6, [sh];
+    mad.wide.u32 d0, rank, 4, out;
+    @leader st.global.u32 [d0], r6;
     barrier.cluster.arrive.aligned;
     barrier.cluster.wait.acquire.aligned;";
 
-fn cluster(right: &str, wrong: &str) -> Case {
-    Case::planted(CLUSTER, right, wrong).cluster(2)
+fn cluster() -> Case {
+    Case::new(CLUSTER).cluster(2)
 }
 
 #[test]
 fn cluster_without_the_fence_of_the_initialisation() {
-    cluster("fence.mbarrier_init.release.cluster;", "").reports_one_of(&[Race]);
+    cluster().without("fence.mbarrier_init.release.cluster;").reports_one_of(&[Race]);
 }
 
 #[test]
 fn cluster_with_a_fence_of_the_block_only() {
-    let case = cluster("fence.mbarrier_init.release.cluster;", "fence.acq_rel.cta;");
+    let case = cluster().plant("fence.mbarrier_init.release.cluster;", "fence.acq_rel.cta;");
     case.reports_one_of(&[Race]);
 }
 
 #[test]
 fn cluster_with_a_fence_of_the_cluster() {
-    cluster("fence.mbarrier_init.release.cluster;", "fence.acq_rel.cluster;").both_are_clean();
+    let case = cluster().plant("fence.mbarrier_init.release.cluster;", "fence.acq_rel.cluster;");
+    case.both_are_clean();
 }
 
 #[test]
 fn cluster_that_does_not_wait_for_the_others_initialisation() {
-    cluster("barrier.cluster.wait.aligned;", "").reports_one_of(&[Mbarrier, Race, BarrierMismatch]);
+    let case = cluster().without("barrier.cluster.wait.aligned;");
+    case.reports_one_of(&[Mbarrier, Race, BarrierMismatch]);
 }
 
 #[test]
 fn remote_arrival_that_releases_nothing() {
     let (right, wrong) = (
-        "@!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];",
-        "@!q mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [r4];",
+        "@leader mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];",
+        "@leader mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [r4];",
     );
-    cluster(right, wrong).at("@!q st.shared::cluster").at("ld.shared::cta").reports(Race);
+    let case = cluster().plant(right, wrong);
+    case.at("@leader st.shared::cluster").at("ld.shared::cta").reports(Race);
 }
 
 #[test]
 fn remote_arrival_left_out() {
-    let right = "@!q mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];";
-    cluster(right, "").at(POLL).at("@!p bra").reports_at_one(Deadlock);
+    let right = "@leader mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r4];";
+    cluster().without(right).at(POLL).at("@!p bra").reports_at_one(Deadlock);
 }
 
 /// Thread 0 of each block reads its word and releases it to the other block by the default form of
 /// the arrival, which costs no memory barrier; the other then writes there.
 const REMOTE_RELEASE: &str = "
-    .shared .align 8 .b8 bar[8];
-    .shared .align 4 .b8 word[4];
-    mov.u32 r0, bar;
-    mov.u32 r1, word;
-    setp.ne.u32 q, tid, 0;
-    mov.u32 r2, %cluster_ctarank;
-    xor.b32 r3, r2, 1;
-    mapa.shared::cluster.u32 r4, r0, r3;
-    mapa.shared::cluster.u32 r5, r1, r3;
-    @!q mbarrier.init.shared::cta.b64 [r0], 1;
-    @!q st.shared.u32 [r1], r2;
+    xor.b32 r3, rank, 1;
+    mapa.shared::cluster.u32 r4, mbar, r3;
+    mapa.shared::cluster.u32 r5, sh, r3;
+    @leader mbarrier.init.shared::cta.b64 [mbar], 1;
+    @leader st.shared.u32 [sh], rank;
     barrier.cluster.arrive.aligned;
     barrier.cluster.wait.aligned;
-    @q bra JOIN;
-    ld.shared::cta.u32 r6, [r1];
+    @!leader bra JOIN;
+    ld.shared::cta.u32 r6, [sh];
     mbarrier.arrive.shared::cluster.b64 _, [r4];
     WAIT:
-    mbarrier.try_wait.parity.shared::cta.b64 p, [r0], 0;
+    mbarrier.try_wait.parity.shared::cta.b64 p, [mbar], 0;
     @!p bra WAIT;
-    st.shared::cluster.u32 [r5], r2;
+    st.shared::cluster.u32 [r5], rank;
     JOIN:
     barrier.cluster.arrive.aligned;
     barrier.cluster.wait.aligned;";
@@ -421,30 +395,30 @@ const REMOTE_RELEASE: &str = "
 #[test]
 fn word_released_to_another_block() {
     let right = "mbarrier.arrive.shared::cluster.b64 _, [r4];";
-    let case = Case::planted(REMOTE_RELEASE, right, "").cluster(2);
+    let case = Case::new(REMOTE_RELEASE).cluster(2).without(right);
     case.at(POLL).at("@!p bra").reports_at_one(Deadlock);
 }
 
 #[test]
 fn word_of_another_block_that_is_not_waited_for() {
-    let case = Case::planted(REMOTE_RELEASE, "@!p bra WAIT;", "").cluster(2);
+    let case = Case::new(REMOTE_RELEASE).cluster(2).without("@!p bra WAIT;");
     case.at("ld.shared::cta").at("st.shared::cluster").reports(Race);
 }
 
 /// The fence of the initialisation publishes nothing else.
 #[test]
 fn data_published_by_the_fence_of_the_initialisation() {
-    let (right, wrong) = ("mov.u32 r7, 0;", "st.shared.u32 [r1], 7;");
-    let text =
-        CLUSTER.replace("    fence.mbarrier_init", "    mov.u32 r7, 0;\n    fence.mbarrier_init");
-    let case = Case::planted(&text, right, wrong).cluster(2);
-    case.at("st.shared.u32 [r1]").at("@!q st.shared::cluster").reports(Race);
+    let text = CLUSTER.replace(
+        "fence.mbarrier_init",
+        "-st.shared.u32 [sh], 7;
+        fence.mbarrier_init",
+    );
+    let case = Case::new(&text).cluster(2);
+    case.at("st.shared.u32 [sh]").at("@leader st.shared::cluster").reports(Race);
 }
 
 /// A warp stores a tile whole, every lane of it the same copy.
 const STORE: &str = "
-    .shared .align 128 .b8 tile[128];
-    mov.u32 sh, tile;
     mad.lo.u32 r0, tid, 4, sh;
     st.shared.u32 [r0], tid;
     fence.proxy.async.shared::cta;
@@ -464,14 +438,14 @@ fn store_by_all_lanes() {
 
 #[test]
 fn store_by_all_lanes_without_a_proxy_fence() {
-    let case = Case::planted(STORE, "fence.proxy.async.shared::cta;", "");
+    let case = Case::new(STORE).without("fence.proxy.async.shared::cta;");
     case.at("st.shared.u32 [r0], tid").at(STORED).reports(MissingProxyFence);
 }
 
 #[test]
 fn store_by_all_lanes_whose_source_is_overwritten() {
     let right = "cp.async.bulk.wait_group.read 0;";
-    let case = Case::planted(STORE, right, "cp.async.bulk.wait_group.read 1;");
+    let case = Case::new(STORE).plant(right, "cp.async.bulk.wait_group.read 1;");
     case.at(STORED).at("st.shared.u32 [r0], 0").reports(PendingRead);
 }
 
@@ -482,27 +456,4 @@ fn reduction_by_all_lanes() {
     let text = text.replace("bulk_group [out]", "bulk_group.add.u32 [out]");
     let expected: Vec<u32> = (0..32).map(|lane| 32 * lane).collect();
     Case::new(&text).leaves(&expected);
-}
-
-#[test]
-fn one_value_by_all_lanes() {
-    Case::new(
-        "-st.global.u32 [out], lane;    // <-- here
-        +st.global.u32 [out], 7;",
-    )
-    .reports(Race);
-}
-
-#[test]
-fn initialised_by_all_lanes() {
-    Case::new(
-        ".shared .align 8 .b8 bar[8];
-        mov.u32 r0, bar;
-        setp.eq.u32 p, tid, 0;
-        +@p mbarrier.init.shared.b64 [r0], 1;
-        -mbarrier.init.shared.b64 [r0], 1;    // <-- here
-        bar.sync 0;",
-    )
-    .says("32 lanes")
-    .is_forgiven(Mbarrier);
 }

@@ -12,8 +12,7 @@ fn product_by_half_a_warp() {
         setp.ge.u32 p, tid, 16;
         -@p bra DONE;
         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {f1, f2, f3, f4}, {r0, r0, r0, r0}, {r0, r0}, {f0, f0, f0, f0};    // <-- here
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .reports(Divergence);
 }
@@ -33,9 +32,7 @@ fn guarded_product() {
 #[test]
 fn matrix_load_by_half_a_warp() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         st.shared.v4.u32 [r0], {tid, tid, tid, tid};
         bar.warp.sync -1;
         -setp.lt.u32 p, tid, 16;
@@ -67,8 +64,7 @@ fn arrival_at_a_barrier_by_the_elected_lane() {
         bra DONE;
         WAITER:
         bar.sync 1, 64;
-        DONE:
-        mov.u32 r0, 0;",
+        DONE:",
     )
     .threads(64)
     .reports(Divergence);
@@ -77,8 +73,7 @@ fn arrival_at_a_barrier_by_the_elected_lane() {
 #[test]
 fn cluster_barrier_by_one_lane() {
     Case::new(
-        "setp.eq.u32 p, tid, 0;
-        -@p barrier.cluster.arrive.aligned;      // <-- here
+        "-@leader barrier.cluster.arrive.aligned;      // <-- here
         +barrier.cluster.arrive.aligned;
         barrier.cluster.wait.aligned;",
     )
@@ -89,8 +84,7 @@ fn cluster_barrier_by_one_lane() {
 #[test]
 fn register_reallocation_by_one_lane() {
     Case::new(
-        "setp.eq.u32 p, tid, 0;
-        -@p setmaxnreg.dec.sync.aligned.u32 40;      // <-- here
+        "-@leader setmaxnreg.dec.sync.aligned.u32 40;      // <-- here
         +setmaxnreg.dec.sync.aligned.u32 40;",
     )
     .threads(128)
@@ -150,8 +144,7 @@ fn mask_that_names_lanes_that_went_elsewhere() {
         UPPER:
         -vote.sync.ballot.b32 r0, 1, -1;
         +vote.sync.ballot.b32 r0, 1, 0xffff0000;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
     .says("waits for lanes 0xffff0000")
     .reports(Deadlock);

@@ -155,9 +155,7 @@ fn trap() {
 }
 
 /// Lane i reads row i of 32 rows of 128 bytes, 16 bytes at a time, with or without a swizzle.
-const ROWS: &str = ".shared .align 128 .b8 tile[4096];
-    mov.u32 sh, tile;
-    mad.lo.u32 r0, tid, 128, sh;
+const ROWS: &str = "mad.lo.u32 r0, tid, 128, sh;
     mov.u32 r1, 0;
     +and.b32 r1, tid, 7;
     +shl.b32 r1, r1, 4;
@@ -194,8 +192,7 @@ const EXCHANGE: &str = "setp.ne.u32 p, lane, 0;
     mov.u64 d0, out;
     +mad.wide.u32 d0, warp, 4, out;
     atom.global.exch.b32 r0, [d0], tid;
-    DONE:
-    mov.u32 r1, 0;";
+    DONE:";
 
 #[test]
 fn results_that_depend_on_the_schedule() {

@@ -1,7 +1,6 @@
 //! Bounds, alignment, memory that nobody has written.
 
 use ptxsim::diagnostic::Kind::{InvalidOperand, Misaligned, OutOfBounds, UninitialisedMemory};
-use ptxsim::tensor_map::{Dtype, TensorMap};
 
 use crate::case::Case;
 
@@ -83,13 +82,11 @@ fn shared_access_between_two_variables() {
 #[test]
 fn shared_access_before_the_first_variable() {
     Case::new(
-        ".shared .align 4 .b8 first[128];
-        mov.u32 r0, first;
-        mad.lo.u32 r0, tid, 4, r0;
+        "mad.lo.u32 r0, tid, 4, sh;
         -st.shared.u32 [r0+-4], tid;     // <-- here
         +st.shared.u32 [r0], tid;",
     )
-    .says("shared first-4")
+    .says("shared tile-4")
     .reports(OutOfBounds);
 }
 
@@ -148,8 +145,7 @@ fn write_to_constant_memory() {
         "-mov.u64 d0, table;
         +mov.u64 d0, out;
         -cvta.const.u64 d0, d0;
-        setp.eq.u32 p, tid, 0;
-        @p st.u32 [d0], 7;     // <-- here
+        @leader st.u32 [d0], 7;     // <-- here
         ret;
         }
         .const .align 4 .u32 table[4] = {1, 2, 3, 4};
@@ -161,24 +157,16 @@ fn write_to_constant_memory() {
 
 #[test]
 fn tile_whose_tensor_is_longer_than_its_buffer() {
-    let tensor = |rows| TensorMap::dense(Dtype::U32, vec![8, rows], vec![8, 4]);
-    let text = ".shared .align 128 .b8 tile[128];
-        .shared .align 8 .b8 bar[8];
-        mov.u32 sh, tile;
-        mov.u32 r0, bar;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mbarrier.init.shared.b64 [r0], 1;
-        fence.proxy.async;
-        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+    let text = "@!leader bra DONE;
+        mbarrier.arrive.expect_tx.shared.b64 _, [mbar], 128;
         -mov.u32 r1, 32;
         +mov.u32 r1, 28;
-        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, r1}], [r0];   // <-- here
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in_map, {0, r1}], [mbar];   // <-- here
         WAIT:
-        mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        mbarrier.try_wait.parity.shared.b64 p, [mbar], 0;
         @!p bra WAIT;
         DONE:";
-    Case::new(text).map(tensor(40)).says("global in+1024").reports(OutOfBounds);
+    Case::new(text).mbarrier(1).rows(40).says("global in+1024").reports(OutOfBounds);
 }
 
 #[test]
@@ -194,9 +182,7 @@ fn vector_load_at_half_its_alignment() {
 #[test]
 fn matrix_row_at_half_its_alignment() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        mad.lo.u32 r4, tid, 32, sh;
+        "mad.lo.u32 r4, tid, 32, sh;
         st.shared.v4.u32 [r4], {tid, tid, tid, tid};
         st.shared.v4.u32 [r4+16], {tid, tid, tid, tid};
         bar.warp.sync -1;
@@ -210,10 +196,10 @@ fn matrix_row_at_half_its_alignment() {
 #[test]
 fn shared_memory_that_is_aligned_by_chance() {
     Case::new(
-        "-.shared .align 8 .b8 tile[512];
-        +.shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "-.shared .align 8 .b8 quads[512];
+        +.shared .align 16 .b8 quads[512];
+        mov.u32 r0, quads;
+        mad.lo.u32 r0, tid, 16, r0;
         st.shared.v4.u32 [r0], {tid, tid, tid, tid};   // <-- here",
     )
     .weakly_aligned()
@@ -223,9 +209,7 @@ fn shared_memory_that_is_aligned_by_chance() {
 #[test]
 fn asynchronous_copy_to_a_misaligned_destination() {
     Case::new(
-        ".shared .align 16 .b8 tile[544];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         -add.u32 r0, r0, 8;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
@@ -237,9 +221,7 @@ fn asynchronous_copy_to_a_misaligned_destination() {
 #[test]
 fn asynchronous_copy_from_a_misaligned_source() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
         -cp.async.cg.shared.global [r0], [d0+4], 16;    // <-- here
         +cp.async.cg.shared.global [r0], [d0+16], 16;
@@ -251,12 +233,9 @@ fn asynchronous_copy_from_a_misaligned_source() {
 #[test]
 fn mbarrier_at_half_its_alignment() {
     Case::new(
-        ".shared .align 8 .b8 bar[16];
-        mov.u32 r0, bar;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        -add.u32 r0, r0, 4;
-        mbarrier.init.shared.b64 [r0], 1;    // <-- here
+        "@!leader bra DONE;
+        -add.u32 mbar, mbar, 4;
+        mbarrier.init.shared.b64 [mbar], 1;    // <-- here
         DONE:",
     )
     .reports(Misaligned);
@@ -265,32 +244,23 @@ fn mbarrier_at_half_its_alignment() {
 #[test]
 fn tile_at_half_its_alignment() {
     Case::new(
-        ".shared .align 128 .b8 tile[256];
-        .shared .align 8 .b8 bar[8];
-        mov.u32 sh, tile;
-        mov.u32 r0, bar;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mbarrier.init.shared.b64 [r0], 1;
-        fence.proxy.async;
-        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 128;
+        "@!leader bra DONE;
+        mbarrier.arrive.expect_tx.shared.b64 _, [mbar], 128;
         -add.u32 sh, sh, 64;
-        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [tensor, {0, 0}], [r0];   // <-- here
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in_map, {0, 0}], [mbar];   // <-- here
         +WAIT:
-        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +mbarrier.try_wait.parity.shared.b64 p, [mbar], 0;
         +@!p bra WAIT;
         DONE:",
     )
-    .map(TensorMap::dense(Dtype::U32, vec![8, 32], vec![8, 4]))
+    .mbarrier(1)
     .reports(Misaligned);
 }
 
 #[test]
 fn shared_memory_nobody_has_written() {
     Case::new(
-        ".shared .align 4 .b8 tile[132];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         st.shared.u32 [r0], tid;
         bar.warp.sync -1;
         -ld.shared.u32 r1, [r0+4];   // <-- here
@@ -348,9 +318,9 @@ fn accumulation_onto_memory_nobody_has_written() {
 #[test]
 fn matrix_row_beyond_the_end() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r4, tid, 16, sh;
+        ".shared .align 16 .b8 rows[512];
+        mov.u32 r4, rows;
+        mad.lo.u32 r4, tid, 16, r4;
         st.shared.v4.u32 [r4], {tid, tid, tid, tid};
         bar.warp.sync -1;
         -add.u32 r4, r4, 16;
@@ -363,47 +333,33 @@ fn matrix_row_beyond_the_end() {
 #[test]
 fn bulk_copy_from_a_misaligned_source() {
     Case::new(
-        ".shared .align 128 .b8 tile[64];
-        .shared .align 8 .b8 bar[8];
-        mov.u32 sh, tile;
-        mov.u32 r0, bar;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mbarrier.init.shared.b64 [r0], 1;
-        fence.proxy.async;
-        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        "@!leader bra DONE;
+        mbarrier.arrive.expect_tx.shared.b64 _, [mbar], 64;
         -add.u64 in, in, 8;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [r0];   // <-- here
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [mbar];   // <-- here
         +WAIT:
-        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +mbarrier.try_wait.parity.shared.b64 p, [mbar], 0;
         +@!p bra WAIT;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
+    .mbarrier(1)
     .reports(Misaligned);
 }
 
 #[test]
 fn bulk_copy_beyond_the_end() {
     Case::new(
-        ".shared .align 128 .b8 tile[64];
-        .shared .align 8 .b8 bar[8];
-        mov.u32 sh, tile;
-        mov.u32 r0, bar;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mbarrier.init.shared.b64 [r0], 1;
-        fence.proxy.async;
-        mbarrier.arrive.expect_tx.shared.b64 _, [r0], 64;
+        "@!leader bra DONE;
+        mbarrier.arrive.expect_tx.shared.b64 _, [mbar], 64;
         -add.u64 in, in, 976;
         +add.u64 in, in, 960;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [r0];   // <-- here
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sh], [in], 64, [mbar];   // <-- here
         +WAIT:
-        +mbarrier.try_wait.parity.shared.b64 p, [r0], 0;
+        +mbarrier.try_wait.parity.shared.b64 p, [mbar], 0;
         +@!p bra WAIT;
-        DONE:
-        mov.u32 r1, 0;",
+        DONE:",
     )
+    .mbarrier(1)
     .says("global in+976")
     .reports(OutOfBounds);
 }
@@ -411,9 +367,7 @@ fn bulk_copy_beyond_the_end() {
 #[test]
 fn asynchronous_copy_of_memory_nobody_has_written() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 16, sh;
+        "mad.lo.u32 r0, tid, 16, sh;
         -mad.wide.u32 d0, tid, 16, raw;
         +mad.wide.u32 d0, tid, 16, in;
         cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
@@ -425,9 +379,7 @@ fn asynchronous_copy_of_memory_nobody_has_written() {
 #[test]
 fn matrix_load_of_memory_nobody_has_written() {
     Case::new(
-        ".shared .align 16 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r4, tid, 16, sh;
+        "mad.lo.u32 r4, tid, 16, sh;
         -st.shared.v2.u32 [r4], {tid, tid};
         +st.shared.v4.u32 [r4], {tid, tid, tid, tid};
         bar.warp.sync -1;
@@ -439,20 +391,16 @@ fn matrix_load_of_memory_nobody_has_written() {
 #[test]
 fn bulk_store_of_memory_nobody_has_written() {
     Case::new(
-        ".shared .align 128 .b8 tile[144];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         st.shared.u32 [r0], tid;
         fence.proxy.async.shared::cta;
         bar.sync 0;
-        setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        @!leader bra DONE;
         -cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 144;    // <-- here
         +cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;
         cp.async.bulk.commit_group;
         cp.async.bulk.wait_group 0;
-        DONE:
-        mov.u32 r2, 0;",
+        DONE:",
     )
     .reports(UninitialisedMemory);
 }

@@ -7,9 +7,7 @@ use crate::case::Case;
 #[test]
 fn read_of_what_another_warp_writes() {
     Case::new(
-        ".shared .align 4 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 4, sh;
         st.shared.u32 [r0], 0;
@@ -25,9 +23,7 @@ fn read_of_what_another_warp_writes() {
 #[test]
 fn write_of_what_another_warp_still_reads() {
     Case::new(
-        ".shared .align 4 .b8 tile[512];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 4, sh;
         st.shared.u32 [r0], tid;
@@ -43,9 +39,7 @@ fn write_of_what_another_warp_still_reads() {
 #[test]
 fn writes_of_two_warps_to_the_same_words() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, lane, 4, sh;
+        "mad.lo.u32 r0, lane, 4, sh;
         setp.eq.u32 p, warp, 0;
         @p st.shared.u32 [r0], 1;    // <-- here
         +bar.sync 0;
@@ -59,9 +53,7 @@ fn writes_of_two_warps_to_the_same_words() {
 #[test]
 fn only_arriving_at_a_barrier_orders_nothing_after_it() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, lane, 4, sh;
+        "mad.lo.u32 r0, lane, 4, sh;
         setp.eq.u32 p, warp, 0;
         @p bra PRODUCER;
         -bar.arrive 1, 64;
@@ -82,9 +74,7 @@ fn only_arriving_at_a_barrier_orders_nothing_after_it() {
 #[test]
 fn exchange_between_lanes_without_a_barrier() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         xor.b32 r1, tid, 1;
         mad.lo.u32 r1, r1, 4, sh;
         st.shared.u32 [r0], tid;    // <-- here
@@ -97,9 +87,7 @@ fn exchange_between_lanes_without_a_barrier() {
 #[test]
 fn barrier_of_the_wrong_lanes() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
+        "mad.lo.u32 r0, tid, 4, sh;
         xor.b32 r1, tid, 16;
         mad.lo.u32 r1, r1, 4, sh;
         st.shared.u32 [r0], tid;    // <-- here
@@ -119,9 +107,17 @@ fn barrier_of_the_wrong_lanes() {
 #[test]
 fn lanes_of_one_store_to_the_same_word() {
     Case::new(
-        "setp.eq.u32 p, tid, 0;
-        -st.global.u32 [out], tid;    // <-- here
-        +@p st.global.u32 [out], tid;",
+        "-st.global.u32 [out], tid;    // <-- here
+        +@leader st.global.u32 [out], tid;",
+    )
+    .reports(Race);
+}
+
+#[test]
+fn one_value_by_all_lanes() {
+    Case::new(
+        "-st.global.u32 [out], lane;    // <-- here
+        +st.global.u32 [out], 7;",
     )
     .reports(Race);
 }
@@ -129,10 +125,9 @@ fn lanes_of_one_store_to_the_same_word() {
 #[test]
 fn two_blocks_that_write_the_same_word() {
     Case::new(
-        "setp.eq.u32 p, tid, 0;
-        -mov.u64 d0, out;
+        "-mov.u64 d0, out;
         +mad.wide.u32 d0, block, 4, out;
-        @p st.global.u32 [d0], block;    // <-- here",
+        @leader st.global.u32 [d0], block;    // <-- here",
     )
     .blocks(3)
     .says("global out+0")
@@ -142,8 +137,7 @@ fn two_blocks_that_write_the_same_word() {
 #[test]
 fn two_blocks_that_add_without_atomics() {
     Case::new(
-        "setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        "@!leader bra DONE;
         -ld.global.u32 r0, [out];    // <-- here
         -add.u32 r0, r0, 1;
         -st.global.u32 [out], r0;    // <-- here
@@ -158,8 +152,7 @@ fn two_blocks_that_add_without_atomics() {
 fn plain_store_against_an_atomic() {
     Case::new(
         "setp.eq.u32 p, block, 0;
-        setp.eq.u32 q, tid, 0;
-        and.pred p, p, q;
+        and.pred p, p, leader;
         red.global.add.u32 [out], 1;    // <-- here
         -@p st.global.u32 [out], 5;    // <-- here
         +@p st.relaxed.gpu.global.u32 [out], 5;",
@@ -178,78 +171,52 @@ fn atomics_of_a_block_against_those_of_another() {
     .reports(Race);
 }
 
-/// The block that takes the last ticket reads what the other has left.
-const LAST_BLOCK: &str = "setp.ne.u32 p, tid, 0;
-    @p bra DONE;
-    mov.u64 d1, ticket;
-    mad.wide.u32 d0, block, 4, raw;
-    st.global.u32 [d0], block;    // <-- here
-    +membar.gl;
-    atom.global.add.u32 r0, [d1], 1;
-    +membar.gl;
-    setp.ne.u32 p, r0, 1;
-    @p bra DONE;
-    xor.b32 r1, block, 1;
-    mad.wide.u32 d0, r1, 4, raw;
-    ld.global.u32 r2, [d0];    // <-- here
-    DONE:";
+/// The block that takes the last ticket, by `atom`, reads what the other has left; `fence` stands
+/// before and behind.
+fn last_block(fence: &str, atom: &str) -> Case {
+    Case::new(&format!(
+        "@!leader bra DONE;
+        mov.u64 d1, ticket;
+        mad.wide.u32 d0, block, 4, raw;
+        st.global.u32 [d0], block;    // <-- here
+        {fence}
+        {atom}
+        {fence}
+        setp.ne.u32 p, r0, 1;
+        @p bra DONE;
+        xor.b32 r1, block, 1;
+        mad.wide.u32 d0, r1, 4, raw;
+        ld.global.u32 r2, [d0];    // <-- here
+        DONE:"
+    ))
+    .blocks(2)
+}
 
 #[test]
 fn ticket_without_fences() {
-    Case::new(LAST_BLOCK).blocks(2).reports(Race);
-    Case::new(LAST_BLOCK).blocks(2).co_resident().reports(Race);
+    let case = || last_block("+membar.gl;", "atom.global.add.u32 r0, [d1], 1;");
+    case().reports(Race);
+    case().co_resident().reports(Race);
 }
 
 #[test]
 fn ticket_with_fences_of_the_block_only() {
-    Case::new(
-        "setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mov.u64 d1, ticket;
-        mad.wide.u32 d0, block, 4, raw;
-        st.global.u32 [d0], block;    // <-- here
-        -fence.acq_rel.cta;
-        +fence.acq_rel.gpu;
-        atom.global.add.u32 r0, [d1], 1;
-        -fence.acq_rel.cta;
-        +fence.acq_rel.gpu;
-        setp.ne.u32 p, r0, 1;
-        @p bra DONE;
-        xor.b32 r1, block, 1;
-        mad.wide.u32 d0, r1, 4, raw;
-        ld.global.u32 r2, [d0];    // <-- here
-        DONE:",
-    )
-    .blocks(2)
-    .reports(Race);
+    let fence = "-fence.acq_rel.cta;
+        +fence.acq_rel.gpu;";
+    last_block(fence, "atom.global.add.u32 r0, [d1], 1;").reports(Race);
 }
 
 #[test]
 fn ticket_that_acquires_and_releases() {
-    Case::new(
-        "setp.ne.u32 p, tid, 0;
-        @p bra DONE;
-        mov.u64 d1, ticket;
-        mad.wide.u32 d0, block, 4, raw;
-        st.global.u32 [d0], block;    // <-- here
-        -atom.relaxed.gpu.global.add.u32 r0, [d1], 1;
-        +atom.acq_rel.gpu.global.add.u32 r0, [d1], 1;
-        setp.ne.u32 p, r0, 1;
-        @p bra DONE;
-        xor.b32 r1, block, 1;
-        mad.wide.u32 d0, r1, 4, raw;
-        ld.global.u32 r2, [d0];    // <-- here
-        DONE:",
-    )
-    .blocks(2)
-    .reports(Race);
+    let atom = "-atom.relaxed.gpu.global.add.u32 r0, [d1], 1;
+        +atom.acq_rel.gpu.global.add.u32 r0, [d1], 1;";
+    last_block("", atom).reports(Race);
 }
 
 #[test]
 fn flag_between_blocks_that_run_together() {
     Case::new(
-        "setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        "@!leader bra DONE;
         setp.ne.u32 p, block, 0;
         @p bra READER;
         st.global.u32 [raw], 42;    // <-- here
@@ -272,8 +239,7 @@ fn flag_between_blocks_that_run_together() {
 #[test]
 fn flag_that_is_an_ordinary_variable() {
     Case::new(
-        "setp.ne.u32 p, tid, 0;
-        @p bra DONE;
+        "@!leader bra DONE;
         setp.ne.u32 p, block, 0;
         @p bra READER;
         -st.global.u32 [out], 1;    // <-- here
@@ -294,11 +260,8 @@ fn flag_that_is_an_ordinary_variable() {
 #[test]
 fn shared_memory_of_another_block_without_the_cluster_barrier() {
     Case::new(
-        ".shared .align 4 .b8 tile[128];
-        mov.u32 sh, tile;
-        mad.lo.u32 r0, tid, 4, sh;
-        mov.u32 r1, %cluster_ctarank;
-        xor.b32 r1, r1, 1;
+        "mad.lo.u32 r0, tid, 4, sh;
+        xor.b32 r1, rank, 1;
         mapa.shared::cluster.u32 r2, r0, r1;
         st.shared.u32 [r0], 0;
         barrier.cluster.arrive.aligned;
@@ -320,8 +283,7 @@ const GRID_BARRIER: &str = "mov.u64 d1, ticket;
     mad.wide.u32 d0, r0, 4, raw;
     st.global.u32 [d0], tid;    // <-- here
     bar.sync 0;
-    setp.ne.u32 p, tid, 0;
-    @p bra ALL;
+    @!leader bra ALL;
     +fence.acq_rel.gpu;
     red.relaxed.gpu.global.add.u32 [d1], 1;
     WAIT:
@@ -371,9 +333,7 @@ fn blocks_that_read_the_same_words() {
 #[test]
 fn elements_of_a_vector_that_overlap_another_lanes() {
     Case::new(
-        ".shared .align 16 .b8 tile[1024];
-        mov.u32 sh, tile;
-        -mad.lo.u32 r0, tid, 8, sh;
+        "-mad.lo.u32 r0, tid, 8, sh;
         +mad.lo.u32 r0, tid, 16, sh;
         and.b32 r0, r0, -16;
         st.shared.v4.u32 [r0], {tid, tid, tid, tid};      // <-- here",
@@ -384,9 +344,7 @@ fn elements_of_a_vector_that_overlap_another_lanes() {
 #[test]
 fn neighbouring_bytes_are_no_race() {
     Case::new(
-        ".shared .align 16 .b8 tile[256];
-        mov.u32 sh, tile;
-        add.u32 r0, sh, tid;
+        "add.u32 r0, sh, tid;
         st.shared.u8 [r0], tid;
         bar.sync 0;
         xor.b32 r1, tid, 33;
@@ -400,10 +358,7 @@ fn neighbouring_bytes_are_no_race() {
 #[test]
 fn atomics_in_shared_memory_of_different_sizes() {
     Case::new(
-        ".shared .align 8 .b8 tile[8];
-        mov.u32 sh, tile;
-        setp.eq.u32 p, tid, 0;
-        @p st.shared.u64 [sh], 0;
+        "@leader st.shared.u64 [sh], 0;
         bar.sync 0;
         setp.eq.u32 p, warp, 0;
         mov.u64 d0, 1;
@@ -418,16 +373,13 @@ fn atomics_in_shared_memory_of_different_sizes() {
 #[test]
 fn volatile_accesses_do_not_order_others() {
     Case::new(
-        ".shared .align 4 .b8 tile[4];
-        .shared .align 4 .b8 flag[4];
-        mov.u32 sh, tile;
+        ".shared .align 4 .b8 flag[4];
         mov.u32 r0, flag;
-        setp.eq.u32 p, tid, 0;
-        @p st.shared.u32 [r0], 0;
+        @leader st.shared.u32 [r0], 0;
         bar.sync 0;
         setp.ne.u32 q, lane, 0;
         @q bra DONE;
-        @!p bra READER;
+        @!leader bra READER;
         st.shared.u32 [sh], 1;      // <-- here
         +membar.cta;
         st.volatile.shared.u32 [r0], 1;
@@ -438,8 +390,7 @@ fn volatile_accesses_do_not_order_others() {
         @q bra READER;
         +membar.cta;
         ld.shared.u32 r2, [sh];      // <-- here
-        DONE:
-        mov.u32 r3, 0;",
+        DONE:",
     )
     .threads(64)
     .reports(Race);

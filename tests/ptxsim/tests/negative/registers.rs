@@ -163,8 +163,7 @@ const POOL: &str = "setp.lt.u32 p, tid, 128;
     PRODUCER:
     -setmaxnreg.dec.sync.aligned.u32 32;
     +setmaxnreg.dec.sync.aligned.u32 24;
-    DONE:
-    mov.u32 r0, 0;";
+    DONE:";
 
 #[test]
 fn warpgroups_that_want_more_than_the_pool() {
@@ -187,8 +186,7 @@ fn registers_are_left_before_they_are_taken() {
         PRODUCER:
         bar.sync 1;      // <-- here
         setmaxnreg.dec.sync.aligned.u32 24;
-        DONE:
-        mov.u32 r0, 0;",
+        DONE:",
     )
     .threads(384)
     .directives(".maxntid 384 .minnctapersm 1")
@@ -233,8 +231,7 @@ fn one_warp_of_the_four_sets_its_number() {
         "setp.lt.u32 p, tid, 32;
         -@!p bra DONE;
         setmaxnreg.dec.sync.aligned.u32 40;      // <-- here
-        DONE:
-        mov.u32 r0, 0;",
+        DONE:",
     )
     .threads(128)
     .registers(168)
