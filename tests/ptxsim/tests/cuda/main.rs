@@ -1,4 +1,5 @@
-//! CUDA C++ kernels, compiled by nvcc, against float64 or integer references.
+//! Kernels that compilers have written, CUDA C++ by nvcc and Triton's, against float64 or integer
+//! references; and what mutations make of them.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -10,5 +11,7 @@ mod clusters;
 mod copies;
 mod libraries;
 mod modes;
+mod mutations;
 mod products;
+mod triton;
 mod warps;

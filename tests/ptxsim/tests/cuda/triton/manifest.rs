@@ -9,8 +9,8 @@ use ptxsim::{Arg, Buffer, Device, Launch, Module};
 use rand::prelude::*;
 use serde::Deserialize;
 
-use super::compare::{Element, generator, random, steps, values};
-use super::{run, tools};
+use crate::support::compare::{Element, generator, random, steps, values};
+use crate::support::{run, tools};
 
 /// One launch of the manifest.
 #[derive(Deserialize)]
@@ -70,7 +70,7 @@ pub struct Ran {
 }
 
 /// All cases; compiles on the first call.
-pub fn manifest() -> Vec<Case> {
+pub fn cases() -> Vec<Case> {
     let path = tools::triton().join("manifest.json");
     let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))

@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::Kind::{Deadlock, Divergence, InvalidOperand};
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn product_by_half_a_warp() {

@@ -4,7 +4,7 @@ use ptxsim::diagnostic::Kind::{
     InvalidOperand, MissingProxyFence, PendingRead, PendingWrite, Race,
 };
 
-use crate::case::Case;
+use super::case::Case;
 
 /// Each thread has stored its number in `tile`, where copies see it; thread 0 goes on with the rest.
 fn stored(rest: &str) -> Case {

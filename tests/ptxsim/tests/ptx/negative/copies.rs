@@ -4,7 +4,7 @@ use ptxsim::diagnostic::Kind::{
     InvalidOperand, MissingProxyFence, PendingRead, PendingWrite, Race,
 };
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn read_without_waiting_for_the_group() {

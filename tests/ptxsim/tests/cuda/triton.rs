@@ -1,10 +1,10 @@
 //! Kernels compiled by Triton, an independent compiler, against float64.
 
-mod support;
+mod manifest;
 
-use support::compare::assert_close;
-use support::reference::{self, Attention};
-use support::triton::{Case, Ran, manifest};
+use crate::support::compare::assert_close;
+use crate::support::reference::{self, Attention};
+use manifest::{Case, Ran, cases};
 
 /// Runs every case of the manifest with this reference and compares one output.
 fn check(
@@ -13,8 +13,7 @@ fn check(
     want: impl Fn(&Case, &Ran) -> Vec<f64>,
     bound: impl Fn(&Case, &Ran) -> f64,
 ) {
-    let cases: Vec<_> =
-        manifest().into_iter().filter(|case| case.reference["name"] == name).collect();
+    let cases: Vec<_> = cases().into_iter().filter(|case| case.reference["name"] == name).collect();
     assert!(!cases.is_empty(), "the manifest has no case of {name}");
     for case in cases {
         let ran = case.run();

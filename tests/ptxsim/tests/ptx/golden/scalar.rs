@@ -4,8 +4,8 @@ use ptxsim::numeric::approx::Function;
 use ptxsim::numeric::half::Half;
 use ptxsim::numeric::tensor::Accumulation;
 
-use crate::probes::Probe;
-use crate::{Comparison, simulate};
+use super::probes::Probe;
+use super::{Comparison, simulate};
 
 /// What a result is held to.
 enum Rule {

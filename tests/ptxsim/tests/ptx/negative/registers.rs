@@ -5,7 +5,7 @@ use ptxsim::diagnostic::Kind::{
 };
 use ptxsim::{Launch, LaunchError, Module, Report};
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn register_without_a_value_as_an_address() {

@@ -3,7 +3,7 @@
 use ptxsim::diagnostic::Kind;
 use ptxsim::{Arch, Arg, Device, Launch, LaunchError, Module};
 
-use crate::case::Case;
+use super::case::Case;
 
 const SMALL: &str = ".version 8.6
     .target sm_80

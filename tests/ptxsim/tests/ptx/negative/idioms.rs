@@ -6,7 +6,7 @@ use ptxsim::diagnostic::Kind::{
     PendingWrite, Race, Repeated,
 };
 
-use crate::case::Case;
+use super::case::Case;
 
 /// A producer warp copies four tiles of B into one buffer; a warpgroup multiplies, waits, and one
 /// of its threads releases the buffer.

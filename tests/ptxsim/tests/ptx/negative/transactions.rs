@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::Kind::{Deadlock, Mbarrier, Race};
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn more_arrivals_than_the_count() {

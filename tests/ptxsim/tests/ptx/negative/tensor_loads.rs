@@ -4,7 +4,7 @@ use ptxsim::diagnostic::Kind::{
     Deadlock, Mbarrier, MissingProxyFence, PendingRead, PendingWrite, Race,
 };
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn read_before_the_wait() {

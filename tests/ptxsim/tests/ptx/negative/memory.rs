@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::Kind::{InvalidOperand, Misaligned, OutOfBounds, UninitialisedMemory};
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn global_read_one_element_beyond_the_end() {

@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::Kind::{BarrierMismatch, Deadlock, Limit, OutOfBounds};
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn warps_that_disagree_on_the_thread_count() {

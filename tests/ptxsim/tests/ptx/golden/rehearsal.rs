@@ -4,10 +4,10 @@ use ptxsim::Options;
 use ptxsim::numeric::Rounding;
 use ptxsim::numeric::tensor::Accumulation;
 
-use crate::probes::file::{FileError, Recording, Results};
-use crate::probes::{Inputs, PROBES, Probe};
-use crate::sums::{self, Model};
-use crate::{compare, simulate, simulate_as};
+use super::probes::file::{FileError, Recording, Results};
+use super::probes::{Inputs, PROBES, Probe};
+use super::sums::{self, Model};
+use super::{compare, simulate, simulate_as};
 
 fn record(probes: &[&Probe], accumulation: Accumulation) -> Recording {
     let results = probes.iter().map(|p| Results::new(p, simulate(p, accumulation))).collect();

@@ -1,7 +1,7 @@
 //! The simulator against what real devices have computed (tests/ptxsim/golden). A file that nobody
 //! has recorded yet is named and skipped.
 
-#[path = "../../golden/probes.rs"]
+#[path = "../../../golden/probes.rs"]
 mod probes;
 mod rehearsal;
 mod scalar;

@@ -1,12 +1,10 @@
 //! Mutated compiler output: whatever it becomes, it is refused or runs to an end with a report;
 //! nothing panics.
 
-mod support;
-
 use ptxsim::{Arch, Arg, Device, Launch, Module, Options, Timing};
 use rand::prelude::*;
 
-use support::tools;
+use crate::support::tools;
 
 /// Pieces of a text that keep it printable PTX-like: words, numbers, punctuation.
 fn tokens(text: &str) -> Vec<&str> {

@@ -6,9 +6,9 @@ use ptxsim::numeric::half::Half;
 use ptxsim::numeric::tensor::Accumulation;
 use ptxsim::numeric::{Rounding, f64_to_f32};
 
-use crate::probes::Probe;
-use crate::probes::tensor::{CLASSES, Class, Element, N, Tensor};
-use crate::{Comparison, simulate};
+use super::probes::Probe;
+use super::probes::tensor::{CLASSES, Class, Element, N, Tensor};
+use super::{Comparison, simulate};
 
 /// A product or c, with the exponent that aligns it: for a product the sum of its factors', so that
 /// the significand may be anything below 4.

@@ -5,7 +5,7 @@ use ptxsim::diagnostic::Kind::{
     MissingWgmmaFence, OutOfBounds, PendingRead, UninitialisedRegister,
 };
 
-use crate::case::Case;
+use super::case::Case;
 
 /// Zeros for both operands of m64n8k16 in `tile`, A (descriptor `front`) and B behind it (`back`), and
 /// p is false. Nothing orders the stores before a product.

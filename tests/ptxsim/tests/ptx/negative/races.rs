@@ -2,7 +2,7 @@
 
 use ptxsim::diagnostic::Kind::Race;
 
-use crate::case::Case;
+use super::case::Case;
 
 #[test]
 fn read_of_what_another_warp_writes() {
