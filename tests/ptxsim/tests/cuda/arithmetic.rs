@@ -1,29 +1,29 @@
 //! Elementwise arithmetic: exact where the instruction set is, otherwise within its bounds.
 
+use bytemuck::Pod;
 use half::{bf16, f16};
-use ptxsim::{Arg, Buffer, Device, Launch};
+use ptxsim::{Arg, Launch};
 use rand::prelude::*;
 
 use crate::support::compare::{Element, generator};
-use crate::support::run::{clean, compiled};
+use crate::support::run::{clean, compiled, read};
 
 const ARCHS: [&str; 2] = ["sm_80", "sm_90a"];
 
-/// Runs an elementwise kernel over its inputs and gives its output rows.
-fn rows<T: bytemuck::Pod>(
-    device: &mut Device,
+/// Runs an elementwise kernel of `count` output rows of `n` elements over its inputs.
+fn rows<X: Pod, T: Pod>(
     arch: &str,
     kernel: &str,
-    inputs: &[Buffer],
+    inputs: &[&[X]],
     [count, n]: [usize; 2],
 ) -> Vec<Vec<T>> {
-    let (module, _) = compiled("math", arch);
+    let (module, mut device) = compiled("math", arch);
+    let inputs = ["x", "y"].into_iter().zip(inputs);
+    let mut args: Vec<Arg> = inputs.map(|(name, x)| device.buffer(name, x).into()).collect();
     let out = device.uninitialised::<T>("out", count * n);
-    let mut args: Vec<Arg> = inputs.iter().map(|b| Arg::Buffer(*b)).collect();
     args.extend([out.into(), Arg::I32(n as i32)]);
-    clean(device, &module, kernel, Launch::linear(n.div_ceil(128) as u32, 128), &args);
-    let all = device.read::<T>(out).unwrap_or_else(|e| panic!("{e}"));
-    all.chunks(n).map(<[T]>::to_vec).collect()
+    clean(&mut device, &module, kernel, Launch::linear(n.div_ceil(128) as u32, 128), &args);
+    read(&device, out).chunks(n).map(<[T]>::to_vec).collect()
 }
 
 /// Finite f32 of every size, both signs, and the special values.
@@ -69,12 +69,10 @@ fn extreme(x: f64, y: f64, pick: fn(f64, f64) -> f64) -> f64 {
 fn f32_operations() {
     let n = 1000;
     for arch in ARCHS {
-        let mut device = Device::new(crate::support::run::arch(arch));
         let mut rng = generator("f32 operations");
         let (xs, mut ys) = (floats(&mut rng, n), floats(&mut rng, n));
         ys.reverse();
-        let inputs = [device.buffer("x", &xs), device.buffer("y", &ys)];
-        let out = rows::<f32>(&mut device, arch, "math_f32", &inputs, [18, n]);
+        let out: Vec<Vec<f32>> = rows(arch, "math_f32", &[&xs, &ys], [18, n]);
         for i in 0..n {
             let (x, y) = (f64::from(xs[i]), f64::from(ys[i]));
             let check = |row: usize, what: &str, want: f64, ulps: f64, absolute: f64| {
@@ -112,10 +110,8 @@ fn f32_operations() {
 fn conversions() {
     let n = 1000;
     for arch in ARCHS {
-        let mut device = Device::new(crate::support::run::arch(arch));
         let xs = floats(&mut generator("conversions"), n);
-        let input = device.buffer("x", &xs);
-        let out = rows::<i32>(&mut device, arch, "math_round", &[input], [8, n]);
+        let out: Vec<Vec<i32>> = rows(arch, "math_round", &[&xs], [8, n]);
         for (i, x) in xs.iter().enumerate() {
             let nan = |bits: u16| if x.is_nan() { 0x7fff } else { i32::from(bits) };
             let want = [
@@ -138,13 +134,11 @@ fn conversions() {
 fn i32_operations() {
     let n = 500;
     for arch in ARCHS {
-        let mut device = Device::new(crate::support::run::arch(arch));
         let mut rng = generator("i32 operations");
         let mut draw = || rng.random::<i32>() >> rng.random_range(0..31);
         let xs: Vec<i32> = (0..n).map(|_| draw()).collect();
         let ys: Vec<i32> = (0..n).map(|_| Some(draw()).filter(|y| *y != 0).unwrap_or(7)).collect();
-        let inputs = [device.buffer("x", &xs), device.buffer("y", &ys)];
-        let out = rows::<i32>(&mut device, arch, "math_i32", &inputs, [20, n]);
+        let out: Vec<Vec<i32>> = rows(arch, "math_i32", &[&xs, &ys], [20, n]);
         for (i, (x, y)) in xs.iter().copied().zip(ys.iter().copied()).enumerate() {
             let (ux, uy) = (x as u32, y as u32);
             let bytes = [ux.to_le_bytes(), uy.to_le_bytes()].concat();
@@ -183,13 +177,11 @@ fn i32_operations() {
 fn i64_operations() {
     let n = 500;
     for arch in ARCHS {
-        let mut device = Device::new(crate::support::run::arch(arch));
         let mut rng = generator("i64 operations");
         let mut draw = || rng.random::<i64>() >> rng.random_range(0..63);
         let xs: Vec<i64> = (0..n).map(|_| draw()).collect();
         let ys: Vec<i64> = (0..n).map(|_| Some(draw()).filter(|y| *y != 0).unwrap_or(7)).collect();
-        let inputs = [device.buffer("x", &xs), device.buffer("y", &ys)];
-        let out = rows::<i64>(&mut device, arch, "math_i64", &inputs, [10, n]);
+        let out: Vec<Vec<i64>> = rows(arch, "math_i64", &[&xs, &ys], [10, n]);
         for (i, (x, y)) in xs.iter().copied().zip(ys.iter().copied()).enumerate() {
             let want = [
                 x.wrapping_add(y),
@@ -219,7 +211,6 @@ fn assert_half<T: Element>(case: &str, got: T, want: f64) {
 fn half_operations<T: Element>(kernel: &str) {
     let n = 600; // pairs
     for arch in ARCHS {
-        let mut device = Device::new(crate::support::run::arch(arch));
         let mut rng = generator(kernel);
         // Exponents this close keep every sum and product exact in float64.
         let mut draw = || {
@@ -232,8 +223,7 @@ fn half_operations<T: Element>(kernel: &str) {
             xs[i] = T::round(*x);
             ys[2 * i] = T::round(*x);
         }
-        let inputs = [device.buffer("x", &xs), device.buffer("y", &ys)];
-        let out = rows::<[T; 2]>(&mut device, arch, kernel, &inputs, [10, n]);
+        let out: Vec<Vec<[T; 2]>> = rows(arch, kernel, &[&xs, &ys], [10, n]);
         for i in 0..2 * n {
             let (x, y) = (xs[i].value(), ys[i].value());
             let want = [

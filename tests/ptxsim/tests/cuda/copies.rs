@@ -6,7 +6,7 @@ use ptxsim::{Arg, Buffer, Device, Launch, Module};
 use rand::prelude::*;
 
 use crate::support::compare::{generator, steps};
-use crate::support::run::{clean, compiled};
+use crate::support::run::{clean, compiled, read};
 
 /// A tensor of 4-byte elements and one tile of it.
 struct Tile {
@@ -154,7 +154,7 @@ fn loads_fill_with_nan() {
     let tile = Tile::new(&[8, 8], &[8, 4], &[4, 6]);
     let map = TensorMap { oob: OobFill::Nan, ..tile.map(Dtype::F32, &device, tensor) };
     tile.run(&mut device, &module, "tensor_load_2d", &tile.arguments(map, out));
-    let got = device.read::<f32>(out).unwrap_or_else(|e| panic!("{e}"));
+    let got: Vec<f32> = read(&device, out);
     for (word, x) in got.iter().enumerate() {
         assert_eq!(x.is_nan(), tile.place(word).1.is_none(), "word {word} is {x}");
     }

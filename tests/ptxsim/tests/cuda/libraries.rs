@@ -1,8 +1,8 @@
 //! Device code of CUB, libcu++, cooperative groups and the mathematical library.
 
-use ptxsim::{Arg, Buffer, Device, Launch};
+use ptxsim::{Arg, Launch};
 
-use crate::support::run::{clean, compiled};
+use crate::support::run::{clean, compiled, read};
 
 const ARCHS: [&str; 2] = ["sm_80", "sm_90a"];
 const BLOCK: usize = 128;
@@ -21,7 +21,7 @@ fn run<T: bytemuck::Pod, U: bytemuck::Pod>(
         let input = device.buffer("x", x);
         // What a kernel leaves out keeps its zeros.
         let zeros = vec![U::zeroed(); rows * N];
-        let out: Buffer = device.buffer("out", &zeros);
+        let out = device.buffer("out", &zeros);
         let mut args: Vec<Arg> = vec![input.into(), out.into()];
         if takes_n {
             args.push(Arg::I32(N as i32));
@@ -30,10 +30,6 @@ fn run<T: bytemuck::Pod, U: bytemuck::Pod>(
         clean(&mut device, &module, kernel, launch, &args);
         check(&read(&device, out));
     }
-}
-
-fn read<U: bytemuck::Pod>(device: &Device, out: Buffer) -> Vec<U> {
-    device.read(out).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn integers() -> Vec<i32> {

@@ -7,7 +7,7 @@ use ptxsim::{Arg, Buffer, Device, Launch, Options};
 
 use crate::support::compare::{Element, assert_close, generator, random, values};
 use crate::support::reference::{self, Attention};
-use crate::support::run::{clean, compiled};
+use crate::support::run::{clean, compiled, read};
 
 const BF16: f64 = 1.0 / 256.0;
 
@@ -39,8 +39,8 @@ fn product<T: Element>(
     Product { a: device.buffer("a", &a), b: device.buffer("b", &b), want }
 }
 
-fn read<T: Element>(device: &Device, buffer: Buffer) -> Vec<f64> {
-    values(&device.read::<T>(buffer).unwrap_or_else(|e| panic!("{e}")))
+fn result<T: Element>(device: &Device, buffer: Buffer) -> Vec<f64> {
+    values(&read::<T>(device, buffer))
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn naive_product() {
         let launch = Launch { grid, block: [16, 16, 1], ..Launch::linear(1, 1) };
         let args = [a.into(), b.into(), c.into(), integer(m), integer(n), integer(k)];
         clean(&mut device, &module, "matmul_naive", launch, &args);
-        assert_close(&case, &read::<f32>(&device, c), &want, 1e-6);
+        assert_close(&case, &result::<f32>(&device, c), &want, 1e-6);
     }
 }
 
@@ -77,7 +77,7 @@ fn pipelined<T: Element>(
     };
     let args = [a.into(), b.into(), c.into(), integer(m), integer(n), integer(k)];
     clean(&mut device, &module, kernel, launch, &args);
-    let got = read::<f32>(&device, c);
+    let got = result::<f32>(&device, c);
     assert_close(&case, &got, &want, 1e-6);
     (got, want)
 }
@@ -138,7 +138,7 @@ fn wgmma_products() {
                 ..Launch::linear(1, 256).shared(90112)
             };
             clean(&mut device, &module, kernel, launch, &args);
-            assert_close(&case, &read::<bf16>(&device, c), &want, BF16);
+            assert_close(&case, &result::<bf16>(&device, c), &want, BF16);
         }
     }
 }
@@ -167,7 +167,7 @@ pub fn attention(
     let mut args: Vec<Arg> = [q, k, v, o].map(Arg::from).to_vec();
     args.extend([integer(tokens), Arg::F32(shape.scale as f32), Arg::I32(causal.into())]);
     clean(&mut device, &module, "attention_d128", launch, &args);
-    (read::<bf16>(&device, o), want)
+    (result::<bf16>(&device, o), want)
 }
 
 #[test]
@@ -206,6 +206,6 @@ fn wgmma_operand_forms() {
         };
         let launch = Launch::linear(1, 128).shared(16384);
         clean(&mut device, &module, kernel, launch, &[a.into(), b.into(), d.into()]);
-        assert_close(kernel, &read::<f32>(&device, d), &want, 1e-6);
+        assert_close(kernel, &result::<f32>(&device, d), &want, 1e-6);
     }
 }

@@ -1,14 +1,23 @@
 //! Exchanges inside a warp, and 8 x 8 matrices.
 
+use bytemuck::Pod;
 use half::bf16;
 use ptxsim::Launch;
 use rand::prelude::*;
 
 use crate::support::compare::{assert_close, generator, random, steps, values};
 use crate::support::reference;
-use crate::support::run::{clean, compiled};
+use crate::support::run::{clean, compiled, read};
 
 const LANES: usize = 32;
+
+/// What one warp makes of `input`: `n` elements.
+fn of_warp<T: Pod, U: Pod>([file, arch]: [&str; 2], kernel: &str, input: &[T], n: usize) -> Vec<U> {
+    let (module, mut device) = compiled(file, arch);
+    let (input, out) = (device.buffer("in", input), device.uninitialised::<U>("out", n));
+    clean(&mut device, &module, kernel, Launch::linear(1, 32), &[input.into(), out.into()]);
+    read(&device, out)
+}
 
 /// `shfl.sync` as the instruction set defines it: value and predicate of every lane.
 fn shuffle(mode: &str, width: usize, operand: impl Fn(usize) -> usize, value: &[i32]) -> Vec<i32> {
@@ -31,13 +40,9 @@ fn shuffle(mode: &str, width: usize, operand: impl Fn(usize) -> usize, value: &[
 #[test]
 fn shuffles() {
     for arch in ["sm_80", "sm_90a"] {
-        let (module, mut device) = compiled("warp", arch);
         let mut rng = generator("shuffles");
         let data: Vec<i32> = (0..LANES).map(|_| rng.random()).collect();
-        let input = device.buffer("in", &data);
-        let out = device.uninitialised::<i32>("out", 9 * 64);
-        let args = [input.into(), out.into()];
-        clean(&mut device, &module, "warp_shuffles", Launch::linear(1, 32), &args);
+        let out: Vec<i32> = of_warp(["warp", arch], "warp_shuffles", &data, 9 * 64);
         let want = [
             shuffle("up", 32, |_| 1, &data),
             shuffle("up", 16, |_| 3, &data),
@@ -49,7 +54,7 @@ fn shuffles() {
             shuffle("idx", 32, |lane| (data[lane] & 31) as usize, &data),
             shuffle("idx", 16, |lane| lane * 7, &data),
         ];
-        assert_eq!(device.read::<i32>(out), Ok(want.concat()), "{arch}");
+        assert_eq!(out, want.concat(), "{arch}");
     }
 }
 
@@ -61,14 +66,9 @@ fn lanes(condition: impl Fn(usize) -> bool) -> i32 {
 #[test]
 fn votes() {
     for arch in ["sm_80", "sm_90a"] {
-        let (module, mut device) = compiled("warp", arch);
         let mut rng = generator("votes");
         let data: Vec<i32> = (0..LANES).map(|_| rng.random()).collect();
-        let input = device.buffer("in", &data);
-        let out = device.uninitialised::<i32>("out", 16 * LANES);
-        let args = [input.into(), out.into()];
-        clean(&mut device, &module, "warp_votes", Launch::linear(1, 32), &args);
-        let out = device.read::<i32>(out).unwrap_or_else(|e| panic!("{e}"));
+        let out: Vec<i32> = of_warp(["warp", arch], "warp_votes", &data, 16 * LANES);
 
         let odd = |lane: usize| data[lane] & 1 != 0;
         let all = |f: fn(i32, i32) -> i32| data.iter().copied().reduce(f).unwrap_or_default();
@@ -105,13 +105,10 @@ fn votes() {
 
 #[test]
 fn sums() {
-    let (module, mut device) = compiled("warp", "sm_80");
     let data: Vec<f32> = steps(&mut generator("warp sums"), LANES);
     let total: f32 = data.iter().sum();
-    let input = device.buffer("in", &data);
-    let out = device.uninitialised::<f32>("sums", 2);
-    clean(&mut device, &module, "warp_sums", Launch::linear(1, 32), &[input.into(), out.into()]);
-    assert_eq!(device.read::<f32>(out), Ok(vec![total; 2]));
+    let sums: Vec<f32> = of_warp(["warp", "sm_80"], "warp_sums", &data, 2);
+    assert_eq!(sums, [total; 2]);
 }
 
 #[test]
@@ -119,7 +116,7 @@ fn elect() {
     let (module, mut device) = compiled("warp", "sm_90a");
     let out = device.uninitialised::<i32>("out", LANES);
     clean(&mut device, &module, "warp_elect", Launch::linear(1, 32), &[out.into()]);
-    let chosen = device.read::<i32>(out).unwrap_or_else(|e| panic!("{e}"));
+    let chosen: Vec<i32> = read(&device, out);
     assert_eq!(chosen.iter().sum::<i32>(), 1, "one lane is chosen: {chosen:?}");
 }
 
@@ -135,17 +132,9 @@ fn fragment(tile: &[u16], matrix: usize, lane: usize, transposed: bool) -> u32 {
 
 #[test]
 fn matrix_loads() {
-    let (module, mut device) = compiled("matrices", "sm_80");
     let mut rng = generator("matrix loads");
     let tile: Vec<u16> = (0..256).map(|_| rng.random()).collect();
-    let input = device.buffer("in", &tile);
-    let plain = device.uninitialised::<u32>("plain", 3 * 128);
-    let transposed = device.uninitialised::<u32>("transposed", 128);
-    let at = device.uninitialised::<u32>("at", 2 * 128);
-    let launch = Launch::linear(1, 32);
-    clean(&mut device, &module, "matrices_load", launch, &[input.into(), plain.into()]);
-    clean(&mut device, &module, "matrices_load_trans", launch, &[input.into(), transposed.into()]);
-    clean(&mut device, &module, "matrices_load_at", launch, &[input.into(), at.into()]);
+    let loaded = |kernel, n| -> Vec<u32> { of_warp(["matrices", "sm_80"], kernel, &tile, n) };
     let registers = |count: usize, trans: bool| {
         let one = |i: usize| {
             let (lane, matrix) = (i / 4, i % 4);
@@ -154,22 +143,17 @@ fn matrix_loads() {
         (0..128).map(one).collect::<Vec<u32>>()
     };
     let want = [1, 2, 4].map(|count| registers(count, false)).concat();
-    assert_eq!(device.read::<u32>(plain), Ok(want));
-    assert_eq!(device.read::<u32>(transposed), Ok(registers(4, true)));
+    assert_eq!(loaded("matrices_load", 3 * 128), want);
+    assert_eq!(loaded("matrices_load_trans", 128), registers(4, true));
     let want = [false, true].map(|trans| registers(4, trans)).concat();
-    assert_eq!(device.read::<u32>(at), Ok(want));
+    assert_eq!(loaded("matrices_load_at", 2 * 128), want);
 }
 
 #[test]
 fn matrix_stores() {
-    let (module, mut device) = compiled("matrices", "sm_90a");
     let mut rng = generator("matrix stores");
     let registers: Vec<u32> = (0..128).map(|_| rng.random()).collect();
-    let input = device.buffer("in", &registers);
-    let out = device.uninitialised::<u16>("out", 512);
-    let args = [input.into(), out.into()];
-    clean(&mut device, &module, "matrices_store", Launch::linear(1, 32), &args);
-    let out = device.read::<u16>(out).unwrap_or_else(|e| panic!("{e}"));
+    let out: Vec<u16> = of_warp(["matrices", "sm_90a"], "matrices_store", &registers, 512);
     for (i, want) in registers.iter().enumerate() {
         for (tile, transposed) in [(&out[..256], false), (&out[256..], true)] {
             let got = fragment(tile, i % 4, i / 4, transposed);
@@ -180,15 +164,11 @@ fn matrix_stores() {
 
 #[test]
 fn matrix_transpose() {
-    let (module, mut device) = compiled("matrices", "sm_80");
     let mut rng = generator("transpose");
     let matrix: Vec<u16> = (0..64).map(|_| rng.random()).collect();
-    let input = device.buffer("in", &matrix);
-    let out = device.uninitialised::<u16>("out", 64);
-    let args = [input.into(), out.into()];
-    clean(&mut device, &module, "matrices_transpose", Launch::linear(1, 32), &args);
+    let out: Vec<u16> = of_warp(["matrices", "sm_80"], "matrices_transpose", &matrix, 64);
     let want: Vec<u16> = (0..64).map(|i| matrix[i % 8 * 8 + i / 8]).collect();
-    assert_eq!(device.read::<u16>(out), Ok(want));
+    assert_eq!(out, want);
 }
 
 #[test]
@@ -205,6 +185,5 @@ fn tf32_product() {
     let d = device.uninitialised::<f32>("d", 128);
     let args = [a.into(), b.into(), d.into()];
     clean(&mut device, &module, "mma_tf32", Launch::linear(1, 32), &args);
-    let got = device.read::<f32>(d).unwrap_or_else(|e| panic!("{e}"));
-    assert_close("tf32", &values(&got), &want, 1e-6);
+    assert_close("tf32", &values(&read::<f32>(&device, d)), &want, 1e-6);
 }

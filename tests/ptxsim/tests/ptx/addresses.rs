@@ -1,7 +1,9 @@
 //! Access to device memory by address.
 
 use ptxsim::diagnostic::Kind;
-use ptxsim::{AddressError, Arch, Arg, Device, Launch, Module, Uninitialised};
+use ptxsim::{AddressError, Arch, Arg, Device, Uninitialised};
+
+use crate::run::launch;
 
 /// More than a page of the simulator, and not a multiple of one.
 const SIZE: u64 = 10_000;
@@ -108,12 +110,8 @@ const COPY: &str = "
 
 #[test]
 fn a_kernel_may_read_what_was_written_and_nothing_more() {
-    let module = Module::parse(COPY).expect("PTX");
     let (mut device, at) = device();
-    let run = |device: &mut Device| {
-        let report = device.launch(&module, "copy", &Launch::linear(1, 1), &[Arg::U64(at)]);
-        report.expect("a valid launch").is_clean()
-    };
+    let run = |device: &mut Device| launch(device, COPY, [1, 1], &[Arg::U64(at)]).is_clean();
     device.write(at, &[1, 2, 3]).expect("inside");
     assert!(!run(&mut device), "the fourth byte was never written");
     device.fill(at + 3, 1, 4).expect("inside");
@@ -123,13 +121,11 @@ fn a_kernel_may_read_what_was_written_and_nothing_more() {
 
 #[test]
 fn a_freed_buffer_has_no_bytes() {
-    let module = Module::parse(COPY).expect("PTX");
     let mut device = Device::new(Arch::Sm80);
     let buffer = device.buffer("data", &[0u8; 128]);
     let address = device.address(buffer);
     device.free(buffer);
-    let args = [Arg::U64(address)];
-    let report = device.launch(&module, "copy", &Launch::linear(1, 1), &args).expect("a launch");
+    let report = launch(&mut device, COPY, [1, 1], &[Arg::U64(address)]);
     assert!(report.has(Kind::OutOfBounds), "{report}");
     assert!(report.to_string().contains("data (freed)"), "{report}");
     assert!(device.read_bytes(address, 1).is_err());

@@ -1,7 +1,9 @@
 //! Arithmetic, logic, comparisons and conversions against known values.
 
 use ptxsim::diagnostic::Kind;
-use ptxsim::{Arch, Arg, Device, Launch, LaunchError, Module, Report};
+use ptxsim::{Arch, Arg, Device, Launch, LaunchError, Report};
+
+use crate::run::parse;
 
 /// Runs `body` on one warp: it finds its operands in %a, %b, %c (of 64 bits; lane l has row l of
 /// `rows`, the last row repeated) and leaves its result in %d.
@@ -37,13 +39,12 @@ ret;
 }}
 "
     );
-    let module = Module::parse(&text).expect("the text parses");
     let mut device = Device::new(Arch::Sm90a);
     let all: Vec<[u64; 3]> = (0..32).map(|l| rows[l.min(rows.len() - 1)]).collect();
     let input = device.buffer("in", all.as_flattened());
     let output = device.uninitialised::<u64>("out", 32);
     let args = [Arg::Buffer(input), Arg::Buffer(output)];
-    let report = device.launch(&module, "k", &Launch::linear(1, 32), &args)?;
+    let report = device.launch(&parse(&text), "k", &Launch::linear(1, 32), &args)?;
     let result = device.read::<u64>(output).expect("all lanes have stored");
     Ok((report, result))
 }

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const HEADER: &str = ".version 8.0\n.target sm_90a\n.address_size 64\n";
+use crate::run::HEADER;
 
 /// Adds `add` to `n` 32-bit integers, out of place.
 const ADD: &str = "
@@ -169,6 +169,16 @@ fn launch(kernel: &str, args: Value) -> Value {
     })
 }
 
+/// A launch with this value at a place such as `/args/0/file`.
+fn with(mut launch: Value, place: &str, value: Value) -> Value {
+    let (parent, field) = place.rsplit_once('/').unwrap();
+    match launch.pointer_mut(parent).unwrap() {
+        Value::Array(list) => list[field.parse::<usize>().unwrap()] = value,
+        object => object[field] = value,
+    }
+    launch
+}
+
 /// The kernel `add` over four elements.
 fn add() -> Value {
     launch(
@@ -272,14 +282,11 @@ fn a_race_is_reported_with_status_1() {
 #[test]
 fn uninitialised_bytes_are_reported_when_read_and_noted_when_written_out() {
     let case = add_case();
-    let mut unwritten = add();
-    unwritten["args"][0] = json!({"buffer": "a", "bytes": 16});
-    let report_ = report(&case.run(&unwritten), 1);
-    assert_eq!(report_["errors"][0]["kind"], "uninitialised-memory");
+    let unwritten = with(add(), "/args/0", json!({"buffer": "a", "bytes": 16}));
+    let found = &report(&case.run(&unwritten), 1)["errors"][0];
+    assert_eq!(found["kind"], "uninitialised-memory");
 
-    let mut larger = add();
-    larger["args"][1]["bytes"] = json!(24);
-    let output = case.run(&larger);
+    let output = case.run(&with(add(), "/args/1/bytes", json!(24)));
     report(&output, 0);
     assert_eq!(case.ints("c.bin"), [0, 1, 2, 3, 0, 0]);
     let note = "note: 8 bytes of buffer c were never written";
@@ -289,11 +296,9 @@ fn uninitialised_bytes_are_reported_when_read_and_noted_when_written_out() {
 #[test]
 fn an_access_outside_is_reported_with_its_buffer() {
     let case = add_case();
-    let mut small = add();
-    small["args"][1]["bytes"] = json!(12);
-    let report = report(&case.run(&small), 1);
-    assert_eq!(report["errors"][0]["kind"], "out-of-bounds");
-    assert_eq!(report["errors"][0]["address"]["buffer"], "c");
+    let found = &report(&case.run(&with(add(), "/args/1/bytes", json!(12))), 1)["errors"][0];
+    assert_eq!(found["kind"], "out-of-bounds");
+    assert_eq!(found["address"]["buffer"], "c");
 }
 
 /// The tensor map of an 8 × 4 matrix of integers, and a box of 4 × 4 at column 2, row 1.
@@ -312,13 +317,20 @@ fn tensor_copy(declared: bool) -> Value {
     launch
 }
 
+/// The box.
+const COPIED: [i32; 16] = [10, 11, 12, 13, 18, 19, 20, 21, 26, 27, 28, 29, 0, 0, 0, 0];
+
+fn tensor_case(text: &str) -> Case {
+    let case = Case::new(text);
+    case.write("m.bin", ints(&Vec::from_iter(0..32)));
+    case
+}
+
 #[test]
 fn a_tensor_map_reads_a_declared_buffer() {
-    let case = Case::new(TENSOR_COPY);
-    case.write("m.bin", ints(&Vec::from_iter(0..32)));
+    let case = tensor_case(TENSOR_COPY);
     report(&case.run(&tensor_copy(true)), 0);
-    let expected = [10, 11, 12, 13, 18, 19, 20, 21, 26, 27, 28, 29, 0, 0, 0, 0];
-    assert_eq!(case.ints("to.bin"), expected);
+    assert_eq!(case.ints("to.bin"), COPIED);
 }
 
 /// The tensor map and the address of the output in one structure.
@@ -342,59 +354,42 @@ fn struct_case() -> Case {
         )
         .replace("[to]", "[map+136]");
     assert!(text.contains("struct_copy") && text.contains("map+136"));
-    let case = Case::new(&text);
-    case.write("m.bin", ints(&Vec::from_iter(0..32)));
-    case
+    tensor_case(&text)
 }
 
 #[test]
 fn a_structure_holds_addresses_and_tensor_maps() {
     let case = struct_case();
     report(&case.run(&struct_copy()), 0);
-    let expected = [10, 11, 12, 13, 18, 19, 20, 21, 26, 27, 28, 29, 0, 0, 0, 0];
-    assert_eq!(case.ints("to.bin"), expected);
+    assert_eq!(case.ints("to.bin"), COPIED);
 }
 
 #[test]
 fn bad_patches_are_refused() {
     let case = struct_case();
-    let with = |patch: usize, field: &str, value: Value| {
-        let mut launch = struct_copy();
-        launch["args"][0]["patches"][patch][field] = value;
-        launch
-    };
-    case.refused(
-        &with(0, "offset", json!(137)),
-        "argument 0: patch at 137: its 8 bytes leave the 144",
-    );
-    case.refused(&with(0, "offset", json!(u64::MAX)), "leave the 144");
-    case.refused(&with(0, "offset", json!(127)), "patches at 0 and 127 overlap");
-    case.refused(
-        &with(0, "buffer", json!("x")),
-        "patch at 136: no argument and no entry of buffers is x",
-    );
-    case.refused(&with(0, "buffer", Value::Null), "exactly one of buffer and tensor_map");
-    case.refused(&with(0, "value", json!(1)), "unknown field `value`");
-    case.refused(&with(1, "offset", json!(8)), "patch at 8: a tensor map needs a multiple of 64");
-    case.refused(&with(1, "tensor_map", json!({})), "patch at 0: tensor_map: the name of a buffer");
+    let with = |place: &str, value| with(struct_copy(), &format!("/args/0/patches/{place}"), value);
+    let message = "argument 0: patch at 137: its 8 bytes leave the 144";
+    case.refused(&with("0/offset", json!(137)), message);
+    case.refused(&with("0/offset", json!(u64::MAX)), "leave the 144");
+    case.refused(&with("0/offset", json!(127)), "patches at 0 and 127 overlap");
+    let message = "patch at 136: no argument and no entry of buffers is x";
+    case.refused(&with("0/buffer", json!("x")), message);
+    case.refused(&with("0/buffer", Value::Null), "exactly one of buffer and tensor_map");
+    case.refused(&with("0/value", json!(1)), "unknown field `value`");
+    case.refused(&with("1/offset", json!(8)), "patch at 8: a tensor map needs a multiple of 64");
+    case.refused(&with("1/tensor_map", json!({})), "patch at 0: tensor_map: the name of a buffer");
+    case.refused(&with("1/tensor_map/strides", json!([24])), "argument 0: patch at 0: ");
     let mut launch = struct_copy();
-    launch["args"][0]["patches"][1]["tensor_map"]["strides"] = json!([24]);
-    case.refused(&launch, "argument 0: patch at 0: ");
-    launch = struct_copy();
     launch["args"][0].as_object_mut().unwrap().remove("bytes_hex");
     case.refused(&launch, "argument 0: patches need bytes_hex");
 }
 
 #[test]
 fn bad_tensor_maps_are_refused() {
-    let case = Case::new(TENSOR_COPY);
-    case.write("m.bin", ints(&Vec::from_iter(0..32)));
+    let case = tensor_case(TENSOR_COPY);
     case.refused(&tensor_copy(false), "no argument and no entry of buffers is m");
-    let with = |field: &str, value: Value| {
-        let mut launch = tensor_copy(true);
-        launch["args"][0]["tensor_map"][field] = value;
-        launch
-    };
+    let with =
+        |field, value| with(tensor_copy(true), &format!("/args/0/tensor_map/{field}"), value);
     case.refused(&with("strides", json!([24])), "multiple of 16");
     case.refused(&with("colour", json!(1)), "unknown field `colour`");
     case.refused(&with("dtype", json!("f12")), "argument 0: tensor_map: unknown variant `f12`");
@@ -404,14 +399,9 @@ fn bad_tensor_maps_are_refused() {
 #[test]
 fn files_that_cannot_be_read_are_named() {
     let case = add_case();
-    let mut missing = add();
-    missing["args"][0]["file"] = json!("b.bin");
-    case.refused(&missing, "b.bin (buffer a)");
-    missing["ptx"] = json!("none.ptx");
-    case.refused(&missing, "none.ptx");
-    missing = add();
-    missing["args"][1]["out"] = json!("nowhere/c.bin");
-    case.refused(&missing, "nowhere");
+    case.refused(&with(add(), "/args/0/file", json!("b.bin")), "b.bin (buffer a)");
+    case.refused(&with(add(), "/ptx", json!("none.ptx")), "none.ptx");
+    case.refused(&with(add(), "/args/1/out", json!("nowhere/c.bin")), "nowhere");
     let mut command = Command::new(env!("CARGO_BIN_EXE_ptxsim"));
     refused(&command.arg("/none/launch.json").output().unwrap(), "/none/launch.json");
 }
@@ -422,21 +412,16 @@ fn bad_json_is_placed() {
     refused(&case.run_text("{\n  \"ptx\": ,\n}", &[]), "line 2 column 10");
     refused(&case.run_text("{\n  \"prx\": 1\n}", &[]), "unknown field `prx`");
     refused(&case.run_text("{\"ptx\": \"k.ptx\"}", &[]), "missing field `kernel`");
-    let mut wrong = add();
-    wrong["args"][2] = json!({"u32": -1});
-    case.refused(&wrong, "invalid value: integer `-1`, expected u32 at line 1 column");
-    wrong["args"][2] = json!({"u33": 1});
-    case.refused(&wrong, "unknown field `u33`");
+    let with = |value| with(add(), "/args/2", value);
+    let message = "invalid value: integer `-1`, expected u32 at line 1 column";
+    case.refused(&with(json!({"u32": -1})), message);
+    case.refused(&with(json!({"u33": 1})), "unknown field `u33`");
 }
 
 #[test]
 fn wrong_arguments_are_refused() {
     let case = add_case();
-    let with = |i: usize, value: Value| {
-        let mut launch = add();
-        launch["args"][i] = value;
-        launch
-    };
+    let with = |i: usize, value| with(add(), &format!("/args/{i}"), value);
     case.refused(&with(2, json!({})), "argument 2: exactly one of");
     case.refused(&with(2, json!({"u32": 1, "f32": 1.0})), "argument 2: exactly one of");
     case.refused(&with(2, json!({"u32": 1, "out": "x"})), "argument 2: file, bytes and out");
@@ -458,11 +443,7 @@ fn wrong_arguments_are_refused() {
 #[test]
 fn wrong_launches_are_refused() {
     let case = add_case();
-    let with = |field: &str, value: Value| {
-        let mut launch = add();
-        launch[field] = value;
-        launch
-    };
+    let with = |field, value| with(add(), &format!("/{field}"), value);
     case.refused(&with("kernel", json!("sub")), "no kernel sub in the module; it has: add, race");
     case.refused(&with("arch", json!("sm_70")), "sm_70");
     case.refused(&with("block", json!([2048, 1, 1])), "1024 threads");
@@ -488,6 +469,9 @@ fn help_names_the_file_and_the_status() {
     let output = Command::new(env!("CARGO_BIN_EXE_ptxsim")).arg("--help").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("LAUNCH.JSON") && text.contains("exit status"), "{text}");
+    let options = serde_json::to_value(ptxsim::Options::default()).unwrap();
+    let unnamed = options.as_object().unwrap().keys().find(|name| !text.contains(*name));
+    assert_eq!(unnamed, None, "{text}");
     let output = Command::new(env!("CARGO_BIN_EXE_ptxsim")).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
 }

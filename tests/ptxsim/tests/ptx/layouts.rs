@@ -7,7 +7,9 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use ptxsim::layout::{Major, Swizzle, wgmma_a, wgmma_d};
 use ptxsim::tensor_map::{Dtype, TensorMap};
-use ptxsim::{Arch, Arg, Device, Launch, Module, Timing};
+use ptxsim::{Arch, Arg, Device, Timing};
+
+use crate::run::launch;
 
 const M: usize = 64;
 const K: usize = 64;
@@ -224,10 +226,7 @@ fn check<T: Element>(a: Option<Layout>, b: Layout, seed: u64, timing: Timing) {
     let out = device.uninitialised::<f32>("out", M * b.mn);
     let map = |l: Layout, i: usize| Arg::TensorMap(l.map(T::DTYPE, device.address(buffers[i])));
     let args = [map(global_a, 0), map(b, 1), fragments.into(), out.into()];
-    let module = Module::parse(&text(T::NAME, a, b)).unwrap_or_else(|e| panic!("{case}: {e}"));
-    let report = device
-        .launch(&module, "product", &Launch::linear(1, 128), &args)
-        .unwrap_or_else(|e| panic!("{case}: {e}"));
+    let report = launch(&mut device, &text(T::NAME, a, b), [1, 128], &args);
     assert!(report.is_clean(), "{case}:\n{report}");
     assert_eq!(report.tensor_flops(), (2 * M * b.mn * K) as u64, "{case}");
     let got = device.read::<f32>(out).unwrap_or_else(|e| panic!("{case}: {e}"));

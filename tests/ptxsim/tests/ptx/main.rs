@@ -9,4 +9,5 @@ mod negative;
 mod parser;
 mod parser_robustness;
 mod report;
+mod run;
 mod spins;

@@ -7,7 +7,7 @@ use ptxsim::{
     parser::parse,
 };
 
-const HEADER: &str = ".version 8.0\n.target sm_90a\n.address_size 64\n";
+use crate::run::HEADER;
 
 fn module(text: &str) -> Module {
     let text = format!("{HEADER}{text}");

@@ -1,7 +1,9 @@
 //! Findings and reports: what is kept, what is counted, how it reads.
 
 use ptxsim::diagnostic::{Diagnostic, Findings, Kind, Location, Place};
-use ptxsim::{Arch, Device, Launch, Module};
+use ptxsim::{Arch, Arg, Device, Launch};
+
+use crate::run::{clean, launch, parse};
 
 fn finding(kind: Kind, line: u32) -> Diagnostic {
     let at = |ptx_line, lane| Location {
@@ -90,12 +92,9 @@ const INCREMENT: &str = "
 
 #[test]
 fn counts_are_exact() {
-    let module = Module::parse(INCREMENT).expect("it parses");
     let mut device = Device::new(Arch::Sm80);
     let data = device.buffer("data", &(0..128u32).collect::<Vec<_>>());
-    let launch = Launch::linear(4, 32);
-    let report = device.launch(&module, "increment", &launch, &[data.into()]).expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    let report = clean(&mut device, INCREMENT, [4, 32], &[data.into()]);
     assert_eq!(device.read::<u32>(data).expect("written"), (1..129).collect::<Vec<_>>());
     assert_eq!(report.instructions(), 4 * 15);
     let b = report.buffer("data").expect("it was touched");
@@ -129,12 +128,9 @@ const FILLING: &str = "
 
 #[test]
 fn bytes_that_are_filled_with_zeros_are_not_read() {
-    let module = Module::parse(FILLING).expect("it parses");
     let mut device = Device::new(Arch::Sm80);
     let from = device.buffer("from", &[1u32; 128]);
-    let launch = Launch::linear(1, 32);
-    let report = device.launch(&module, "fill", &launch, &[from.into()]).expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    let report = clean(&mut device, FILLING, [1, 32], &[from.into()]);
     let b = report.buffer("from").expect("it was touched");
     // 11 lanes read 8 bytes, 10 read 16: each reads a sector of its own among those of its size.
     assert_eq!((b.traffic.read, b.distinct_read), (11 * 8 + 10 * 16, 11 * 8 + 10 * 16));
@@ -143,7 +139,7 @@ fn bytes_that_are_filled_with_zeros_are_not_read() {
 
 #[test]
 fn several_schedules_count_once() {
-    let module = Module::parse(INCREMENT).expect("it parses");
+    let module = parse(INCREMENT);
     let mut device = Device::new(Arch::Sm80);
     let data = device.buffer("data", &[0u32; 128]);
     let launch = Launch::linear(4, 32);
@@ -173,13 +169,11 @@ const UNFENCED: &str = "
 
 #[test]
 fn what_hardware_forgives_is_a_warning() {
-    let module = Module::parse(UNFENCED).expect("it parses");
     for strict in [false, true] {
         let mut device = Device::new(Arch::Sm90a);
         device.options.strict_proxies = strict;
         let from = device.buffer("from", &[0u32; 4]);
-        let report =
-            device.launch(&module, "copy", &Launch::linear(1, 1), &[from.into()]).expect("it runs");
+        let report = launch(&mut device, UNFENCED, [1, 1], &[from.into()]);
         assert_eq!(report.is_clean(), !strict, "{report}");
         assert_eq!(report.has(Kind::MissingProxyFence), strict, "{report}");
         assert_eq!(report.warnings().count(), usize::from(!strict), "{report}");
@@ -191,7 +185,7 @@ fn what_hardware_forgives_is_a_warning() {
 
 #[test]
 fn text_for_another_architecture_is_refused() {
-    let module = Module::parse(UNFENCED).expect("it parses");
+    let module = parse(UNFENCED);
     let mut device = Device::new(Arch::Sm80);
     let from = device.buffer("from", &[0u32; 4]);
     let refused = device.launch(&module, "copy", &Launch::linear(1, 1), &[from.into()]);
@@ -216,12 +210,9 @@ fn a_failed_assertion_ends_the_launch() {
         FINE:
             ret;
         }";
-    let module = Module::parse(text).expect("it parses");
     for (limit, fails) in [(32, false), (20, true)] {
         let mut device = Device::new(Arch::Sm80);
-        let args = [ptxsim::Arg::U32(limit)];
-        let launch = Launch::linear(1, 32);
-        let report = device.launch(&module, "asserts", &launch, &args).expect("it runs");
+        let report = launch(&mut device, text, [1, 32], &[Arg::U32(limit)]);
         assert_eq!((report.has(Kind::Trap), report.is_clean()), (fails, !fails), "{report}");
     }
 }
@@ -248,10 +239,7 @@ fn order_among_blocks_is_counted() {
             @p bra LOOP;
             ret;
         }";
-    let module = Module::parse(text).expect("it parses");
-    let mut device = Device::new(Arch::Sm90a);
-    let report = device.launch(&module, "orders", &Launch::linear(1, 96), &[]).expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    let report = clean(&mut Device::new(Arch::Sm90a), text, [1, 96], &[]);
     let lines: Vec<_> = report.lines.iter().filter(|l| !l.order.is_none()).collect();
     let costs: Vec<_> =
         lines.iter().map(|l| (l.order.memory_barriers, l.order.invalidations)).collect();
@@ -281,12 +269,9 @@ fn a_printf_changes_nothing() {
             st.global.u32 [%x1], %r0;
             ret;
         }";
-    let module = Module::parse(text).expect("it parses");
     let mut device = Device::new(Arch::Sm80);
     let out = device.uninitialised::<u32>("out", 32);
-    let report = device.launch(&module, "prints", &Launch::linear(1, 32), &[out.into()]);
-    let report = report.expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    clean(&mut device, text, [1, 32], &[out.into()]);
     assert_eq!(device.read::<u32>(out).expect("written"), [7; 32]);
 }
 
@@ -311,12 +296,9 @@ fn lanes_that_end_early_hold_nobody_up() {
     };
     for barrier in ["bar.sync 0;", "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"]
     {
-        let module = Module::parse(&text(barrier)).expect("it parses");
         let mut device = Device::new(Arch::Sm90a);
         let out = device.uninitialised::<u32>("out", 40);
-        let report =
-            device.launch(&module, "ends", &Launch::linear(1, 96), &[out.into()]).expect("it runs");
-        assert!(report.is_clean(), "{barrier}\n{report}");
+        clean(&mut device, &text(barrier), [1, 96], &[out.into()]);
         assert!(device.read::<u32>(out).expect("written").into_iter().eq(0..40));
     }
 }
@@ -324,8 +306,8 @@ fn lanes_that_end_early_hold_nobody_up() {
 /// Half of the warp takes a path that lies behind the barrier in the text, and comes back.
 #[test]
 fn lanes_may_come_to_a_barrier_from_further_on() {
-    let module = Module::parse(
-        ".version 8.0 .target sm_80 .address_size 64
+    let text = "
+        .version 8.0 .target sm_80 .address_size 64
         .visible .entry out_of_line() {
             .reg .b32 %r<4>; .reg .pred %p;
             mov.u32 %r0, %tid.x;
@@ -335,11 +317,6 @@ fn lanes_may_come_to_a_barrier_from_further_on() {
             ret;
             BEHIND: add.u32 %r1, %r0, 1;
             bra BACK;
-        }",
-    )
-    .expect("PTX");
-    let mut device = Device::new(Arch::Sm80);
-    let report = device.launch(&module, "out_of_line", &Launch::linear(1, 64), &[]);
-    let report = report.expect("a valid launch");
-    assert!(report.is_clean(), "{report}");
+        }";
+    clean(&mut Device::new(Arch::Sm80), text, [1, 64], &[]);
 }

@@ -1,7 +1,9 @@
 //! Threads that poll memory for each other.
 
 use ptxsim::diagnostic::Kind;
-use ptxsim::{Arch, Device, Launch, Module, Residency, Timing};
+use ptxsim::{Arch, Arg, Device, Residency, Timing};
+
+use crate::run::{clean, launch};
 
 /// Two sides hand a number to and fro `rounds` times, each waiting for its own parity: side 0 makes
 /// an even number odd, side 1 an odd one even.
@@ -50,16 +52,13 @@ const BY_WARP: &str = "shr.u32 %r3, %r0, 5;";
 #[test]
 fn blocks_that_wait_for_each_other() {
     for sleeps in [true, false] {
-        let module = Module::parse(&ping_pong(BY_BLOCK, false, sleeps)).expect("it parses");
+        let text = ping_pong(BY_BLOCK, false, sleeps);
         for seed in 0..3 {
             let mut device = Device::new(Arch::Sm80);
             device.options.seed = seed;
             device.options.residency = Residency::CoResident;
             let flag = device.buffer("flag", &[0u32]);
-            let args = [flag.into(), ptxsim::Arg::U32(300)];
-            let launch = Launch::linear(2, 32);
-            let report = device.launch(&module, "play", &launch, &args).expect("it runs");
-            assert!(report.is_clean(), "seed {seed}:\n{report}");
+            clean(&mut device, &text, [2, 32], &[flag.into(), Arg::U32(300)]);
             assert_eq!(device.read::<u32>(flag).expect("written"), [600]);
         }
     }
@@ -68,27 +67,23 @@ fn blocks_that_wait_for_each_other() {
 /// On one core; on several, blocks that run at the same time may meet by chance.
 #[test]
 fn one_after_the_other_they_wait_for_ever() {
-    let module = Module::parse(&ping_pong(BY_BLOCK, false, true)).expect("it parses");
+    let text = ping_pong(BY_BLOCK, false, true);
     let mut device = Device::new(Arch::Sm80);
     let flag = device.buffer("flag", &[0u32]);
-    let args = [flag.into(), ptxsim::Arg::U32(3)];
+    let args = [flag.into(), Arg::U32(3)];
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
-    let report = pool.install(|| device.launch(&module, "play", &Launch::linear(2, 32), &args));
-    let report = report.expect("it runs");
+    let report = pool.install(|| launch(&mut device, &text, [2, 32], &args));
     assert!(report.has(Kind::Deadlock) && !report.complete, "{report}");
 }
 
 #[test]
 fn warps_that_wait_for_each_other() {
     for (sleeps, timing) in [(true, Timing::Eager), (false, Timing::Lazy)] {
-        let module = Module::parse(&ping_pong(BY_WARP, true, sleeps)).expect("it parses");
         let mut device = Device::new(Arch::Sm80);
         device.options.timing = timing;
         let unused = device.buffer("unused", &[0u32]);
-        let args = [unused.into(), ptxsim::Arg::U32(300)];
-        let report =
-            device.launch(&module, "play", &Launch::linear(1, 64), &args).expect("it runs");
-        assert!(report.is_clean(), "{report}");
+        let text = ping_pong(BY_WARP, true, sleeps);
+        clean(&mut device, &text, [1, 64], &[unused.into(), Arg::U32(300)]);
     }
 }
 
@@ -119,12 +114,9 @@ fn lanes_that_wait_for_each_other() {
             st.global.u32 [%x1], %r6;
             ret;
         }";
-    let module = Module::parse(text).expect("it parses");
     let mut device = Device::new(Arch::Sm80);
     let out = device.uninitialised::<u32>("out", 32);
-    let report =
-        device.launch(&module, "lanes", &Launch::linear(1, 32), &[out.into()]).expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    clean(&mut device, text, [1, 32], &[out.into()]);
     assert_eq!(device.read::<u32>(out).expect("written"), [7; 32]);
 }
 
@@ -164,13 +156,10 @@ fn a_copy_put_off_while_a_warp_polls() {
         END:
             ret;
         }";
-    let module = Module::parse(text).expect("it parses");
     let mut device = Device::new(Arch::Sm90a);
     device.options.timing = Timing::Lazy;
     device.options.max_instructions = 1_000_000;
     let (data, out) = (device.buffer("data", &[7u32; 4]), device.uninitialised::<u32>("out", 1));
-    let args = [data.into(), out.into()];
-    let report = device.launch(&module, "pass", &Launch::linear(1, 64), &args).expect("it runs");
-    assert!(report.is_clean(), "{report}");
+    clean(&mut device, text, [1, 64], &[data.into(), out.into()]);
     assert_eq!(device.read::<u32>(out).expect("written"), [7]);
 }

@@ -196,14 +196,14 @@ impl Ran {
             "f16" => self.read::<f16>(*buffer),
             "bf16" => self.read::<bf16>(*buffer),
             _ => {
-                let data = self.device.read::<i32>(*buffer).unwrap_or_else(|e| panic!("{e}"));
+                let data: Vec<i32> = run::read(&self.device, *buffer);
                 data.into_iter().map(f64::from).collect()
             }
         }
     }
 
     fn read<T: Element>(&self, buffer: Buffer) -> Vec<f64> {
-        values(&self.device.read::<T>(buffer).unwrap_or_else(|e| panic!("{e}")))
+        values(&run::read::<T>(&self.device, buffer))
     }
 
     /// Unit round-off of a buffer's element type.

@@ -13,7 +13,9 @@ use std::path::Path;
 use probes::file::Recording;
 use probes::{Capability, Inputs, PROBES, Probe};
 use ptxsim::numeric::tensor::Accumulation;
-use ptxsim::{Arch, Arg, Device, Launch, Module, Options};
+use ptxsim::{Arch, Arg, Device, Launch, Options};
+
+use crate::run::parse;
 
 /// Devices whose results are wanted; those of others are compared as well.
 const WANTED: [&str; 2] = ["golden-sm80.bin", "golden-sm90.bin"];
@@ -28,14 +30,13 @@ fn simulate_as(probe: &Probe, options: Options) -> Vec<u32> {
         Capability::From80 => Arch::Sm80,
         Capability::Only90 => Arch::Sm90a,
     };
-    let module = Module::parse(probe.ptx).expect("the text parses");
     let mut device = Device::new(arch);
     device.options = options;
     let inputs = device.buffer("inputs", &probe.words());
     let outputs = device.uninitialised::<u32>("outputs", probe.results());
     let launch = Launch::linear(probe.blocks, probe.threads).shared(probe.shared_bytes);
     let args = [Arg::Buffer(inputs), Arg::Buffer(outputs)];
-    let report = device.launch(&module, probe.entry, &launch, &args).expect(probe.entry);
+    let report = device.launch(&parse(probe.ptx), probe.entry, &launch, &args).expect(probe.entry);
     assert!(report.is_clean(), "{}: {report}", probe.entry);
     device.read(outputs).expect("all threads have stored")
 }

@@ -165,9 +165,8 @@ fn two_arrivals_at_the_cluster_barrier() {
 #[test]
 fn shared_memory_of_a_block_that_may_have_ended() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        mapa.shared::cluster.u32 r2, r0, 1;
-        st.shared.u32 [r0], tid;
+        "mapa.shared::cluster.u32 r2, word, 1;
+        st.shared.u32 [word], tid;
         barrier.cluster.arrive.aligned;
         barrier.cluster.wait.aligned;
         setp.eq.u32 p, rank, 1;

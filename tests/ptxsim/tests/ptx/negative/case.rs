@@ -2,7 +2,9 @@
 
 use ptxsim::diagnostic::{Diagnostic, Kind};
 use ptxsim::tensor_map::{Dtype, TensorMap};
-use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report, Residency, Timing};
+use ptxsim::{Arch, Arg, Buffer, Device, Launch, Report, Residency, Timing};
+
+use crate::run::{numbered, parse};
 
 /// Words of the buffers `in` (0, 1, 2, …) and `out` (0, 0, 0, …); `raw` has as many that nobody has
 /// written.
@@ -17,7 +19,8 @@ const COLUMNS: u64 = 8;
 /// * `in`, `out` and `raw`, where the buffers begin; `in_map` and `out_map`, tensor maps of two of
 ///   them: tiles of 4 rows of 8 words out of 32 rows;
 /// * `tid`, `lane`, `warp`, `block`, `rank` (of the block in its cluster); `leader`, true in thread 0;
-/// * `sh`, where the shared `tile` begins: 4 KiB that nobody has written;
+/// * `sh`, where the shared `tile` begins: 4 KiB that nobody has written; `word` and `quad`, where the
+///   thread's own 4 and 16 bytes of it would be;
 /// * `mbar`, where there is room for four mbarriers that nobody has initialised.
 ///
 /// `p`, `q`, `h0`…, `r0`…, `d0`…, `f0`… are free.
@@ -33,7 +36,7 @@ const HEADER: &str = "\
 .shared .align 8 .b8 mbarriers[32];
 .reg .pred p, q, leader;
 .reg .b16 h<8>;
-.reg .b32 r<64>, tid, lane, warp, block, rank, sh, mbar;
+.reg .b32 r<64>, tid, lane, warp, block, rank, sh, word, quad, mbar;
 .reg .b64 d<16>, in, out, raw, in_map, out_map, front, back;
 .reg .f32 f<64>;
 ld.param.u64 in, [p_in];
@@ -50,6 +53,8 @@ mov.u32 block, %ctaid.x;
 mov.u32 rank, %cluster_ctarank;
 setp.eq.u32 leader, tid, 0;
 mov.u32 sh, tile;
+mad.lo.u32 word, tid, 4, sh;
+mad.lo.u32 quad, tid, 16, sh;
 mov.u32 mbar, mbarriers;
 ";
 
@@ -376,7 +381,7 @@ impl Case {
     /// In both timings, and with several seeds; `check` also sees the words of `out`.
     #[track_caller]
     fn run(&self, text: &str, strict: bool, check: impl Fn(&Report, Vec<u32>, String)) {
-        let module = Module::parse(text).unwrap_or_else(|e| panic!("{e}\n{}", numbered(text)));
+        let module = parse(text);
         for timing in [Timing::Eager, Timing::Lazy] {
             for seed in 0..3 {
                 let (mut device, output, args) = self.device();
@@ -393,9 +398,4 @@ impl Case {
             }
         }
     }
-}
-
-/// A text with the numbers of its lines.
-fn numbered(text: &str) -> String {
-    text.lines().enumerate().map(|(i, line)| format!("{:4} {line}\n", i + 1)).collect()
 }

@@ -9,12 +9,11 @@ use super::case::Case;
 #[test]
 fn read_without_waiting_for_the_group() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.commit_group;
         +cp.async.wait_group 0;
-        ld.shared.u32 r1, [r0];    // <-- here",
+        ld.shared.u32 r1, [quad];    // <-- here",
     )
     .reports(PendingWrite);
 }
@@ -22,15 +21,14 @@ fn read_without_waiting_for_the_group() {
 #[test]
 fn wait_that_leaves_one_group_too_many() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.commit_group;
-        cp.async.cg.shared.global [r0+512], [d0+512], 16;
+        cp.async.cg.shared.global [quad+512], [d0+512], 16;
         cp.async.commit_group;
         -cp.async.wait_group 2;
         +cp.async.wait_group 1;
-        ld.shared.u32 r1, [r0];    // <-- here",
+        ld.shared.u32 r1, [quad];    // <-- here",
     )
     .reports(PendingWrite);
 }
@@ -38,12 +36,11 @@ fn wait_that_leaves_one_group_too_many() {
 #[test]
 fn wait_without_a_commit() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         +cp.async.commit_group;
         cp.async.wait_group 0;
-        ld.shared.u32 r1, [r0];    // <-- here",
+        ld.shared.u32 r1, [quad];    // <-- here",
     )
     .reports(PendingWrite);
 }
@@ -51,11 +48,10 @@ fn wait_without_a_commit() {
 #[test]
 fn read_of_another_warps_copy_without_a_barrier() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        xor.b32 r1, tid, 32;
+        "xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.commit_group;
         cp.async.wait_group 0;
         +bar.sync 0;
@@ -68,11 +64,10 @@ fn read_of_another_warps_copy_without_a_barrier() {
 #[test]
 fn read_of_another_lanes_copy_without_a_barrier() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        xor.b32 r1, tid, 1;
+        "xor.b32 r1, tid, 1;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.commit_group;
         cp.async.wait_group 0;
         +bar.warp.sync -1;
@@ -84,11 +79,10 @@ fn read_of_another_lanes_copy_without_a_barrier() {
 #[test]
 fn barrier_before_the_wait() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        xor.b32 r1, tid, 32;
+        "xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.commit_group;
         -bar.sync 0;
         cp.async.wait_group 0;
@@ -102,15 +96,14 @@ fn barrier_before_the_wait() {
 #[test]
 fn copy_into_a_buffer_that_another_warp_still_reads() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        xor.b32 r1, tid, 32;
+        "xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 16, sh;
         mad.wide.u32 d0, tid, 16, in;
-        st.shared.u32 [r0], tid;
+        st.shared.u32 [quad], tid;
         bar.sync 0;
         ld.shared.u32 r2, [r1];    // <-- here
         +bar.sync 0;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.wait_all;",
     )
     .threads(64)
@@ -120,12 +113,11 @@ fn copy_into_a_buffer_that_another_warp_still_reads() {
 #[test]
 fn store_to_a_buffer_that_is_being_copied_to() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
-        -st.shared.u32 [r0], tid;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
+        -st.shared.u32 [quad], tid;    // <-- here
         cp.async.wait_all;
-        +st.shared.u32 [r0], tid;",
+        +st.shared.u32 [quad], tid;",
     )
     .reports(PendingWrite);
 }
@@ -133,9 +125,8 @@ fn store_to_a_buffer_that_is_being_copied_to() {
 #[test]
 fn store_to_the_source_of_a_copy() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, out;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, out;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         -st.global.u32 [d0], tid;    // <-- here
         cp.async.wait_all;
         +st.global.u32 [d0], tid;",
@@ -146,11 +137,10 @@ fn store_to_the_source_of_a_copy() {
 #[test]
 fn source_larger_than_the_copy() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
+        "mad.wide.u32 d0, tid, 16, in;
         -mov.u32 r1, 17;
         +mov.u32 r1, 7;
-        cp.async.cg.shared.global [r0], [d0], 16, r1;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16, r1;    // <-- here
         cp.async.wait_all;",
     )
     .reports(InvalidOperand);
@@ -182,9 +172,8 @@ fn arrival_that_does_not_wait_for_the_copies() {
 #[test]
 fn copied_bytes_in_a_bulk_store_without_a_proxy_fence() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.wait_all;
         +fence.proxy.async;
         bar.sync 0;
@@ -199,14 +188,13 @@ fn copied_bytes_in_a_bulk_store_without_a_proxy_fence() {
 
 /// A loop over two buffers: the next tile is copied while one is read.
 const PIPELINE: &str = "mov.u32 r0, 0;
-    mad.lo.u32 r1, tid, 16, sh;
     mad.wide.u32 d0, tid, 16, in;
-    cp.async.cg.shared.global [r1], [d0], 16;
+    cp.async.cg.shared.global [quad], [d0], 16;
     cp.async.commit_group;
     LOOP:
     add.u32 r2, r0, 1;
     and.b32 r3, r2, 1;
-    mad.lo.u32 r3, r3, 1024, r1;
+    mad.lo.u32 r3, r3, 1024, quad;
     setp.lt.u32 p, r2, 4;
     @p cp.async.cg.shared.global [r3], [d0], 16;    // <-- here
     cp.async.commit_group;

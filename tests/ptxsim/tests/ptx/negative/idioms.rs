@@ -168,11 +168,10 @@ fn operands_by_all_warps_without_a_proxy_fence() {
 const OWN_ROWS: &str = "
     mov.u32 r0, 0x3f803f80;
     setp.lt.u32 q, tid, 16;
-    mad.lo.u32 r1, tid, 16, sh;
-    @q st.shared.v4.u32 [r1+2048], {r0, r0, r0, r0};
+    @q st.shared.v4.u32 [quad+2048], {r0, r0, r0, r0};
     fence.proxy.async.shared::cta;
     bar.sync 0;
-    st.shared.v4.u32 [r1], {r0, r0, r0, r0};
+    st.shared.v4.u32 [quad], {r0, r0, r0, r0};
     fence.proxy.async.shared::cta;
     bar.warp.sync -1;
     setp.ne.u32 p, r0, r0;
@@ -187,7 +186,7 @@ const OWN_ROWS: &str = "
 fn rows_of_a_warp_by_that_warp() {
     warpgroup(OWN_ROWS).leaves(&[16f32.to_bits(); 128]);
     let case = warpgroup(OWN_ROWS).without("bar.warp.sync -1;");
-    case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
+    case.at("st.shared.v4.u32 [quad]").at(PRODUCT).is_forgiven(Race);
 }
 
 /// B is read where A is.
@@ -198,7 +197,7 @@ fn rows_of_a_warp_by_another() {
         "-mov.b64 back, front;
         wgmma.fence",
     ));
-    case.at("st.shared.v4.u32 [r1]").at(PRODUCT).is_forgiven(Race);
+    case.at("st.shared.v4.u32 [quad]").at(PRODUCT).is_forgiven(Race);
 }
 
 /// What a warp writes after it has issued a product is not in order before it, though a wgmma.fence
@@ -419,15 +418,14 @@ fn data_published_by_the_fence_of_the_initialisation() {
 
 /// A warp stores a tile whole, every lane of it the same copy.
 const STORE: &str = "
-    mad.lo.u32 r0, tid, 4, sh;
-    st.shared.u32 [r0], tid;
+    st.shared.u32 [word], tid;
     fence.proxy.async.shared::cta;
     bar.warp.sync -1;
     cp.async.bulk.global.shared::cta.bulk_group [out], [sh], 128;
     cp.async.bulk.commit_group;
     cp.async.bulk.wait_group.read 0;
     bar.warp.sync -1;
-    st.shared.u32 [r0], 0;";
+    st.shared.u32 [word], 0;";
 
 const STORED: &str = "cp.async.bulk.global";
 
@@ -439,14 +437,14 @@ fn store_by_all_lanes() {
 #[test]
 fn store_by_all_lanes_without_a_proxy_fence() {
     let case = Case::new(STORE).without("fence.proxy.async.shared::cta;");
-    case.at("st.shared.u32 [r0], tid").at(STORED).reports(MissingProxyFence);
+    case.at("st.shared.u32 [word], tid").at(STORED).reports(MissingProxyFence);
 }
 
 #[test]
 fn store_by_all_lanes_whose_source_is_overwritten() {
     let right = "cp.async.bulk.wait_group.read 0;";
     let case = Case::new(STORE).plant(right, "cp.async.bulk.wait_group.read 1;");
-    case.at(STORED).at("st.shared.u32 [r0], 0").reports(PendingRead);
+    case.at(STORED).at("st.shared.u32 [word], 0").reports(PendingRead);
 }
 
 /// A reduction by all lanes is one for each.

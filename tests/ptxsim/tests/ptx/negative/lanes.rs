@@ -32,12 +32,11 @@ fn guarded_product() {
 #[test]
 fn matrix_load_by_half_a_warp() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        st.shared.v4.u32 [r0], {tid, tid, tid, tid};
+        "st.shared.v4.u32 [quad], {tid, tid, tid, tid};
         bar.warp.sync -1;
         -setp.lt.u32 p, tid, 16;
         +setp.lt.u32 p, tid, 32;
-        @p ldmatrix.sync.aligned.m8n8.x2.shared.b16 {r1, r2}, [r0];    // <-- here",
+        @p ldmatrix.sync.aligned.m8n8.x2.shared.b16 {r1, r2}, [quad];    // <-- here",
     )
     .reports(Divergence);
 }

@@ -1,9 +1,10 @@
 //! Launches that are refused, traps, bank conflicts, results that depend on the schedule.
 
 use ptxsim::diagnostic::Kind;
-use ptxsim::{Arch, Arg, Device, Launch, LaunchError, Module};
+use ptxsim::{Arch, Arg, Device, Launch, LaunchError};
 
 use super::case::Case;
+use crate::run::parse;
 
 const SMALL: &str = ".version 8.6
     .target sm_80
@@ -31,8 +32,7 @@ const SMALL: &str = ".version 8.6
 
 /// Launches a kernel of `SMALL`; clean, or the refusal.
 fn launch(arch: Arch, kernel: &str, launch: Launch, args: &[Arg]) -> Result<(), LaunchError> {
-    let module = Module::parse(SMALL).unwrap_or_else(|e| panic!("{e}"));
-    let report = Device::new(arch).launch(&module, kernel, &launch, args)?;
+    let report = Device::new(arch).launch(&parse(SMALL), kernel, &launch, args)?;
     assert!(report.is_clean(), "{report}");
     Ok(())
 }
@@ -169,9 +169,8 @@ fn bank_conflicts_are_counted() {
     let case = Case::new(ROWS);
     let run = |sign| {
         let (text, marks) = case.text(sign);
-        let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
         let (mut device, _, args) = case.device();
-        let report = device.launch(&module, "k", &Launch::linear(1, 32), &args);
+        let report = device.launch(&parse(&text), "k", &Launch::linear(1, 32), &args);
         let report = report.unwrap_or_else(|e| panic!("{e}"));
         assert!(report.is_clean(), "{report}");
         let at = |line: u32| report.lines.iter().find(|l| l.ptx_line == line).map(|l| l.shared);
@@ -198,7 +197,7 @@ const EXCHANGE: &str = "setp.ne.u32 p, lane, 0;
 fn results_that_depend_on_the_schedule() {
     let case = Case::new(EXCHANGE);
     let explore = |sign| {
-        let module = Module::parse(&case.text(sign).0).unwrap_or_else(|e| panic!("{e}"));
+        let module = parse(&case.text(sign).0);
         let (mut device, _, args) = case.device();
         let report = device.explore(&module, "k", &Launch::linear(1, 256), &args, 8);
         report.unwrap_or_else(|e| panic!("{e}"))

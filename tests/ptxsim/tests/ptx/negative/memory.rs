@@ -82,9 +82,8 @@ fn shared_access_between_two_variables() {
 #[test]
 fn shared_access_before_the_first_variable() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        -st.shared.u32 [r0+-4], tid;     // <-- here
-        +st.shared.u32 [r0], tid;",
+        "-st.shared.u32 [word+-4], tid;     // <-- here
+        +st.shared.u32 [word], tid;",
     )
     .says("shared tile-4")
     .reports(OutOfBounds);
@@ -209,10 +208,9 @@ fn shared_memory_that_is_aligned_by_chance() {
 #[test]
 fn asynchronous_copy_to_a_misaligned_destination() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        -add.u32 r0, r0, 8;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        "mad.wide.u32 d0, tid, 16, in;
+        -add.u32 quad, quad, 8;
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.wait_all;",
     )
     .reports(Misaligned);
@@ -221,10 +219,9 @@ fn asynchronous_copy_to_a_misaligned_destination() {
 #[test]
 fn asynchronous_copy_from_a_misaligned_source() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        mad.wide.u32 d0, tid, 16, in;
-        -cp.async.cg.shared.global [r0], [d0+4], 16;    // <-- here
-        +cp.async.cg.shared.global [r0], [d0+16], 16;
+        "mad.wide.u32 d0, tid, 16, in;
+        -cp.async.cg.shared.global [quad], [d0+4], 16;    // <-- here
+        +cp.async.cg.shared.global [quad], [d0+16], 16;
         cp.async.wait_all;",
     )
     .reports(Misaligned);
@@ -260,11 +257,10 @@ fn tile_at_half_its_alignment() {
 #[test]
 fn shared_memory_nobody_has_written() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
+        "st.shared.u32 [word], tid;
         bar.warp.sync -1;
-        -ld.shared.u32 r1, [r0+4];   // <-- here
-        +ld.shared.u32 r1, [r0];",
+        -ld.shared.u32 r1, [word+4];   // <-- here
+        +ld.shared.u32 r1, [word];",
     )
     .says("tile+128")
     .reports(UninitialisedMemory);
@@ -367,10 +363,9 @@ fn bulk_copy_beyond_the_end() {
 #[test]
 fn asynchronous_copy_of_memory_nobody_has_written() {
     Case::new(
-        "mad.lo.u32 r0, tid, 16, sh;
-        -mad.wide.u32 d0, tid, 16, raw;
+        "-mad.wide.u32 d0, tid, 16, raw;
         +mad.wide.u32 d0, tid, 16, in;
-        cp.async.cg.shared.global [r0], [d0], 16;    // <-- here
+        cp.async.cg.shared.global [quad], [d0], 16;    // <-- here
         cp.async.wait_all;",
     )
     .reports(UninitialisedMemory);
@@ -379,11 +374,10 @@ fn asynchronous_copy_of_memory_nobody_has_written() {
 #[test]
 fn matrix_load_of_memory_nobody_has_written() {
     Case::new(
-        "mad.lo.u32 r4, tid, 16, sh;
-        -st.shared.v2.u32 [r4], {tid, tid};
-        +st.shared.v4.u32 [r4], {tid, tid, tid, tid};
+        "-st.shared.v2.u32 [quad], {tid, tid};
+        +st.shared.v4.u32 [quad], {tid, tid, tid, tid};
         bar.warp.sync -1;
-        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {r0, r1, r2, r3}, [r4];     // <-- here",
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {r0, r1, r2, r3}, [quad];     // <-- here",
     )
     .reports(UninitialisedMemory);
 }
@@ -391,8 +385,7 @@ fn matrix_load_of_memory_nobody_has_written() {
 #[test]
 fn bulk_store_of_memory_nobody_has_written() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
+        "st.shared.u32 [word], tid;
         fence.proxy.async.shared::cta;
         bar.sync 0;
         @!leader bra DONE;

@@ -10,11 +10,10 @@ use super::case::Case;
 /// Zeros for both operands of m64n8k16 in `tile`, A (descriptor `front`) and B behind it (`back`), and
 /// p is false. Nothing orders the stores before a product.
 const ZEROS: &str = "\
-    mad.lo.u32 r8, tid, 16, sh;
     mov.u32 r9, 0;
-    st.shared.v4.u32 [r8], {r9, r9, r9, r9};
+    st.shared.v4.u32 [quad], {r9, r9, r9, r9};
     setp.lt.u32 q, tid, 16;
-    @q st.shared.v4.u32 [r8+2048], {r9, r9, r9, r9};
+    @q st.shared.v4.u32 [quad+2048], {r9, r9, r9, r9};
     setp.ne.u32 p, r9, 0;
 ";
 
@@ -153,7 +152,7 @@ fn operand_overwritten_before_the_wait() {
         wgmma.commit_group.sync.aligned;
         +wgmma.wait_group.sync.aligned 0;
         bar.sync 0;
-        st.shared.v4.u32 [r8], {r9, r9, r9, r9};    // <-- here
+        st.shared.v4.u32 [quad], {r9, r9, r9, r9};    // <-- here
         wgmma.wait_group.sync.aligned 0;",
     )
     .reports(PendingRead);
@@ -168,8 +167,8 @@ fn operand_overwritten_before_the_wait_is_read_early_or_late() {
         wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, front, back, p, 1, 1, 0, 0;
         wgmma.commit_group.sync.aligned;
         bar.sync 0;
-        st.shared.v4.u32 [r8], {r11, r11, r11, r11};
-        @q st.shared.v4.u32 [r8+2048], {r11, r11, r11, r11};
+        st.shared.v4.u32 [quad], {r11, r11, r11, r11};
+        @q st.shared.v4.u32 [quad+2048], {r11, r11, r11, r11};
         bar.sync 0;
         wgmma.wait_group.sync.aligned 0;
         mad.wide.u32 d0, tid, 4, out;

@@ -7,12 +7,11 @@ use super::case::Case;
 #[test]
 fn read_of_what_another_warp_writes() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        xor.b32 r1, tid, 32;
+        "xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 4, sh;
-        st.shared.u32 [r0], 0;
+        st.shared.u32 [word], 0;
         bar.sync 0;
-        st.shared.u32 [r0], tid;    // <-- here
+        st.shared.u32 [word], tid;    // <-- here
         +bar.sync 0;
         ld.shared.u32 r2, [r1];    // <-- here",
     )
@@ -23,14 +22,13 @@ fn read_of_what_another_warp_writes() {
 #[test]
 fn write_of_what_another_warp_still_reads() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        xor.b32 r1, tid, 32;
+        "xor.b32 r1, tid, 32;
         mad.lo.u32 r1, r1, 4, sh;
-        st.shared.u32 [r0], tid;
+        st.shared.u32 [word], tid;
         bar.sync 0;
         ld.shared.u32 r2, [r1];    // <-- here
         +bar.sync 0;
-        st.shared.u32 [r0], 7;    // <-- here",
+        st.shared.u32 [word], 7;    // <-- here",
     )
     .threads(128)
     .reports(Race);
@@ -74,10 +72,9 @@ fn only_arriving_at_a_barrier_orders_nothing_after_it() {
 #[test]
 fn exchange_between_lanes_without_a_barrier() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        xor.b32 r1, tid, 1;
+        "xor.b32 r1, tid, 1;
         mad.lo.u32 r1, r1, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
+        st.shared.u32 [word], tid;    // <-- here
         +bar.warp.sync -1;
         ld.shared.u32 r2, [r1];    // <-- here",
     )
@@ -87,10 +84,9 @@ fn exchange_between_lanes_without_a_barrier() {
 #[test]
 fn barrier_of_the_wrong_lanes() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        xor.b32 r1, tid, 16;
+        "xor.b32 r1, tid, 16;
         mad.lo.u32 r1, r1, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
+        st.shared.u32 [word], tid;    // <-- here
         setp.lt.u32 p, tid, 16;
         -@!p bra UPPER;
         -bar.warp.sync 0xffff;
@@ -260,13 +256,12 @@ fn flag_that_is_an_ordinary_variable() {
 #[test]
 fn shared_memory_of_another_block_without_the_cluster_barrier() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        xor.b32 r1, rank, 1;
-        mapa.shared::cluster.u32 r2, r0, r1;
-        st.shared.u32 [r0], 0;
+        "xor.b32 r1, rank, 1;
+        mapa.shared::cluster.u32 r2, word, r1;
+        st.shared.u32 [word], 0;
         barrier.cluster.arrive.aligned;
         barrier.cluster.wait.aligned;
-        st.shared.u32 [r0], tid;    // <-- here
+        st.shared.u32 [word], tid;    // <-- here
         +barrier.cluster.arrive.aligned;
         +barrier.cluster.wait.aligned;
         ld.shared::cluster.u32 r3, [r2];    // <-- here

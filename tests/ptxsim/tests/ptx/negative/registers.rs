@@ -3,9 +3,10 @@
 use ptxsim::diagnostic::Kind::{
     Deadlock, Divergence, InvalidOperand, Limit, UninitialisedRegister,
 };
-use ptxsim::{Launch, LaunchError, Module, Report};
+use ptxsim::{Launch, LaunchError, Report};
 
 use super::case::Case;
+use crate::run::parse;
 
 #[test]
 fn register_without_a_value_as_an_address() {
@@ -247,10 +248,9 @@ fn decrease(
     let case =
         Case::new("setmaxnreg.dec.sync.aligned.u32 40;      // <-- here").directives(directives);
     let (text, marks) = case.text('-');
-    let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}"));
     let (mut device, _, args) = case.device();
     let launch = Launch { registers, ..Launch::linear(1, 384) };
-    (device.launch(&module, "k", &launch, &args), marks[0])
+    (device.launch(&parse(&text), "k", &launch, &args), marks[0])
 }
 
 #[test]

@@ -9,8 +9,7 @@ use super::case::Case;
 /// Each thread has stored its number in `tile`, where copies see it; thread 0 goes on with the rest.
 fn stored(rest: &str) -> Case {
     Case::new(&format!(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;
+        "st.shared.u32 [word], tid;
         fence.proxy.async.shared::cta;
         bar.sync 0;
         @!leader bra DONE;
@@ -22,8 +21,7 @@ fn stored(rest: &str) -> Case {
 #[test]
 fn store_from_shared_memory_without_a_proxy_fence() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
+        "st.shared.u32 [word], tid;    // <-- here
         +fence.proxy.async.shared::cta;
         bar.sync 0;
         @!leader bra DONE;
@@ -38,8 +36,7 @@ fn store_from_shared_memory_without_a_proxy_fence() {
 #[test]
 fn store_without_a_barrier_after_the_fence() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
+        "st.shared.u32 [word], tid;    // <-- here
         fence.proxy.async.shared::cta;
         +bar.sync 0;
         @!leader bra DONE;
@@ -140,8 +137,7 @@ fn tensor_map_that_is_none() {
 #[test]
 fn fence_of_the_wrong_state_space() {
     Case::new(
-        "mad.lo.u32 r0, tid, 4, sh;
-        st.shared.u32 [r0], tid;    // <-- here
+        "st.shared.u32 [word], tid;    // <-- here
         -fence.proxy.async.global;
         +fence.proxy.async.shared::cta;
         bar.sync 0;
