@@ -1,5 +1,5 @@
 //! Golden vectors: launches that show what a device does where the rules of PTX leave it open.
-//! tests/cuda/device records the results, tests/ptxsim/tests/golden compares the simulator with them.
+//! tests/cuda/device records the results, tests/ptxsim/tests/ptx/golden compares the simulator with them.
 //! Inputs are made from a hash and stored nowhere.
 #![allow(dead_code)] // the recorder and the comparison each use their part
 

@@ -1,8 +1,7 @@
-//! What the tests with compiled kernels share: the compilers, inputs, references, comparison.
-#![allow(dead_code)] // each test file uses its part
+//! What the targets with compiled kernels share: the compilers, inputs, references, comparison.
+#![allow(dead_code)] // each target uses its part
 
 pub mod compare;
 pub mod reference;
 pub mod run;
 pub mod tools;
-pub mod triton;

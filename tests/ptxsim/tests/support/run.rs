@@ -1,6 +1,7 @@
 //! Launches that must be clean.
 
-use ptxsim::{Arch, Arg, Device, Launch, Module, Report};
+use bytemuck::Pod;
+use ptxsim::{Arch, Arg, Buffer, Device, Launch, Module, Report};
 
 use super::tools;
 
@@ -45,4 +46,10 @@ pub fn clean(
         .unwrap_or_else(|e| panic!("{kernel}: {e}"));
     assert!(report.is_clean(), "{kernel}:\n{report}");
     report
+}
+
+/// A buffer of which every byte has been written.
+#[track_caller]
+pub fn read<T: Pod>(device: &Device, buffer: Buffer) -> Vec<T> {
+    device.read(buffer).unwrap_or_else(|e| panic!("{e}"))
 }
