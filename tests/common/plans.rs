@@ -1,10 +1,9 @@
 //! Plans as tests see them: what they do, written down.
 
-#![allow(dead_code)] // not every test binary uses everything
-
 use bytemuck::pod_read_unaligned as read;
 use infini_attn::cuda::{
-    Addresses, Call, DeviceTensor, Launch, Launcher, Mirror, Operand, Plan, StateLayout, TensorMap,
+    Addresses, Call, DeviceTensor, Launch, Launcher, Mirror, Operand, Plan, PrefillOptions,
+    StateLayout, TensorMap, plan_prefill,
 };
 use infini_attn::{DType, Problem, ProblemBuilder, Result};
 
@@ -112,4 +111,14 @@ pub fn table<P: bytemuck::Pod>(plan: &Plan, address: u64, count: usize) -> Vec<P
     });
     let bytes = &bytes.expect("a table is there")[..count * size_of::<P>()];
     bytes.chunks_exact(size_of::<P>()).map(read).collect()
+}
+
+/// A mirror whose slots have seen so many tokens.
+pub fn after(p: &Problem, tokens: &[i32]) -> Mirror {
+    let mut state = mirror(p, tokens.len());
+    let most = tokens.iter().copied().max().unwrap_or(0) as usize;
+    let call = call(p, &[tokens.len(), most]).seq_lens(tokens);
+    let plan = plan_prefill(p, &call, &state, &PrefillOptions::default()).expect("valid");
+    state.advance(&plan).expect("as planned");
+    state
 }

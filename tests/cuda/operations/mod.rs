@@ -1,5 +1,8 @@
-mod launches;
+mod commit;
+mod decode;
+mod init;
 mod maps;
 mod offsets;
 mod prefill;
+mod segment;
 mod table;

@@ -1,2 +1,4 @@
 mod call;
+mod parameters;
+mod plans;
 mod target;
