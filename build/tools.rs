@@ -45,9 +45,12 @@ impl Tools {
     }
 }
 
-/// Cargo's target folder, whose root is marked; without a mark, `out` itself.
+/// Cargo's target folder. Cargo marks it if it makes it; where somebody else did, `out` is
+/// `<profile>/build/<package>/out` in it. Otherwise `out` itself.
 pub fn target_folder(out: &Path) -> &Path {
-    out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file()).unwrap_or(out)
+    let marked = out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    let build = out.ancestors().nth(2).filter(|folder| folder.ends_with("build"));
+    marked.or(build.and_then(|folder| folder.ancestors().nth(2))).unwrap_or(out)
 }
 
 /// `site-packages` of the active Python environment and of target/cuda-venv, in the target folder of
