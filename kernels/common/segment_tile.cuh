@@ -2,7 +2,7 @@
 // attention blocks.
 #pragma once
 
-#include "common/attention.cuh"
+#include "common/attention_outputs.cuh"
 #include "common/piece.cuh"
 
 namespace infini {
@@ -90,12 +90,12 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
     }
     t.attend(
         p, task.source, end, whole, [&](int i, int h) { return whole + Tile::row(i, h); }, rotate);
-    t.reduce();
   } else {
     ptx::cp_async_wait_group<0>();
     __syncthreads();
   }
 
+  const AttentionOutputs<T, Dk, Dv> outputs{t};
   const auto out = [&](const InfiniTensor& to, int r) -> T* {
     if (r >= task.rows) return nullptr;
     return row_of<T>(to, task.piece.batch, task.token + r, task.head);
@@ -103,18 +103,18 @@ __device__ __forceinline__ void segment_tile(const InfiniProblem& p, const Infin
   if (asked && call.lse.data) {
     t.each_row([&](int i, int h, int r) {
       if (threadIdx.x % 4 == 0 && r < task.rows) {
-        *row_of<float>(call.lse, task.piece.batch, task.token + r, task.head) = t.log_sum_exp(i, h);
+        *row_of<float>(call.lse, task.piece.batch, task.token + r, task.head) =
+            log_sum_exp(t.softmax.top[i][h], t.softmax.total[i][h]);
       }
     });
   }
   if (asked && call.a_dot.data) {
-    t.store([&](int i, int h,
-                int) { return t.total[i][h] == 0.0f ? 0.0f : __fdividef(1.0f, t.total[i][h]); },
-            [&](int r) { return out(call.a_dot, r); });
+    outputs.store([&](int i, int h, int) { return over_total(1.0f, t.softmax.total[i][h]); },
+                  [&](int r) { return out(call.a_dot, r); });
   }
   const Gate gate = gate_of(p, call, task);
   const bool retrieves = !task.piece.empty && gate.memory != 0.0f;
-  t.finish(
+  outputs.finish(
       p, task.memory, task.rows, retrieves, gate,
       [&](int r) { return out(task.branch == Branch::kMemory ? call.a_mem : call.o, r); },
       [&] {

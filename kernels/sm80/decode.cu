@@ -378,23 +378,20 @@ struct Decode {
       }
       const float logit = pointer<const float>(p.call.gate)[head_of(row)];
       const Gate gate = gate_of(p.problem, logit, task.piece.empty);
-      const auto over_total = [&](float x) {
-        return x == 0.0f || total == 0.0f ? 0.0f : __fdividef(x, total);
-      };
+      const auto over = [&](float weight) { return over_total(weight, total); };
       float4 x = {};
-      add(x, local, over_total(gate.local));
+      add(x, local, over(gate.local));
       add(x, retrieved, gate.memory);
       write(p.call.o, row, column, x);
       if (p.call.a_mem.data) write(p.call.a_mem, row, column, retrieved);
       if (p.call.a_dot.data) {
         x = {};
-        add(x, local, over_total(1.0f));
+        add(x, local, over(1.0f));
         write(p.call.a_dot, row, column, x);
       }
       if (p.call.lse.data && column == 0) {
         const int64_t token = task.piece.first + token_of(row);
-        *row_of<float>(p.call.lse, task.piece.batch, token, head_of(row)) =
-            total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
+        *row_of<float>(p.call.lse, task.piece.batch, token, head_of(row)) = log_sum_exp(top, total);
       }
     });
   }

@@ -180,13 +180,13 @@ struct Segment {
   // ---- consumers
 
   __device__ __forceinline__ void consume() const {
-    AttentionConsumer<T, Dk, Dv, 1> consumer{maps, shared};
-    consumer.start_turns();
+    AttentionConsumer<T, Dk, Dv, 1> consumer{{maps, shared}};
+    consumer.group.start_turns();
     while (consumer.run(p.problem, p.call, p.state.status)) {
     }
-    consumer.end_turns();
+    consumer.group.end_turns();
     if (updates()) {
-      update({p, shared, consumer.query, consumer.key, consumer.value});
+      update({p, shared, consumer.group.query, consumer.group.key, consumer.group.value});
     } else {
       ptx::meet_cluster();
       append();

@@ -68,11 +68,11 @@ __device__ __forceinline__ void segment_attention(const ptx::TensorMap* maps,
     }
   } else {
     ptx::setmaxnreg_inc<Shape::consumer_registers>();
-    AttentionConsumer<T, Dk, Dv, kStages> consumer{maps, shared};
-    consumer.start_turns();
+    AttentionConsumer<T, Dk, Dv, kStages> consumer{{maps, shared}};
+    consumer.group.start_turns();
     while (consumer.run(p.problem, p.call, p.state.status)) {
     }
-    consumer.end_turns();
+    consumer.group.end_turns();
   }
   ptx::meet_cluster();  // nobody copies to this block, or arrives at its barriers, any more
 }
