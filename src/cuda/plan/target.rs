@@ -28,12 +28,12 @@ pub struct Target {
     /// Smaller is faster for few sequences, larger moves fewer bytes. Default 256.
     pub split_len: usize,
     /// Per cent of the multiprocessors that one sequence must give blocks for
-    /// [`segment`](super::segment()) to run on [`Arch::Sm90`]: the portable kernel spreads over all of
-    /// them. Default 40, a guess until it is measured.
+    /// [`segment`](crate::cuda::segment()) to run on [`Arch::Sm90`]: the portable kernel spreads
+    /// over all of them. Default 40, a guess until it is measured.
     pub segment_fill: usize,
-    /// Whether the memory phases of [`prefill`](super::prefill()) on [`Arch::Sm90`] begin while the
-    /// launch before ends, and wait for it on the device (programmatic dependent launch). Default
-    /// false, until it is measured.
+    /// Whether the memory phases of [`prefill`](crate::cuda::prefill()) on [`Arch::Sm90`] begin
+    /// while the launch before ends, and wait for it on the device (programmatic dependent launch).
+    /// Default false, until it is measured.
     pub early: bool,
 }
 
