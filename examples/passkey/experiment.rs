@@ -309,8 +309,23 @@ impl<'a> Caller<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Write;
+
     use infini_attn::Update;
+    use rand::{RngExt, SeedableRng};
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    /// A text that no change of the repository touches, for what chance finds depends on it: digits
+    /// among other characters.
+    fn noise(length: usize) -> NamedTempFile {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(11);
+        let text: Vec<u8> = (0..length).map(|_| rng.random_range(b' '..=b'~')).collect();
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&text).unwrap();
+        file
+    }
 
     fn lines(update: Update, heads: usize, dim: usize, segment: usize, length: usize) -> Vec<Line> {
         let problem = Problem::builder()
@@ -320,7 +335,8 @@ mod tests {
             .update(update)
             .build()
             .unwrap();
-        let haystack = Haystack::read(&[], length + segment, PHRASE).unwrap();
+        let text = noise(length + segment);
+        let haystack = Haystack::read(&[text.path().into()], length + segment, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
         let (seed, backend) = (7, &Backend::Cpu);
         let experiment =
