@@ -19,7 +19,7 @@ pub(crate) const TILE_ROWS: usize = 48;
 /// What a tile reads besides its queries.
 #[derive(Clone, Copy)]
 pub(crate) struct Segment<'a> {
-    /// Local keys in [`crate::memory::KeyBlocks`] layout.
+    /// Local keys in [`crate::memory::blocks::KeyBlocks`] layout.
     pub keys: &'a [f32],
     /// Values, [tokens, Dv].
     pub values: &'a [f32],

@@ -2,7 +2,8 @@
 
 use crate::call::form::{Sequence, pieces};
 use crate::call::{Batch, InputRows, OutputRows};
-use crate::memory::{KeyBlocks, State};
+use crate::memory::State;
+use crate::memory::blocks::KeyBlocks;
 use crate::problem::Problem;
 
 /// Everything the tasks of one call share.

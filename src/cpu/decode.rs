@@ -10,7 +10,8 @@ use super::segment;
 use super::segment::Scratch as SegmentScratch;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
-use crate::memory::{HeadMut, KeyBlocks, State};
+use crate::memory::blocks::KeyBlocks;
+use crate::memory::{HeadMut, State};
 use crate::problem::Problem;
 
 pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {

@@ -22,7 +22,8 @@ use crate::call::check::check_longest;
 use crate::call::{Inputs, MAX_DECODE_TOKENS, Outputs, check_outputs, resolve};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::memory::{KeyBlocks, State, check_slots};
+use crate::memory::blocks::KeyBlocks;
+use crate::memory::{State, check_slots};
 use crate::problem::Problem;
 
 /// Infini-attention over any number of new tokens per sequence; continues where `state` stands.

@@ -15,7 +15,7 @@ pub(crate) struct Packed {
     len: usize,
     /// Unrotated keys, [len, Dk].
     keys: Vec<f32>,
-    /// Keys of the local branch in [`crate::memory::KeyBlocks`] layout.
+    /// Keys of the local branch in [`crate::memory::blocks::KeyBlocks`] layout.
     pub local: Vec<f32>,
     /// Values, [len, Dv].
     pub values: Vec<f32>,

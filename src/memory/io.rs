@@ -22,7 +22,8 @@ use std::path::Path;
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, serialize};
 
-use super::{Counters, KeyBlocks, State};
+use super::blocks::KeyBlocks;
+use super::{Counters, State};
 use crate::error::{Error, Result};
 use crate::problem::Problem;
 

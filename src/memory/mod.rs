@@ -1,10 +1,10 @@
 //! The state of a pool of sequences: compressive memory, normaliser, counters, open segment.
 
-mod blocks;
+pub(crate) mod blocks;
 mod io;
 mod parts;
 
-pub(crate) use blocks::KeyBlocks;
+use blocks::KeyBlocks;
 
 use crate::error::{Error, Result};
 use crate::problem::Problem;

@@ -1,6 +1,7 @@
 //! A state put together from parts that come from outside: the caller's arrays, or a file.
 
-use super::{Counters, KeyBlocks, OpenSegments, State};
+use super::blocks::KeyBlocks;
+use super::{Counters, OpenSegments, State};
 use crate::error::{Error, Result};
 use crate::problem::Problem;
 

@@ -129,6 +129,10 @@ fn imports_run_down() {
             wrong.push(format!("{module} stands on no floor"));
             continue;
         };
+        let exports = |line: &str| line.starts_with("pub") && line.contains(" use ");
+        if all[module].lines().any(|line| exports(line) && line.contains("::")) {
+            wrong.push(format!("{module} re-exports"));
+        }
         let below = below(floor, &floors);
         for (from, path) in imports(module, &all) {
             if FACADES.contains(&from.as_str()) {

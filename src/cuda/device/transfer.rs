@@ -4,7 +4,8 @@ use half::{bf16, f16};
 
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, KeyBlocks, State};
+use crate::memory::blocks::KeyBlocks;
+use crate::memory::{Counters, State};
 use crate::problem::Problem;
 
 /// Host copies of what lies in device memory, row-major, T as bytes.

@@ -95,7 +95,7 @@ mod tests {
     use cudarc::nvrtc::Ptx;
 
     use super::*;
-    use crate::cuda::Device;
+    use crate::cuda::device::Device;
 
     #[test]
     fn a_record_names_block_warp_barrier_and_parity() {

@@ -91,8 +91,8 @@ impl<'a> Launch<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
-    use crate::cuda::KERNELS;
+    use crate::cuda::plan::kernels::KERNELS;
+    use crate::dtype::DType;
 
     fn launch<'a>(maps: &'a [TensorMap], params: &'a [u8]) -> Launch<'a> {
         let (grid, cluster, what) = ([2, 1, 1], 1, "a test");
