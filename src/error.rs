@@ -6,7 +6,8 @@ use crate::dtype::DType;
 ///
 /// Every variant names what was refused and carries both the value received and what would have
 /// been accepted. A call that returns an error has written nothing: state and outputs keep their
-/// bits.
+/// bits. Only a CUDA driver that refuses a step after it has taken others leaves outputs half written;
+/// the state's slots are refused from then on ([`Error::Unfinished`]) until they are reset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -89,6 +90,15 @@ pub enum Error {
         got: String,
         /// The call's value.
         expected: String,
+    },
+    /// The device has taken only some steps of a call: what the slot holds is neither the state before
+    /// it nor the one after.
+    #[error(
+        "state: a call was broken off that works on slot {slot}; reset the slot, or go on from a copy"
+    )]
+    Unfinished {
+        /// The slot of the state.
+        slot: usize,
     },
     /// Rotation was switched on or off inside an open segment.
     #[error(

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
-use infini_attn::cuda::{Arch, KERNELS, Kernel, MAP_BYTES, fatbin, find, params, ptx};
+use infini_attn::cuda::{Arch, Device, KERNELS, Kernel, MAP_BYTES, fatbin, find, params, ptx};
 use infini_attn::{DType, Error, Problem};
 
 /// Files of the table that were compiled.
@@ -162,14 +162,35 @@ fn what_is_not_compiled_is_refused_with_what_is() {
 /// libcuda is opened when it is first called; nothing of CUDA is linked.
 #[test]
 fn the_binary_starts_without_cuda() {
-    // SAFETY: only opens the library, if there is one.
-    let present = unsafe { cudarc::driver::sys::is_culib_present() };
-    println!("libcuda is {}", if present { "present" } else { "absent" });
     let program = std::env::current_exe().unwrap();
     let output = Command::new("readelf").arg("-d").arg(program).output().expect("readelf");
     let dynamic = String::from_utf8_lossy(&output.stdout);
     assert!(dynamic.contains("NEEDED") && dynamic.contains("libc.so"), "{dynamic}");
     assert!(!dynamic.contains("cuda") && !dynamic.contains("nvrtc"), "{dynamic}");
+}
+
+/// A library that is there and is not the driver, or one too old, is an error and not a panic.
+#[test]
+fn a_library_that_is_not_the_driver_is_told() {
+    const CHILD: &str = "INFINI_ATTN_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        println!("{}", Device::new(0).expect_err("no driver"));
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for (source, missing) in [("", "cuCtxGetCurrent"), ("int cuCtxGetCurrent;", "cuCtxSetCurrent")] {
+        std::fs::write(folder.path().join("library.c"), source).unwrap();
+        let mut compiler = Command::new("g++");
+        compiler.current_dir(&folder).args(["-shared", "-fPIC", "-xc", "library.c", "-o", "libcuda.so"]);
+        assert!(compiler.status().expect("g++").success());
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "build::a_library_that_is_not_the_driver_is_told", "--nocapture"]);
+        child.env("LD_LIBRARY_PATH", folder.path()).env(CHILD, "1");
+        let output = child.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains(&format!("the CUDA driver's library has no {missing}")), "{text}");
+    }
 }
 
 /// Packages that the crate is built from, without dependencies of tests.

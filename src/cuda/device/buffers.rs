@@ -7,6 +7,8 @@
 //! were when the view was made, nothing is waited for and nothing recorded, and ordering replays
 //! after other work is the caller's. Make views before the capture begins.
 
+use std::sync::Arc;
+
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 
 use super::Device;
@@ -187,6 +189,28 @@ impl<'s> Operands<'s> {
         Ok(())
     }
 
+    /// That the call's work waits for what others still do with its buffers. Before the first step.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] where the driver has refused an event.
+    pub fn ordered(&self) -> Result<()> {
+        self.device.pending("waiting for other streams")
+    }
+
+    /// Lets others wait for the call's work. After the last step. Where the driver refuses an event, the
+    /// host waits in their place.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] where that is refused as well.
+    pub fn finish(self) -> Result<()> {
+        drop(self.guards);
+        if self.device.pending("recording an event").is_ok() {
+            return Ok(());
+        }
+        let waited = self.device.stream().synchronize();
+        waited.map_err(|e| self.device.failed("waiting for the call's end", e))
+    }
+
     /// A buffer that the call writes.
     pub fn write<T>(&mut self, operand: Operand, view: &'s mut TensorViewMut<'_, T>) -> Result<()> {
         self.device.check_context(operand, view.data.stream())?;
@@ -225,11 +249,15 @@ impl Device {
         operand: Operand,
         stream: &cudarc::driver::CudaStream,
     ) -> Result<()> {
-        if **stream.context() == **self.stream().context() {
+        let (theirs, ours) = (stream.context(), self.stream().context());
+        if Arc::ptr_eq(theirs, ours) {
             return Ok(());
         }
-        let got = format!("a buffer of device {}", stream.context().ordinal());
-        let expected = format!("one of the state's context, device {}", self.ordinal());
+        // Another object of the same context knows nothing of this one's streams: no event would
+        // order the buffer's uses there with those here.
+        let other = if theirs == ours { ", of another CudaContext object" } else { "" };
+        let got = format!("a buffer of device {}{other}", theirs.ordinal());
+        let expected = format!("one of the CudaContext of the call's stream, device {}", self.ordinal());
         Err(Error::value(operand.to_string(), got, expected))
     }
 }

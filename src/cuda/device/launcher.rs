@@ -1,11 +1,12 @@
 //! The launcher that runs plans on a device's stream.
 
 use std::ffi::c_void;
+use std::sync::MutexGuard;
 
 use cudarc::driver::sys::{self, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, DriverError, result};
 
-use super::Device;
+use super::{Device, Workspace};
 use super::error::{driver, reason};
 use super::observer::Event;
 use crate::cuda::plan::Plan;
@@ -26,13 +27,37 @@ const TABLE_LIMIT: usize = 64 << 10;
 /// what it does can be captured in a graph.
 #[derive(Debug)]
 pub struct CudaLauncher<'a> {
-    pub(super) device: &'a Device,
+    device: &'a Device,
+    /// Steps that the driver has taken.
+    taken: usize,
+}
+
+/// Why a run of a plan did not come to its end.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    pub error: Error,
+    /// Whether the driver has taken some of its steps.
+    pub midway: bool,
+}
+
+impl From<Error> for Stopped {
+    /// Before the first step.
+    fn from(error: Error) -> Self {
+        Self { error, midway: false }
+    }
+}
+
+impl From<Stopped> for Error {
+    /// For what is given up with the error.
+    fn from(stopped: Stopped) -> Self {
+        stopped.error
+    }
 }
 
 impl Device {
     /// The launcher for plans.
     pub fn launcher(&self) -> CudaLauncher<'_> {
-        CudaLauncher { device: self }
+        CudaLauncher { device: self, taken: 0 }
     }
 
     /// Loads a plan's kernels and makes room for its workspace, so that its run can be captured.
@@ -41,23 +66,35 @@ impl Device {
     /// [`Error::Driver`] when the driver has no code for the device, or the device does not have the
     /// memory; [`Error::Capturing`].
     pub fn prepare(&self, plan: &Plan) -> Result<()> {
+        self.prepared(plan).map(drop)
+    }
+
+    /// The workspace, once all that the plan needs is there.
+    fn prepared(&self, plan: &Plan) -> Result<MutexGuard<'_, Workspace>> {
         for kernel in plan.launches().map(|launch| launch.kernel).chain(table_kernel()) {
             self.function(kernel)?;
         }
-        self.workspace(plan.workspace_bytes()).map(drop)
+        self.workspace(plan.workspace_bytes())
     }
 
-    /// Runs a plan on the stream, in the shared workspace. The other addresses and everything else
-    /// in the contract of [`Plan::run`] are the caller's part: state, tensors, order.
-    pub(super) fn run(&self, plan: &Plan, mut addresses: Addresses) -> Result<()> {
+    /// Runs a plan on the stream, in the shared workspace, once everything that can be refused before
+    /// the first step was asked for. The other addresses and everything else in the contract of
+    /// [`Plan::run`] are the caller's part: state, tensors, order.
+    pub(super) fn run(
+        &self,
+        plan: &Plan,
+        mut addresses: Addresses,
+    ) -> std::result::Result<(), Stopped> {
         // Held to the end: steps of two calls from two threads must not alternate in one workspace.
-        let workspace = self.workspace(plan.workspace_bytes())?;
+        let workspace = self.prepared(plan)?;
         if let Some(current) = &workspace.current {
             addresses.set(Operand::Workspace, current.address);
         }
         // SAFETY: the workspace is this stream's alone, and large enough; the rest is the contract
         // of the safe calls, which borrow what they pass.
-        unsafe { plan.run(&addresses, &mut self.launcher()) }
+        let mut launcher = self.launcher();
+        unsafe { plan.run(&addresses, &mut launcher) }
+            .map_err(|error| Stopped { error, midway: launcher.taken > 0 })
     }
 }
 
@@ -112,7 +149,9 @@ impl Launcher for CudaLauncher<'_> {
                 )
             }
         };
-        launched.map_err(|e| launch.error(self.device.reason(e)))
+        launched.map_err(|e| launch.error(self.device.reason(e)))?;
+        self.taken += 1;
+        Ok(())
     }
 
     fn fill(&mut self, to: u64, bytes: u64, value: u8) -> Result<()> {
@@ -120,7 +159,9 @@ impl Launcher for CudaLauncher<'_> {
         let stream = self.device.stream().cu_stream();
         // SAFETY: the range is the caller's, by its contract with `run`.
         unsafe { result::memset_d8_async(to, value, bytes as usize, stream) }
-            .map_err(|e| driver(format!("filling {bytes} B"), e))
+            .map_err(|e| driver(format!("filling {bytes} B"), e))?;
+        self.taken += 1;
+        Ok(())
     }
 
     fn copy(&mut self, to: u64, from: &[u8]) -> Result<()> {
@@ -133,7 +174,9 @@ impl Launcher for CudaLauncher<'_> {
         let (tables, stream) = (self.device.host_tables(), self.device.stream());
         // SAFETY: the range is the caller's, by its contract with `run`.
         unsafe { tables.copy(to, from, stream) }
-            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))
+            .map_err(|e| driver(format!("copying {} B to the device", from.len()), e))?;
+        self.taken += 1;
+        Ok(())
     }
 }
 

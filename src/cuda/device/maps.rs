@@ -39,8 +39,9 @@ impl KeySums {
     /// What a run that continues `state` finds: its z and its committed tokens, slot by slot.
     ///
     /// # Errors
-    /// As [`Self::zero`].
+    /// As [`Self::zero`], and [`crate::Error::Unfinished`].
     pub fn from_state(state: &State) -> Result<Self> {
+        state.mirror().check_finished(0..state.sequences())?;
         let device = state.device();
         let sums = Self::allocate(device, KeySumsMirror::from_state(state.mirror()))?;
         let (from, bytes) = (state.parts().normalizer, sums.mirror.bytes() as usize);
@@ -132,8 +133,10 @@ pub fn key_sums<T: Element + DeviceRepr>(
     let sums = KeySums::allocate(device, mirror)?;
     let mut operands = Operands::new(device)?;
     operands.read(Operand::K, &k)?;
+    operands.ordered()?;
     let addresses = operands.addresses.clone().with(Operand::KeySums, sums.data.address);
     device.run(&plan, addresses)?;
+    operands.finish()?;
     Ok(sums)
 }
 
@@ -155,7 +158,11 @@ pub fn segment_map<T: Element + DeviceRepr>(
     let mut operands = Operands::new(device)?;
     operands.read(Operand::K, &k)?;
     operands.read(Operand::V, &v)?;
-    map.run(&plan, operands.addresses.clone().with(Operand::Before, before.data.address))
+    operands.ordered()?;
+    let addresses = operands.addresses.clone().with(Operand::Before, before.data.address);
+    let map = map.run(&plan, addresses)?;
+    operands.finish()?;
+    Ok(map)
 }
 
 /// [`crate::compose`] on the maps' stream: the map of `first` followed by `second`.
@@ -180,11 +187,7 @@ pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
     let plan = plan_apply(&map.mirror, state.mirror())?;
     state.device().check_stream("map", &map.device)?;
     state.device().refuse_capture("applying a map", "record the plan of plan_apply")?;
-    state.mirror.check(&plan)?;
-    let addresses =
-        Addresses::new().with(Operand::Map, map.data.address).with(Operand::State, state.address());
-    state.device().run(&plan, addresses)?;
-    state.mirror.advance(&plan)
+    state.advance_with(&plan, Addresses::new().with(Operand::Map, map.data.address))
 }
 
 fn zeroed(device: &Device, bytes: u64, what: &str) -> Result<Buffer> {

@@ -37,8 +37,9 @@ pub fn merge_partials<T: Element + DeviceRepr>(
     if let Some(out_lse) = &mut out_lse {
         operands.write(Operand::Lse, out_lse)?;
     }
-    let addresses = operands.addresses.clone();
-    device.run(&plan, addresses)
+    operands.ordered()?;
+    device.run(&plan, operands.addresses.clone())?;
+    operands.finish()
 }
 
 /// [`crate::merge_memories`] on the states' stream: the state over all their tokens.
@@ -56,12 +57,10 @@ pub fn merge_memories(states: &[&State]) -> Result<State> {
         last.device().check_stream(&format!("states[{i}]"), state.device())?;
     }
     let mut merged = last.fork(&(0..last.sequences()).collect::<Vec<_>>())?;
-    let mut addresses = Addresses::new().with(Operand::State, merged.address());
+    let mut addresses = Addresses::new();
     for (i, state) in (0u16..).zip(earlier) {
         addresses.set(Operand::Source(i), state.address());
     }
-    merged.mirror.check(&plan)?;
-    merged.device().run(&plan, addresses)?;
-    merged.mirror.advance(&plan)?;
+    merged.advance_with(&plan, addresses)?;
     Ok(merged)
 }

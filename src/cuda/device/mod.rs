@@ -9,6 +9,8 @@ mod error;
 pub mod gate;
 mod host_tables;
 pub mod launcher;
+mod library;
+mod loaded;
 pub mod maps;
 pub mod merge;
 pub mod observer;
@@ -18,25 +20,19 @@ mod target;
 mod transfer;
 mod wait_report;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus};
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError,
-};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError};
 
-use crate::cuda::plan::kernel::{Arch, Kernel};
-use crate::cuda::plan::kernels;
+use crate::cuda::plan::kernel::Arch;
 use crate::cuda::plan::target::Target;
 use crate::cuda::plan::tensor_map::{MAP_BYTES, TensorMap};
 use crate::error::{Error, Result};
-use encoded_maps::EncodedMaps;
 use error::{driver, no_device, reason};
 use host_tables::HostTables;
+use loaded::Loaded;
 use observer::{Event, Observers};
-use wait_report::WaitReport;
 
 /// Least compute capability the kernels run on.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
@@ -86,28 +82,6 @@ impl Buffer {
     }
 }
 
-/// What was loaded into the context so far.
-#[derive(Debug)]
-struct Loaded {
-    context: Arc<CudaContext>,
-    capability: (i32, i32),
-    tables: Mutex<Tables>,
-    /// Of the modules whose waits give up.
-    waits: Mutex<Vec<WaitReport>>,
-    maps: EncodedMaps,
-    host_tables: HostTables,
-    /// Asked once.
-    target: OnceLock<Target>,
-}
-
-#[derive(Debug, Default)]
-struct Tables {
-    /// By file.
-    modules: HashMap<&'static str, Arc<CudaModule>>,
-    /// By symbol.
-    functions: HashMap<&'static str, CudaFunction>,
-}
-
 impl Device {
     /// The device of the given ordinal, with a stream of its own. The stream does not wait for the
     /// legacy default stream, nor that for it.
@@ -121,11 +95,14 @@ impl Device {
         Self::from_stream(stream)
     }
 
-    /// A device whose work goes to the given stream of an application that uses cudarc itself.
+    /// A device whose work goes to the given stream of an application that uses cudarc itself. Buffers
+    /// that calls read and write come from the stream's own context object, whose events order them.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] when the device's compute capability is below 8.0.
+    /// [`Error::NoDevice`] when the device's compute capability is below 8.0; [`Error::Value`] for the
+    /// per-thread default stream, which is another stream in every thread.
     pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        refuse_per_thread(&stream)?;
         let context = stream.context().clone();
         let ordinal = context.ordinal();
         let capability = context.compute_capability().map_err(|e| no_device(ordinal, e))?;
@@ -133,21 +110,20 @@ impl Device {
             let name = context.name().unwrap_or_else(|_| "unnamed".into());
             return Err(Error::NoDevice { reason: too_old(ordinal, &name, capability) });
         }
-        let (tables, waits, target) = (Mutex::default(), Mutex::default(), OnceLock::new());
-        let (maps, host_tables) = (EncodedMaps::default(), HostTables::default());
-        let loaded = Loaded { context, capability, tables, waits, maps, host_tables, target };
-        let (loaded, workspace) = (Arc::new(loaded), Arc::default());
+        let (loaded, workspace) = (Loaded::of(&context, capability), Arc::default());
         Ok(Self { stream, loaded, workspace, target: None, observers: Observers::default() })
     }
 
     /// The same device, its loaded kernels included, with another stream.
     ///
     /// # Errors
-    /// [`Error::Value`] when the stream belongs to another context.
+    /// [`Error::Value`] when the stream belongs to another context or context object, and for the
+    /// per-thread default stream.
     pub fn on(&self, stream: Arc<CudaStream>) -> Result<Self> {
-        if **stream.context() != *self.loaded.context {
-            let expected = "a stream of the device's own context";
-            return Err(Error::value("stream", "a stream of another context", expected));
+        refuse_per_thread(&stream)?;
+        if !Arc::ptr_eq(stream.context(), self.stream.context()) {
+            let expected = "a stream of the device's own context object";
+            return Err(Error::value("stream", "a stream of another context object", expected));
         }
         Ok(Self { stream, workspace: Arc::default(), ..self.clone() })
     }
@@ -233,19 +209,7 @@ impl Device {
     /// builds with `INFINI_ATTN_WAIT_POLLS` have waits that give up, for the search for deadlocks;
     /// none: no wait has. Errors of the calls that wait for the device say the same.
     pub fn wait_report(&self) -> Option<String> {
-        let waits = self.loaded.waits.lock().unwrap_or_else(|e| e.into_inner());
-        waits.iter().find_map(WaitReport::text)
-    }
-
-    /// Gives a module a record of its waits, if they give up.
-    fn watch(
-        &self,
-        file: &'static str,
-        module: &Arc<CudaModule>,
-    ) -> std::result::Result<(), DriverError> {
-        let report = WaitReport::attach(file, module, &self.stream)?;
-        self.loaded.waits.lock().unwrap_or_else(|e| e.into_inner()).extend(report);
-        Ok(())
+        self.loaded.wait_report()
     }
 
     /// The driver's own words, and where a wait gave up.
@@ -288,8 +252,10 @@ impl Device {
     /// Whether the stream captures a graph.
     ///
     /// # Errors
-    /// [`Error::Driver`], also where a capture was invalidated.
+    /// [`Error::Driver`], also where a capture was invalidated, or where something that gives no
+    /// result (the end of a buffer, an event) went wrong since the last call.
     pub fn is_capturing(&self) -> Result<bool> {
+        self.pending("what an earlier call has left")?;
         let status = self.stream.capture_status();
         let status = status.map_err(|e| self.failed("capture status", e))?;
         match status {
@@ -302,6 +268,11 @@ impl Device {
         }
     }
 
+    /// What went wrong where cudarc gives no result.
+    fn pending(&self, what: &str) -> Result<()> {
+        self.stream.context().check_err().map_err(|e| self.failed(what, e))
+    }
+
     fn refuse_capture(&self, what: &str, instead: &'static str) -> Result<()> {
         if self.is_capturing()? {
             return Err(Error::Capturing { what: what.into(), instead });
@@ -310,7 +281,7 @@ impl Device {
     }
 
     fn bind(&self) -> Result<()> {
-        self.loaded.context.bind_to_thread().map_err(|e| driver("binding the context", e))
+        self.stream.context().bind_to_thread().map_err(|e| driver("binding the context", e))
     }
 
     fn host_tables(&self) -> &HostTables {
@@ -321,60 +292,12 @@ impl Device {
         self.loaded.maps.get(map)
     }
 
-    fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {
-        let mut tables = self.loaded.tables.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(function) = tables.functions.get(kernel.symbol) {
-            return Ok(function.clone());
-        }
-        let what = || format!("loading the kernel {}", kernel.symbol);
-        self.refuse_capture(&what(), "call Device::prepare before the capture")?;
-        self.bind()?;
-        let module = match tables.modules.get(kernel.file) {
-            Some(module) => module.clone(),
-            None => {
-                let module = self.load_module(kernel.file)?;
-                tables.modules.insert(kernel.file, module.clone());
-                module
-            }
-        };
-        let function = module.load_function(kernel.symbol).map_err(|e| self.failed(what(), e))?;
-        // For all of them: static shared memory counts towards what needs no asking for, and a driver
-        // that loads lazily loads the function now, not at a launch that may be captured.
-        let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(most, kernel.shared_bytes as i32).map_err(|e| {
-            self.failed(format!("{} with {} B of shared memory", what(), kernel.shared_bytes), e)
-        })?;
-        let registers = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
-        let registers = function.get_attribute(registers).map_err(|e| self.failed(what(), e))?;
-        kernel.check_registers(registers)?;
-        tables.functions.insert(kernel.symbol, function.clone());
-        Ok(function)
-    }
-
-    /// The code of a file. Every fatbin holds PTX beside its cubins, so the driver finds or compiles
-    /// something for each device; the PTX text itself stays out of the program.
-    fn load_module(&self, file: &'static str) -> Result<Arc<CudaModule>> {
-        let what = || format!("loading the kernels of {file}");
-        let fatbin = kernels::fatbin(file).ok_or_else(|| Error::Driver {
-            what: what(),
-            reason: "not compiled into this build".into(),
-        })?;
-        let module = self.loaded.context.load_module(Ptx::from_binary(fatbin.to_vec()));
-        let module = module.map_err(|e| self.failed(what(), e))?;
-        self.watch(file, &module).map_err(|e| self.failed(what(), e))?;
-        Ok(module)
-    }
 }
 
 /// The context of a device, or why there is none.
 fn open(ordinal: usize) -> Result<Arc<CudaContext>> {
     let missing = |reason: String| Err(Error::NoDevice { reason });
-    // SAFETY: opens the driver's library and closes it again. Without this check the first call of
-    // the driver would panic.
-    if !unsafe { sys::is_culib_present() } {
-        let candidates = "libcuda.so, libcuda.so.1 or nvcuda.dll";
-        return missing(format!("the CUDA driver is not installed ({candidates} not found)"));
-    }
+    library::check()?;
     match CudaContext::device_count() {
         Err(e) => missing(format!("the driver does not start: {}", reason(e))),
         Ok(count) if count <= 0 => missing("the driver finds no device".into()),
@@ -383,6 +306,17 @@ fn open(ordinal: usize) -> Result<Arc<CudaContext>> {
         }
         Ok(_) => CudaContext::new(ordinal).map_err(|e| no_device(ordinal, e)),
     }
+}
+
+/// Handle 2 is a stream of the thread that uses it: work of two threads on what is one stream to
+/// everybody else would not be in order.
+fn refuse_per_thread(stream: &CudaStream) -> Result<()> {
+    if stream.cu_stream() as usize != 2 {
+        return Ok(());
+    }
+    let got = "the per-thread default stream";
+    let expected = "one stream for all threads: CudaContext::new_stream or default_stream";
+    Err(Error::value("stream", got, expected))
 }
 
 fn too_old(ordinal: usize, name: &str, (major, minor): (i32, i32)) -> String {
@@ -399,8 +333,7 @@ mod tests {
 
     #[test]
     fn a_machine_without_driver_is_told_so() {
-        // SAFETY: as in `open`.
-        if unsafe { sys::is_culib_present() } {
+        if library::check().is_ok() {
             println!("skipped: this machine has a driver");
             return;
         }

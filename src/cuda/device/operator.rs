@@ -6,6 +6,7 @@
 
 use cudarc::driver::{DevicePtr, DeviceRepr};
 
+use super::Device;
 use super::buffers::{Operands, TensorView, TensorViewMut};
 use super::gate::Gate;
 use super::state::State;
@@ -16,7 +17,7 @@ use crate::cuda::operations::decode::{Runs, plan_decode};
 use crate::cuda::operations::prefill::plan_prefill;
 use crate::cuda::operations::segment::plan_segment;
 use crate::cuda::plan::Plan;
-use crate::cuda::plan::address::Operand;
+use crate::cuda::plan::address::{Addresses, Operand};
 use crate::cuda::plan::call::{Call, DeviceRope};
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::tensor::DeviceTensor;
@@ -201,13 +202,16 @@ pub unsafe fn record_decode<T: Element + DeviceRepr>(
     inputs: &Inputs<'_, T>,
     gate: &Gate,
     state: &State,
-    outputs: Outputs<'_, T>,
+    mut outputs: Outputs<'_, T>,
 ) -> Result<Plan> {
     if !state.device().is_capturing()? {
         return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
     }
     let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
-    enqueue(&plan, inputs, gate, state, outputs)?;
+    let operands = operands(state.device(), inputs, gate, &mut outputs)?;
+    let addresses = operands.addresses.clone().with(Operand::State, state.address());
+    state.device().run(&plan, addresses)?;
+    operands.finish()?;
     Ok(plan)
 }
 
@@ -245,9 +249,7 @@ fn plan_replay<T: Element + DeviceRepr>(
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
     let plan = plan_flush(problem, &state.mirror, slots)?;
-    state.mirror.check(&plan)?;
-    state.run(&plan)?;
-    state.mirror.advance(&plan)
+    state.advance_with(&plan, Addresses::new())
 }
 
 impl State {
@@ -266,14 +268,18 @@ fn now<T: Element + DeviceRepr>(
     inputs: &Inputs<'_, T>,
     gate: &Gate,
     state: &mut State,
-    outputs: Outputs<'_, T>,
+    mut outputs: Outputs<'_, T>,
     plan: impl FnOnce(&Call<'_>, &Mirror) -> Result<Plan>,
 ) -> Result<()> {
     state.device().refuse_capture("a call", "record it with record_decode, or run its plan")?;
     let plan = plan(&describe(inputs, gate, &outputs)?, &state.mirror)?;
-    state.mirror.check(&plan)?;
-    enqueue(&plan, inputs, gate, state, outputs)?;
-    state.mirror.advance(&plan)
+    let device = state.device().clone();
+    let operands = operands(&device, inputs, gate, &mut outputs)?;
+    state.advance_with(&plan, operands.addresses.clone())?;
+    operands.finish().or_else(|error| {
+        state.mirror.break_off(&plan)?;
+        Err(error)
+    })
 }
 
 /// The call without its addresses.
@@ -308,15 +314,14 @@ fn describe<'a, T: Element + DeviceRepr>(
     Ok(call)
 }
 
-/// Runs the plan with the operands' addresses.
-fn enqueue<T: Element + DeviceRepr>(
-    plan: &Plan,
-    inputs: &Inputs<'_, T>,
-    gate: &Gate,
-    state: &State,
-    mut outputs: Outputs<'_, T>,
-) -> Result<()> {
-    let mut operands = Operands::new(state.device())?;
+/// The addresses of a call's operands but the state, and their order with other streams' work.
+fn operands<'s, T: Element + DeviceRepr>(
+    device: &'s Device,
+    inputs: &'s Inputs<'_, T>,
+    gate: &'s Gate,
+    outputs: &'s mut Outputs<'_, T>,
+) -> Result<Operands<'s>> {
+    let mut operands = Operands::new(device)?;
     operands.read(Operand::Q, &inputs.q)?;
     operands.read(Operand::K, &inputs.k)?;
     operands.read(Operand::V, &inputs.v)?;
@@ -338,6 +343,6 @@ fn enqueue<T: Element + DeviceRepr>(
     if let Some(a_mem) = &mut outputs.a_mem {
         operands.write(Operand::AMem, a_mem)?;
     }
-    let addresses = operands.addresses.clone().with(Operand::State, state.address());
-    state.device().run(plan, addresses)
+    operands.ordered()?;
+    Ok(operands)
 }

@@ -3,6 +3,7 @@
 use cudarc::driver::result;
 
 use super::error::driver;
+use super::launcher::Stopped;
 use super::observer::Event;
 use super::transfer::Parts;
 use super::{Buffer, Device};
@@ -21,6 +22,10 @@ use crate::problem::Problem;
 /// and returns when the work is enqueued. The counters that [`Self::tokens`] and its like show are
 /// the host's mirror of the device's: they are where the stream will be when everything enqueued so
 /// far is done.
+///
+/// Everything that a call needs is loaded and allocated before its first step. Should the driver then
+/// refuse a step all the same, the slots that the call works on are unusable ([`Error::Unfinished`]) until
+/// [`Self::reset`].
 ///
 /// ```no_run
 /// use infini_attn::{DType, Problem, cuda};
@@ -87,8 +92,9 @@ impl State {
     ///
     /// # Errors
     /// [`Error::Driver`] with what went wrong on the device, [`Error::Capturing`], [`Error::Value`]
-    /// when the device's counters are not those of any sequence of calls.
+    /// when the device's counters are not those of any sequence of calls, [`Error::Unfinished`].
     pub fn to_host(&self) -> Result<crate::State> {
+        self.mirror.check_finished(0..self.sequences())?;
         self.device.refuse_capture("reading a state", "read it after the capture has ended")?;
         let (layout, p, at) = (self.mirror.layout(), self.problem(), self.parts());
         let rows = layout.slots() * p.kv_heads();
@@ -110,28 +116,27 @@ impl State {
         parts.unpack(p)
     }
 
-    /// Forgets everything the given slots have seen.
+    /// Forgets everything the given slots have seen, a call that was broken off there included.
     ///
     /// # Errors
-    /// [`Error::Value`] for a slot out of range or named twice; nothing is reset then.
+    /// [`Error::Value`] for a slot out of range or named twice; nothing is reset then. The device's.
     pub fn reset(&mut self, slots: &[usize]) -> Result<()> {
         let plan = self.mirror.layout().plan_reset(slots)?;
-        self.mirror.check(&plan)?;
-        self.run(&plan)?;
-        self.mirror.advance(&plan)
+        self.advance_with(&plan, Addresses::new())
     }
 
     /// A new state whose slot i continues where `slots[i]` will stand. A slot may be named several
     /// times.
     ///
     /// # Errors
-    /// [`Error::Value`] for a slot out of range, and those of [`Self::new`].
+    /// [`Error::Value`] for a slot out of range, [`Error::Unfinished`], and those of [`Self::new`].
     pub fn fork(&self, slots: &[usize]) -> Result<State> {
         let from = self.mirror.layout();
         if let Some(i) = slots.iter().position(|&slot| slot >= from.slots()) {
             let expected = format!("less than the state's {} slots", from.slots());
             return Err(Error::value(format!("slots[{i}]"), slots[i], expected));
         }
+        self.mirror.check_finished(slots.iter().copied())?;
         let layout = StateLayout::new(self.problem(), slots.len(), from.rotation())?;
         let counters = slots.iter().map(|&slot| self.mirror.counters()[slot]).collect();
         let mirror = Mirror::with_counters(&layout, counters)?;
@@ -217,10 +222,24 @@ impl State {
         Ok(Self { device: device.clone(), mirror, data })
     }
 
-    /// Runs a plan that has no tensors.
-    pub(super) fn run(&self, plan: &Plan) -> Result<()> {
+    /// Runs a plan that leaves the mirror where it is.
+    fn run(&self, plan: &Plan) -> Result<()> {
         let addresses = Addresses::new().with(Operand::State, self.data.address);
-        self.device.run(plan, addresses)
+        Ok(self.device.run(plan, addresses)?)
+    }
+
+    /// Runs a plan, with the addresses of everything else, and moves the mirror with it.
+    pub(super) fn advance_with(&mut self, plan: &Plan, others: Addresses) -> Result<()> {
+        self.mirror.check(plan)?;
+        match self.device.run(plan, others.with(Operand::State, self.data.address)) {
+            Ok(()) => self.mirror.advance(plan),
+            Err(Stopped { error, midway }) => {
+                if midway {
+                    self.mirror.break_off(plan)?;
+                }
+                Err(error)
+            }
+        }
     }
 
     pub(super) fn parts(&self) -> InfiniState {

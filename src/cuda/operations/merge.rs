@@ -120,6 +120,7 @@ fn check_parts(
 /// states.
 pub fn plan_merge_memories(earlier: &[&Mirror], state: &Mirror) -> Result<Plan> {
     let states = || earlier.iter().copied().chain([state]);
+    states().try_for_each(|s| s.check_finished(0..s.layout().slots()))?;
     let counted: Vec<_> = states().map(|s| (s.problem(), s.counters())).collect();
     let merged = merge_counters(&counted)?;
     if earlier.len() > Operand::MAX_PARTS {

@@ -17,6 +17,20 @@ pub(crate) enum Effect {
     Tokens(Tokens),
 }
 
+impl Effect {
+    /// The slots that a run works on; none: those that a table in device memory names.
+    pub fn slots(&self) -> Option<Vec<usize>> {
+        match self {
+            Self::None => Some(Vec::new()),
+            Self::Set(slots) => Some((0..slots.len()).collect()),
+            Self::Reset(slots) => Some(slots.clone()),
+            Self::Flush(slots) => Some(slots.iter().map(|(slot, _)| *slot).collect()),
+            Self::Tokens(Tokens { kind: Kind::Table(_), .. }) => None,
+            Self::Tokens(tokens) => Some(tokens.sequences.iter().map(|(slot, _)| *slot).collect()),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Tokens {
     /// Slot and new tokens of every sequence.

@@ -10,17 +10,20 @@ use crate::memory::{Counters, check_slots};
 use crate::problem::Problem;
 
 /// The host's copy of a state's counters: what plans are made from. [`Self::advance`] keeps it in
-/// step with the device.
+/// step with the device; [`Self::break_off`] notes where that was not possible.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mirror {
     layout: StateLayout,
     counters: Vec<Counters>,
+    /// Slots in which a run was broken off.
+    unfinished: Vec<bool>,
 }
 
 impl Mirror {
     /// The mirror of a pool of empty states.
     pub fn new(layout: &StateLayout) -> Self {
-        Self { layout: *layout, counters: vec![Counters::default(); layout.slots()] }
+        let (counters, unfinished) = (Counters::default(), vec![false; layout.slots()]);
+        Self { layout: *layout, counters: vec![counters; layout.slots()], unfinished }
     }
 
     /// The mirror of a state with these counters, one per slot.
@@ -30,7 +33,8 @@ impl Mirror {
             let (got, expected) = (counters.len(), format!("{} (slots)", layout.slots()));
             return Err(Error::Length { argument: "state", got, expected });
         }
-        Ok(Self { layout: *layout, counters })
+        let unfinished = vec![false; counters.len()];
+        Ok(Self { layout: *layout, counters, unfinished })
     }
 
     /// The layout of the mirrored state.
@@ -79,9 +83,48 @@ impl Mirror {
     /// # Errors
     /// Nothing changes then. [`Error::Problem`] or [`Error::Length`] for a plan of another state;
     /// [`Error::Value`] when positions continued from the state leave the rotation tables, or when
-    /// the plan runs once and the state has moved since it was made; [`Error::RotationChanged`].
+    /// the plan runs once and the state has moved since it was made; [`Error::RotationChanged`];
+    /// [`Error::Unfinished`] after [`Self::break_off`].
     pub fn advance(&mut self, plan: &Plan) -> Result<()> {
         self.counters = self.after(plan, None)?;
+        if let Effect::Reset(slots) = &plan.effect {
+            slots.iter().for_each(|&slot| self.unfinished[slot] = false);
+        }
+        Ok(())
+    }
+
+    /// Accounts for a run of which the device has taken some steps and no more, in place of
+    /// [`Self::advance`]: until they are reset, the slots that it works on are refused.
+    ///
+    /// # Errors
+    /// [`Error::Problem`] or [`Error::Length`] for a plan of another state; nothing changes then.
+    pub fn break_off(&mut self, plan: &Plan) -> Result<()> {
+        self.check_layout(plan)?;
+        match plan.effect.slots() {
+            Some(slots) => slots.into_iter().for_each(|slot| self.unfinished[slot] = true),
+            None => self.unfinished.fill(true),
+        }
+        Ok(())
+    }
+
+    /// That no run was broken off in these slots.
+    ///
+    /// # Errors
+    /// [`Error::Unfinished`].
+    pub(crate) fn check_finished(&self, slots: impl IntoIterator<Item = usize>) -> Result<()> {
+        match slots.into_iter().find(|&slot| self.unfinished[slot]) {
+            Some(slot) => Err(Error::Unfinished { slot }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_layout(&self, plan: &Plan) -> Result<()> {
+        let Some(state) = plan.state() else { return Ok(()) };
+        self.problem().check_same(state.problem())?;
+        if state.slots() != self.counters.len() {
+            let (got, expected) = (self.counters.len(), format!("{} (slots)", state.slots()));
+            return Err(Error::Length { argument: "state", got, expected });
+        }
         Ok(())
     }
 
@@ -98,16 +141,12 @@ impl Mirror {
 
     /// The counters after a run.
     fn after(&self, plan: &Plan, table: Option<&[(usize, usize)]>) -> Result<Vec<Counters>> {
+        self.check_layout(plan)?;
         let mut counters = self.counters.clone();
-        let Some(state) = plan.state() else { return Ok(counters) };
-        self.problem().check_same(state.problem())?;
-        if state.slots() != self.counters.len() {
-            let (got, expected) = (self.counters.len(), format!("{} (slots)", state.slots()));
-            return Err(Error::Length { argument: "state", got, expected });
-        }
         match &plan.effect {
             Effect::None => {}
             Effect::Set(slots) => {
+                self.check_finished(0..slots.len())?;
                 for (slot, (planned, after)) in slots.iter().enumerate() {
                     self.unmoved(slot, planned)?;
                     counters[slot] = *after;
@@ -115,6 +154,7 @@ impl Mirror {
             }
             Effect::Reset(slots) => slots.iter().for_each(|&s| counters[s] = Counters::default()),
             Effect::Flush(slots) => {
+                self.check_finished(slots.iter().map(|(slot, _)| *slot))?;
                 for (slot, planned) in slots {
                     self.unmoved(*slot, planned)?;
                     counters[*slot].flush();
@@ -145,6 +185,8 @@ impl Mirror {
             }
             _ => {}
         }
+        let slots = table.unwrap_or(&tokens.sequences).iter().map(|(slot, _)| *slot);
+        self.check_finished(slots)?;
         let sequences: Vec<_> = (table.unwrap_or(&tokens.sequences).iter())
             .map(|&(slot, len)| {
                 let position = counters[slot].tokens as usize;

@@ -129,7 +129,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Address`] for an address that is 0 or not aligned: nothing was enqueued then. The
-    /// launcher's errors: what came before the step it names was.
+    /// launcher's errors: what came before the step it names was; where that is anything,
+    /// [`Mirror::break_off`](super::Mirror::break_off).
     ///
     /// # Safety
     /// Until the work has finished on the device:

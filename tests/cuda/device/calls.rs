@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaSlice, DevicePtr, DeviceRepr};
 use half::{bf16, f16};
 use infini_attn::cuda::{
     self, Arch, Device, Event, Gate, Inputs, Launcher, Outputs, Runs, Target, TensorView,
@@ -18,12 +18,14 @@ use crate::common::switches::note;
 use crate::common::{bits, narrow, widen};
 use crate::full::is_small;
 use crate::groups::Group;
+use crate::refusals::Driver;
 
 pub fn groups() -> Vec<Group> {
     let check =
         |name: &str, f: fn(&Device) -> Result<()>| Group::check(&format!("full::{name}"), f);
     vec![
         check("host", states_continue_after_a_visit_to_the_host),
+        check("contexts", what_no_event_orders_is_refused),
         check("streams", other_streams_wait_and_give_the_same_bits),
         check("graph", a_captured_step_replays_across_segments),
         check("maps", maps_and_merges),
@@ -93,7 +95,7 @@ impl<T: Element + DeviceRepr> Tokens<T> {
 }
 
 /// The CPU backend on the same stream.
-fn on_cpu<T: Element>(stream: &Stream<T>, gate: &[f32], state: &mut State) -> Vec<f64> {
+pub fn on_cpu<T: Element>(stream: &Stream<T>, gate: &[f32], state: &mut State) -> Vec<f64> {
     let p = stream.problem;
     let mut o = vec![T::zeroed(); stream.tokens * p.heads() * p.value_dim()];
     let shape = [1, stream.tokens, p.heads(), p.value_dim()];
@@ -144,6 +146,46 @@ fn other_streams_wait_and_give_the_same_bits(device: &Device) -> Result<()> {
 
 /// A captured step, replayed over the ends of three segments, against single steps on the CPU; and
 /// twice, for equal bits.
+fn what_no_event_orders_is_refused(device: &Device) -> Result<()> {
+    let context = device.stream().context();
+    let each = [Device::from_stream(context.per_thread_stream()), device.on(context.per_thread_stream())];
+    for refused in each {
+        let text = refused.expect_err("one stream per thread").to_string();
+        let expected = "stream: the per-thread default stream given, one stream for all threads: \
+                        CudaContext::new_stream or default_stream expected";
+        assert_eq!(text, expected);
+    }
+    assert!(Device::from_stream(context.default_stream()).is_ok());
+
+    // The same context, by another object.
+    let other = Device::from_stream(CudaContext::new(device.ordinal())?.new_stream()?)?;
+    let text = device.on(other.stream().clone()).expect_err("another object").to_string();
+    assert!(text.starts_with("stream: a stream of another context object given"), "{text}");
+    let p = problem(2, 1, 64, 64);
+    let stream = Stream::<bf16>::normal(&p, 100, 3);
+    let gate = Gate::new(device, &[0.0; 2])?;
+    let mut state = cuda::State::new(device, &p, 1, false)?;
+    let (mut theirs, mut ours) = (Tokens::new(&other, &stream), Tokens::new(device, &stream));
+    let (inputs, outputs) = theirs.views();
+    let refused = cuda::prefill(&p, &inputs, &gate, &mut state, outputs).expect_err("another");
+    let text = refused.to_string();
+    assert!(text.starts_with("q: a buffer of device 0, of another CudaContext object given"), "{text}");
+    assert_eq!(state.tokens(0), 0);
+
+    // Its kernels are those of the first.
+    let expected = ours.prefill(&mut state, &gate);
+    let driver = Driver::open();
+    driver.iter().for_each(|driver| driver.refuse(None));
+    let gate = Gate::new(&other, &[0.0; 2])?;
+    let mut state = cuda::State::new(&other, &p, 1, false)?;
+    assert!(theirs.prefill(&mut state, &gate) == expected, "other kernels");
+    if let Some(driver) = driver {
+        let calls = driver.calls();
+        assert!(!calls.contains_key("cuModuleLoadData"), "{calls:?}");
+    }
+    Ok(())
+}
+
 fn a_captured_step_replays_across_segments(device: &Device) -> Result<()> {
     let (heads, kv_heads, n) = if is_small(device)? { (8, 2, 64) } else { (32, 8, 256) };
     let p = problem(heads, kv_heads, 128, n);

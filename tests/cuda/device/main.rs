@@ -5,6 +5,7 @@
 //! | `kernel::<operation>_<arch>::<dims>` | every kernel, at its smallest shape |
 //! | `table::<entry>::<dims>` | the shared table of cases |
 //! | `full::<what>` | full shapes, and what surrounds a call: graphs, streams, maps, the host |
+//! | `refusals::<operation>` | a driver that refuses a call; only on the simulator's |
 //! | `golden::record` | what the device computes where PTX leaves it open, to a file in `INFINI_RESULTS` |
 //!
 //! Variables: those of `common::switches`; `INFINI_CASE` runs one case of a group alone;
@@ -21,6 +22,7 @@ mod full;
 mod golden;
 mod groups;
 mod kernels;
+mod refusals;
 mod table;
 
 use std::path::PathBuf;
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let golden = vec![Group::check("golden::record", record_golden)];
-    let all = [kernels::groups(), table::groups(), full::groups(), golden].into_iter().flatten();
+    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden].into_iter().flatten();
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,

@@ -9,15 +9,16 @@ use crate::launch::{FIRST_MODULE_VARIABLE, LaunchError};
 use crate::memory::{GlobalBuffer, global_address};
 use crate::program::Kernel;
 
-/// A parsed PTX module.
+/// A parsed PTX module. A clone has variables of its own.
+#[derive(Clone)]
 pub struct Module {
     /// As it was parsed.
-    pub(crate) ast: ast::Module,
+    pub(crate) ast: Arc<ast::Module>,
     /// Numbers and addresses of `.global` and `.const` variables.
     addresses: BTreeMap<String, u64>,
     /// What the host has put into variables.
     values: BTreeMap<String, Vec<u8>>,
-    kernels: Mutex<BTreeMap<String, Arc<Kernel>>>,
+    kernels: Arc<Mutex<BTreeMap<String, Arc<Kernel>>>>,
 }
 
 impl Module {
@@ -44,7 +45,8 @@ impl Module {
             .enumerate()
             .map(|(i, v)| (v.name.clone(), global_address(FIRST_MODULE_VARIABLE + i)))
             .collect();
-        Ok(Self { ast, addresses, values: BTreeMap::new(), kernels: Mutex::default() })
+        let (ast, values) = (Arc::new(ast), BTreeMap::new());
+        Ok(Self { ast, addresses, values, kernels: Arc::default() })
     }
 
     /// Names of the kernels.

@@ -18,6 +18,7 @@ macro_rules! codes {
 codes! {
     SUCCESS = 0, c"CUDA_SUCCESS": c"no error";
     INVALID_VALUE = 1, c"CUDA_ERROR_INVALID_VALUE": c"invalid argument";
+    OUT_OF_MEMORY = 2, c"CUDA_ERROR_OUT_OF_MEMORY": c"out of memory";
     NOT_INITIALIZED = 3, c"CUDA_ERROR_NOT_INITIALIZED": c"the environment of the simulator is wrong";
     INVALID_DEVICE = 101, c"CUDA_ERROR_INVALID_DEVICE": c"invalid device ordinal";
     INVALID_IMAGE = 200, c"CUDA_ERROR_INVALID_IMAGE": c"device kernel image is invalid";
@@ -75,7 +76,10 @@ macro_rules! driver {
         pub unsafe extern "C" fn $name($($arg: $type),*) -> $crate::error::Code {
             // SAFETY: pointers are the caller's, as in the driver.
             #[allow(unused_unsafe)]
-            $crate::error::outcome(|| unsafe { $body })
+            $crate::error::outcome(|| {
+                $crate::refusals::admit(stringify!($name))?;
+                unsafe { $body }
+            })
         }
     )*};
 }

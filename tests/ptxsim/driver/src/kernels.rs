@@ -44,10 +44,16 @@ pub struct Call {
 impl Machine {
     pub fn load(&mut self, ptx: &str) -> Result<usize> {
         let context = self.current()?;
-        let module = Module::parse(ptx).map_err(|e| {
-            eprintln!("{e}");
-            INVALID_PTX
-        })?;
+        let module = match self.parsed.get(ptx) {
+            Some(module) => module.clone(),
+            None => {
+                let module = Module::parse(ptx).map_err(|e| {
+                    eprintln!("{e}");
+                    INVALID_PTX
+                })?;
+                self.parsed.entry(ptx.into()).or_insert(module).clone()
+            }
+        };
         let handle = self.handle();
         let value = Loaded { module, variables: HashMap::new() };
         self.modules.insert(handle, Owned { context, value });

@@ -19,6 +19,7 @@ mod kernels;
 mod launches;
 mod machine;
 mod pinned;
+mod refusals;
 mod settings;
 mod streams;
 mod summary;

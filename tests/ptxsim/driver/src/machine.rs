@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-use ptxsim::{Buffer, Device};
+use ptxsim::{Buffer, Device, Module};
 
 use crate::context::Contexts;
 use crate::error::{INVALID_VALUE, NOT_INITIALIZED, Result};
@@ -25,6 +25,8 @@ pub struct Machine {
     pub contexts: Contexts,
     buffers: HashMap<u64, Owned<Buffer>>,
     pub pinned: HashMap<usize, Owned<Pinned>>,
+    /// By their PTX: what was loaded once may be loaded into other contexts.
+    pub parsed: HashMap<String, Module>,
     pub modules: HashMap<usize, Owned<Loaded>>,
     pub functions: HashMap<usize, Owned<Function>>,
     pub streams: HashMap<StreamId, Owned<Option<Capture>>>,
@@ -66,6 +68,7 @@ impl Machine {
             contexts: Contexts::default(),
             buffers: HashMap::new(),
             pinned: HashMap::new(),
+            parsed: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
             streams: HashMap::new(),
