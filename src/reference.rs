@@ -1,9 +1,10 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
 
+use crate::alloc;
 use crate::call::form::Sequence;
 use crate::call::{self, Batch, Inputs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{Counters, check_slots};
 use crate::problem::{Denominator, EmptyMemory, Problem, Update};
 
@@ -14,6 +15,7 @@ pub struct State {
     pub m: Vec<f64>,
     /// Normaliser z, [slots, Hkv, Dk].
     pub z: Vec<f64>,
+    problem: Problem,
     counters: Vec<Counters>,
     /// Open segment of each slot: one entry per token.
     open: Vec<Vec<Token>>,
@@ -46,14 +48,19 @@ pub struct Output {
 
 impl State {
     /// Empty streams in slots 0 to `sequences` − 1.
-    pub fn new(problem: &Problem, sequences: usize) -> Self {
-        let chunks = sequences * problem.kv_heads();
-        Self {
-            m: vec![0.0; chunks * problem.key_dim() * problem.value_dim()],
-            z: vec![0.0; chunks * problem.key_dim()],
-            counters: vec![Counters::default(); sequences],
-            open: vec![Vec::new(); sequences],
-        }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(problem: &Problem, sequences: usize) -> Result<Self> {
+        let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
+        let what = format_args!("a reference state of {sequences} slots");
+        Ok(Self {
+            problem: *problem,
+            m: alloc::zeroed(&[sequences, h, dk, dv], what)?,
+            z: alloc::zeroed(&[sequences, h, dk], what)?,
+            counters: alloc::zeroed(&[sequences], what)?,
+            open: alloc::collected((0..sequences).map(|_| Vec::new()), what)?,
+        })
     }
 
     /// Tokens the slot has seen.
@@ -74,10 +81,27 @@ impl State {
     /// Writes the open segment of every named slot into its memory.
     ///
     /// # Errors
-    /// [`crate::Error::Value`] for a slot out of range or named twice.
+    /// [`Error::Problem`] when the state belongs to another problem, [`Error::Value`] for a slot out of
+    /// range or named twice.
     pub fn flush(&mut self, problem: &Problem, slots: &[usize]) -> Result<()> {
+        self.check(problem)?;
         check_slots(slots, self.counters.len())?;
         slots.iter().for_each(|&slot| self.commit(problem, slot));
+        Ok(())
+    }
+
+    /// The state must be one of `problem`, its M and z (which anyone may replace) of that size.
+    fn check(&self, problem: &Problem) -> Result<()> {
+        problem.check_same(&self.problem)?;
+        let z = self.counters.len() * problem.kv_heads() * problem.key_dim();
+        for (argument, got, len) in
+            [("state.m", self.m.len(), z * problem.value_dim()), ("state.z", self.z.len(), z)]
+        {
+            if got != len {
+                let expected = format!("{len} (as State::new made)");
+                return Err(Error::Length { argument, got, expected });
+            }
+        }
         Ok(())
     }
 
@@ -181,6 +205,7 @@ pub fn prefill<T: Copy + Into<f64>>(
     gate: &[f32],
     state: &mut State,
 ) -> Result<Output> {
+    state.check(problem)?;
     let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
     let shape = inputs.q.shape();
     let rows: usize = shape[..shape.len() - 1].iter().product();

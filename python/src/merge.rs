@@ -90,13 +90,14 @@ impl KeySums {
     #[pyo3(signature = (problem, batch = None))]
     fn zero(problem: &Problem, batch: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let batch = batch.map_or(Ok(1), |n| extent("batch", n))?;
-        Ok(Self(infini_attn::KeySums::zero(&problem.0, batch)))
+        infini_attn::KeySums::zero(&problem.0, batch).map(Self).map_err(error::python)
     }
 
     /// What a run that continues `state` finds: its z and its committed tokens.
     #[staticmethod]
     fn from_state(state: &Bound<'_, State>) -> PyResult<Self> {
-        Ok(Self(infini_attn::KeySums::from_state(&*state.get().read()?)))
+        let state = &*state.get().read()?;
+        infini_attn::KeySums::from_state(state).map(Self).map_err(error::python)
     }
 
     /// The sums, a copy: float32 [B, Hkv, Dk].

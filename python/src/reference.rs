@@ -114,7 +114,7 @@ pub fn reference_infini_attention<'py>(
     let (batch, length) = arguments.batch();
     let mut next = match &state {
         Some(state) => state.get().read()?.clone(),
-        None => reference::State::new(&problem, batch),
+        None => reference::State::new(&problem, batch).map_err(error::python)?,
     };
     let (q, k, v) = (widen(&arguments.q)?, widen(&arguments.k)?, widen(&arguments.v)?);
     fn view<'a>(elements: &'a [f64], memory: &Memory<'_>) -> PyResult<TensorView<'a, f64>> {

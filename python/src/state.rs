@@ -42,7 +42,8 @@ impl State {
         if inplace {
             return Ok(state.clone());
         }
-        Bound::new(state.py(), Self::new(state.get().read()?.clone()))
+        let copy = state.get().read()?.try_clone().map_err(error::python)?;
+        Bound::new(state.py(), Self::new(copy))
     }
 }
 
@@ -76,7 +77,7 @@ impl State {
     #[pyo3(signature = (problem, sequences = None))]
     fn create(problem: &Problem, sequences: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
-        Ok(Self::new(Core::new(&problem.0, sequences)))
+        Core::new(&problem.0, sequences).map(Self::new).map_err(error::python)
     }
 
     /// A state from its parts, without an open segment.

@@ -9,12 +9,15 @@ use rayon::prelude::*;
 use super::matmul::{Into, Mat, matmul};
 use super::segment::{CHUNK, Scratch};
 use super::{segment, simd};
+use crate::alloc;
 use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
 use crate::problem::{Problem, Update};
 use crate::tensor::{Rows, TensorView};
+
+const KEY_SUMS: &str = "key sums";
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,18 +29,25 @@ pub struct KeySums {
 
 impl KeySums {
     /// The sums over no tokens, for `batch` sequences: what the first run of a stream finds.
-    pub fn zero(problem: &Problem, batch: usize) -> Self {
-        let len = batch * problem.kv_heads() * problem.key_dim();
-        Self { problem: *problem, sums: vec![0.0; len], tokens: vec![0; batch] }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn zero(problem: &Problem, batch: usize) -> Result<Self> {
+        let sums = alloc::zeroed(&[batch, problem.kv_heads(), problem.key_dim()], KEY_SUMS)?;
+        Ok(Self { problem: *problem, sums, tokens: alloc::zeroed(&[batch], KEY_SUMS)? })
     }
 
     /// What a run that continues `state` finds: its z and its committed tokens, slot by slot.
-    pub fn from_state(state: &State) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn from_state(state: &State) -> Result<Self> {
+        let tokens = state.counters.iter().map(|c| c.committed);
+        Ok(Self {
             problem: state.problem,
-            sums: state.z.clone(),
-            tokens: state.counters.iter().map(|c| c.committed).collect(),
-        }
+            sums: alloc::copied(&state.z, KEY_SUMS)?,
+            tokens: alloc::collected(tokens, KEY_SUMS)?,
+        })
     }
 
     /// The sums over both runs.
@@ -48,10 +58,12 @@ impl KeySums {
     pub fn add(&self, other: &KeySums) -> Result<KeySums> {
         self.problem.check_same(&other.problem)?;
         check_batch("other", other.tokens.len(), self.tokens.len())?;
+        let sums = self.sums.iter().zip(&other.sums).map(|(a, b)| a + b);
+        let tokens = self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b);
         Ok(KeySums {
             problem: self.problem,
-            sums: self.sums.iter().zip(&other.sums).map(|(a, b)| a + b).collect(),
-            tokens: self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b).collect(),
+            sums: alloc::collected(sums, KEY_SUMS)?,
+            tokens: alloc::collected(tokens, KEY_SUMS)?,
         })
     }
 
@@ -121,7 +133,7 @@ impl SegmentMap {
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
-    let mut out = KeySums::zero(problem, batch);
+    let mut out = KeySums::zero(problem, batch)?;
     out.tokens.fill(tokens as u64);
     let rows = k.rows();
     out.sums.par_chunks_exact_mut(dk).enumerate().for_each(|(i, sums)| {
@@ -165,7 +177,7 @@ pub fn segment_map<T: Element>(
         before: before.clone(),
         a: vec![0.0; batch * problem.kv_heads() * dk * dk],
         b: vec![0.0; batch * problem.kv_heads() * dk * dv],
-        sums: KeySums::zero(problem, batch),
+        sums: KeySums::zero(problem, batch)?,
     };
     map.sums.tokens.fill(tokens as u64);
     let (k, v) = (k.rows(), v.rows());

@@ -50,7 +50,7 @@ use crate::problem::Problem;
 /// ```
 /// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
 /// let problem = Problem::builder().heads(4).kv_heads(2).head_dim(64).segment_len(128).build()?;
-/// let mut state = State::new(&problem, 1);
+/// let mut state = State::new(&problem, 1)?;
 /// let (q, k, v) = (vec![0.1f32; 300 * 4 * 64], vec![0.2; 300 * 2 * 64], vec![0.3; 300 * 2 * 64]);
 /// let mut o = vec![0.0f32; 300 * 4 * 64];
 /// let inputs = Inputs::new(
@@ -119,7 +119,7 @@ fn run<T: Element>(
     check_outputs(problem, inputs, &outputs)?;
     check_longest(&sequences, max_tokens)?;
     if batch.rope.is_some() {
-        state.ensure_rotated();
+        state.ensure_rotated()?;
     }
     let call = Call {
         problem: *problem,

@@ -46,7 +46,7 @@ fn decode_takes_none_to_sixteen_tokens_of_each_sequence() {
     let stream = Stream::<f32>::normal(&p, 8 + 16, 1);
     for open in 0..8 {
         for tokens in 0..=16 {
-            let mut by_decode = State::new(&p, 1);
+            let mut by_decode = State::new(&p, 1).unwrap();
             let start = stream.slice(0..open);
             run_entry(Entry::Prefill, open, &start.inputs(), &GATE, &mut by_decode);
             let mut by_prefill = by_decode.clone();
@@ -70,7 +70,7 @@ fn decode_serves_a_ragged_batch() {
     let view = |data, h, d| TensorView::new(data, &[4, 16, h, d]).expect("shape");
     let inputs = Inputs::new(view(&stream.q, 4, 8), view(&stream.k, 2, 8), view(&stream.v, 2, 6))
         .seq_lens(&lens);
-    let mut state = State::new(&p, 4);
+    let mut state = State::new(&p, 4).unwrap();
     let how = Arrangement::Contiguous;
     let mut out = OutputBuffers::<f32>::new(&[4, 16], 4, 6, how, Asked::ALL);
     decode(&p, &inputs, &GATE, &mut state, out.views()).expect("valid");
@@ -128,7 +128,7 @@ fn the_state_does_not_grow() {
 #[test]
 fn an_empty_state_serves_an_empty_batch() {
     let p = problem();
-    let mut state = State::new(&p, 0);
+    let mut state = State::new(&p, 0).unwrap();
     let none: [f32; 0] = [];
     let view = |h, d| TensorView::new(&none, &[0, 5, h, d]).expect("shape");
     let inputs = Inputs::new(view(4, 8), view(2, 8), view(2, 6));
