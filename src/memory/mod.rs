@@ -1,6 +1,7 @@
 //! The state of a pool of sequences: compressive memory, normaliser, counters, open segment.
 
 pub(crate) mod blocks;
+pub(crate) mod heads;
 mod io;
 mod parts;
 
@@ -61,42 +62,6 @@ pub(crate) struct OpenSegments {
     pub k_rotated: Vec<f32>,
     /// Values, [slots, Hkv, N, Dv].
     pub v: Vec<f32>,
-}
-
-/// What belongs to one slot and KV head.
-pub(crate) struct HeadMut<'a> {
-    pub m: &'a mut [f32],
-    pub z: &'a mut [f32],
-    /// Open segment: unrotated keys.
-    pub k: &'a mut [f32],
-    /// Open segment: rotated keys, once any call has rotated.
-    pub k_rotated: Option<&'a mut [f32]>,
-    /// Open segment: values.
-    pub v: &'a mut [f32],
-}
-
-/// The open segment of one slot and KV head.
-#[derive(Clone, Copy)]
-pub(crate) struct OpenRef<'a> {
-    /// Unrotated keys, in [`KeyBlocks`] layout.
-    pub k: &'a [f32],
-    /// Rotated keys, once any call has rotated.
-    pub k_rotated: Option<&'a [f32]>,
-    /// Values, [N, Dv].
-    pub v: &'a [f32],
-}
-
-impl OpenRef<'_> {
-    /// The keys the local branch sees.
-    pub fn local(&self, rotated: bool) -> &[f32] {
-        if rotated { self.k_rotated.unwrap_or(self.k) } else { self.k }
-    }
-}
-
-impl HeadMut<'_> {
-    pub fn open(&self) -> OpenRef<'_> {
-        OpenRef { k: self.k, k_rotated: self.k_rotated.as_deref(), v: self.v }
-    }
 }
 
 impl State {
@@ -234,39 +199,19 @@ impl State {
         make().map_err(|_| too_large(&self.problem, len, !self.open.k_rotated.is_empty()))
     }
 
-    /// Mutable parts of every (slot, KV head), in order; callers take what they work on.
-    pub(crate) fn heads_mut(&mut self) -> Vec<Option<HeadMut<'_>>> {
-        let p = &self.problem;
-        let (dk, dv) = (p.key_dim(), p.value_dim());
-        let blocks = KeyBlocks::new(p).len();
-        let mut rotated = self.open.k_rotated.chunks_exact_mut(blocks);
-        (self.m.chunks_exact_mut(dk * dv))
-            .zip(self.z.chunks_exact_mut(dk))
-            .zip(self.open.k.chunks_exact_mut(blocks))
-            .zip(self.open.v.chunks_exact_mut(p.segment_len() * dv))
-            .map(|(((m, z), k), v)| Some(HeadMut { m, z, k, k_rotated: rotated.next(), v }))
-            .collect()
-    }
-
-    /// Open segment of one (slot, KV head).
-    pub(crate) fn open(&self, slot: usize, kv_head: usize) -> OpenRef<'_> {
-        let p = &self.problem;
-        let at = slot * p.kv_heads() + kv_head;
-        let (blocks, values) = (KeyBlocks::new(p).len(), p.segment_len() * p.value_dim());
-        OpenRef {
-            k: &self.open.k[at * blocks..][..blocks],
-            k_rotated: self.open.k_rotated.chunks_exact(blocks).nth(at),
-            v: &self.open.v[at * values..][..values],
-        }
-    }
-
-    /// Room for rotated keys, made by the first call that rotates.
-    pub(crate) fn ensure_rotated(&mut self) -> Result<()> {
-        if self.open.k_rotated.is_empty() {
+    /// Room for rotated keys; whether this, the first call that rotates, made it.
+    pub(crate) fn ensure_rotated(&mut self) -> Result<bool> {
+        let first = self.open.k_rotated.is_empty();
+        if first {
             self.open.k_rotated =
                 alloc::zeroed(&[self.open.k.len()], "the rotated keys of the open segments")?;
         }
-        Ok(())
+        Ok(first)
+    }
+
+    /// Takes that room away again.
+    pub(crate) fn forget_rotated(&mut self) {
+        self.open.k_rotated = Vec::new();
     }
 }
 
