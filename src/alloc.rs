@@ -39,6 +39,11 @@ pub(crate) fn collected<T>(
     Ok(vec)
 }
 
+/// Makes room for one more item.
+pub(crate) fn grow<T>(items: &mut Vec<T>, what: impl Display) -> Result<()> {
+    items.try_reserve(1).map_err(|_| refused::<T>(&[items.len() + 1], what))
+}
+
 fn product(extents: &[usize]) -> Option<usize> {
     extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent))
 }

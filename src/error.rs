@@ -62,7 +62,7 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
-    /// An address in device memory cannot be served.
+    /// An address cannot be served.
     #[error("{argument}: address {got:#x} given, {requirement}")]
     Address {
         /// Name of the operand.

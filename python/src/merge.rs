@@ -73,10 +73,10 @@ fn merge_typed<'py, T: Element + Scalar>(
 ///
 /// Finished delta-rule memories do not add (ValueError): see segment_map and compose.
 #[pyfunction]
-pub fn merge_memories(states: Vec<Bound<'_, State>>) -> PyResult<State> {
+pub fn merge_memories(py: Python<'_>, states: Vec<Bound<'_, State>>) -> PyResult<State> {
     let guards = states.iter().map(|s| s.get().read()).collect::<PyResult<Vec<_>>>()?;
     let states: Vec<_> = guards.iter().map(|g| &**g).collect();
-    infini_attn::merge_memories(&states).map(State::new).map_err(error::python)
+    threads::run(py, || infini_attn::merge_memories(&states)).map(State::new)
 }
 
 /// Sums of sigma(k) over a run of tokens, per sequence and key/value head. `+` adds two runs.
