@@ -136,3 +136,35 @@ fn an_empty_state_serves_an_empty_batch() {
     let o = TensorViewMut::new(&mut o, &[0, 5, 4, 6]).expect("shape");
     prefill(&p, &inputs, &GATE, &mut state, Outputs::new(o)).expect("valid");
 }
+
+#[test]
+fn a_states_size_is_known_beforehand() {
+    for (heads, n) in [(1, 1), (2, 300), (4, 256)] {
+        let p = Problem::builder().heads(4).kv_heads(heads).key_dim(6).value_dim(5);
+        let p = p.segment_len(n).build().expect("valid");
+        for slots in [0, 1, 7] {
+            let state = State::new(&p, slots).expect("room");
+            assert_eq!(p.state_bytes(slots, false).expect("64 bits"), state.bytes() as u64);
+        }
+        let mut model = Fast::new(&p);
+        let (rows, stream) = ([1.0; 12], Stream::<f32>::normal(&p, 3, 1));
+        let table = TensorView::new(&rows, &[6, 2]).expect("shape");
+        let inputs = stream.inputs().rope(infini_attn::Rope::new(table, table));
+        run_entry(Entry::Decode, 3, &inputs, &GATE, &mut model.0);
+        assert_eq!(p.state_bytes(1, true).expect("64 bits"), model.0.bytes() as u64);
+        let error = p.state_bytes(usize::MAX, false).expect_err("more than 64 bits count");
+        let bytes = usize::MAX as u128 * u128::from(p.state_bytes(1, false).expect("64 bits"));
+        assert!(error.to_string().contains(&format!("{} slots: {bytes} B", usize::MAX)), "{error}");
+    }
+}
+
+#[test]
+fn a_fork_takes_time_by_its_own_slots() {
+    let p = Problem::builder().head_dim(1).segment_len(1).build().expect("valid");
+    let slots: Vec<usize> = (0..1 << 17).rev().collect();
+    let state = State::new(&p, slots.len()).expect("room");
+    let start = std::time::Instant::now();
+    let fork = state.fork(&slots).expect("room");
+    assert_eq!(fork.sequences(), slots.len());
+    assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
+}

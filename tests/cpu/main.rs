@@ -16,3 +16,4 @@ mod reference;
 mod state_io;
 mod table;
 mod threads;
+mod views;
