@@ -77,7 +77,7 @@ fn bench_prefill<T: Element>(c: &mut Criterion) {
         let mut tensors = Tensors::<T>::new(&p, 1, shape[4]);
         group.throughput(Throughput::Elements(flops(shape)));
         group.bench_function(BenchmarkId::from_parameter(format!("{shape:?}")), |b| {
-            b.iter(|| tensors.run(&p, &mut State::new(&p, 1), false));
+            b.iter(|| tensors.run(&p, &mut State::new(&p, 1).unwrap(), false));
         });
     }
 }
@@ -121,7 +121,7 @@ fn products(rows: usize, keys: usize, d: usize, calls: usize) -> f32 {
 fn bench_decode(c: &mut Criterion) {
     let p = problem::<bf16>([8, 2, 128, 2048, 0]);
     let (sequences, open) = (16, 1024);
-    let mut state = State::new(&p, sequences);
+    let mut state = State::new(&p, sequences).unwrap();
     Tensors::<bf16>::new(&p, sequences, open).run(&p, &mut state, false);
     let mut token = Tensors::<bf16>::new(&p, sequences, 1);
     let mut group = c.benchmark_group("decode/bf16");
@@ -147,7 +147,7 @@ fn bench_stream(c: &mut Criterion) {
         group.throughput(Throughput::Elements(tokens as u64));
         group.bench_function(BenchmarkId::from_parameter(tokens), |b| {
             b.iter(|| {
-                let mut state = State::new(&p, 1);
+                let mut state = State::new(&p, 1).unwrap();
                 (0..tokens / call).for_each(|_| tensors.run(&p, &mut state, false));
                 assert_eq!(state.tokens(0), tokens as u64);
             });

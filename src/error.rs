@@ -1,5 +1,7 @@
 //! The one error type of the crate.
 
+use std::fmt::Display;
+
 use crate::dtype::DType;
 
 /// Everything that can be wrong with a call, an argument or a file.
@@ -61,7 +63,7 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
-    /// An address in device memory cannot be served.
+    /// An address cannot be served.
     #[error("{argument}: address {got:#x} given, {requirement}")]
     Address {
         /// Name of the operand.
@@ -143,6 +145,14 @@ pub enum Error {
         /// Tokens committed in the second.
         second_tokens: u64,
     },
+    /// The system has not so much memory. Nothing was changed.
+    #[error("{what}: {bytes} B asked for, the system has not so much")]
+    OutOfMemory {
+        /// What it was for.
+        what: String,
+        /// Bytes asked for.
+        bytes: u128,
+    },
     /// No CUDA device can be used.
     #[error("no usable CUDA device: {reason}")]
     NoDevice {
@@ -213,6 +223,10 @@ impl Error {
         expected: impl Into<String>,
     ) -> Self {
         Self::Value { argument: argument.into(), got: got.to_string(), expected: expected.into() }
+    }
+
+    pub(crate) fn out_of_memory(what: impl Display, bytes: u128) -> Self {
+        Self::OutOfMemory { what: what.to_string(), bytes }
     }
 
     pub(crate) fn shape(

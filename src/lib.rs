@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+mod alloc;
 mod call;
 mod cpu;
 #[cfg(feature = "cuda")]

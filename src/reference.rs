@@ -1,11 +1,18 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
 
+use crate::alloc;
 use crate::call::form::Sequence;
 use crate::call::{self, Batch, Inputs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{Counters, check_slots};
 use crate::problem::{Denominator, EmptyMemory, Problem, Update};
+
+/// What memory is for, in errors.
+const STATE: &str = "a reference state";
+const TOKEN: &str = "a token of the reference";
+const ROW: &str = "a row of the reference";
+const OUTPUTS: &str = "the reference's outputs";
 
 /// State of the reference: float64 throughout, one entry per slot.
 #[derive(Clone, Debug)]
@@ -14,6 +21,7 @@ pub struct State {
     pub m: Vec<f64>,
     /// Normaliser z, [slots, Hkv, Dk].
     pub z: Vec<f64>,
+    problem: Problem,
     counters: Vec<Counters>,
     /// Open segment of each slot: one entry per token.
     open: Vec<Vec<Token>>,
@@ -46,14 +54,19 @@ pub struct Output {
 
 impl State {
     /// Empty streams in slots 0 to `sequences` − 1.
-    pub fn new(problem: &Problem, sequences: usize) -> Self {
-        let chunks = sequences * problem.kv_heads();
-        Self {
-            m: vec![0.0; chunks * problem.key_dim() * problem.value_dim()],
-            z: vec![0.0; chunks * problem.key_dim()],
-            counters: vec![Counters::default(); sequences],
-            open: vec![Vec::new(); sequences],
-        }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(problem: &Problem, sequences: usize) -> Result<Self> {
+        let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
+        let what = format_args!("a reference state of {sequences} slots");
+        Ok(Self {
+            problem: *problem,
+            m: alloc::zeroed(&[sequences, h, dk, dv], what)?,
+            z: alloc::zeroed(&[sequences, h, dk], what)?,
+            counters: alloc::zeroed(&[sequences], what)?,
+            open: alloc::collected((0..sequences).map(|_| Vec::new()), what)?,
+        })
     }
 
     /// Tokens the slot has seen.
@@ -74,24 +87,73 @@ impl State {
     /// Writes the open segment of every named slot into its memory.
     ///
     /// # Errors
-    /// [`crate::Error::Value`] for a slot out of range or named twice.
+    /// [`Error::Problem`] when the state belongs to another problem, [`Error::Value`] for a slot out of
+    /// range or named twice, [`Error::OutOfMemory`].
     pub fn flush(&mut self, problem: &Problem, slots: &[usize]) -> Result<()> {
+        self.check(problem)?;
         check_slots(slots, self.counters.len())?;
-        slots.iter().for_each(|&slot| self.commit(problem, slot));
+        let mut next = self.try_clone()?;
+        slots.iter().try_for_each(|&slot| next.commit(problem, slot))?;
+        *self = next;
+        Ok(())
+    }
+
+    /// A copy, or [`Error::OutOfMemory`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn try_clone(&self) -> Result<State> {
+        let copy_token = |t: &Token| -> Result<Token> {
+            let copy = |x: &[f64]| alloc::copied(x, TOKEN);
+            Ok(Token { k: copy(&t.k)?, k_local: copy(&t.k_local)?, v: copy(&t.v)? })
+        };
+        let mut open = alloc::reserved(&[self.open.len()], STATE)?;
+        for segment in &self.open {
+            let mut copy = alloc::reserved(&[segment.len()], STATE)?;
+            segment.iter().try_for_each(|token| copy_token(token).map(|token| copy.push(token)))?;
+            open.push(copy);
+        }
+        Ok(State {
+            problem: self.problem,
+            m: alloc::copied(&self.m, STATE)?,
+            z: alloc::copied(&self.z, STATE)?,
+            counters: alloc::copied(&self.counters, STATE)?,
+            open,
+        })
+    }
+
+    /// The state must be one of `problem`, its M and z (which anyone may replace) of that size.
+    fn check(&self, problem: &Problem) -> Result<()> {
+        problem.check_same(&self.problem)?;
+        let z = self.counters.len() * problem.kv_heads() * problem.key_dim();
+        for (argument, got, len) in
+            [("state.m", self.m.len(), z * problem.value_dim()), ("state.z", self.z.len(), z)]
+        {
+            if got != len {
+                let expected = format!("{len} (as State::new made)");
+                return Err(Error::Length { argument, got, expected });
+            }
+        }
         Ok(())
     }
 
     /// Retrieval with one query row, and whether the memory was empty (then 0).
-    fn read(&self, p: &Problem, slot: usize, kv_head: usize, q: &[f64]) -> (Vec<f64>, bool) {
+    fn read(
+        &self,
+        p: &Problem,
+        slot: usize,
+        kv_head: usize,
+        q: &[f64],
+    ) -> Result<(Vec<f64>, bool)> {
         if self.counters[slot].committed == 0 {
-            return (vec![0.0; p.value_dim()], true);
+            return Ok((alloc::zeroed(&[p.value_dim()], ROW)?, true));
         }
         let chunk = slot * p.kv_heads() + kv_head;
         let (m, z) = (p.key_dim() * p.value_dim(), p.key_dim());
-        (retrieve(p, q, &self.m[chunk * m..][..m], &self.z[chunk * z..][..z]), false)
+        Ok((retrieve(p, q, &self.m[chunk * m..][..m], &self.z[chunk * z..][..z])?, false))
     }
 
-    fn commit(&mut self, p: &Problem, slot: usize) {
+    fn commit(&mut self, p: &Problem, slot: usize) -> Result<()> {
         let segment = std::mem::take(&mut self.open[slot]);
         let (dk, dv) = (p.key_dim(), p.value_dim());
         for h in 0..p.kv_heads() {
@@ -99,12 +161,12 @@ impl State {
             let m = &mut self.m[chunk * dk * dv..][..dk * dv];
             let z = &mut self.z[chunk * dk..][..dk];
             let empty = self.counters[slot].committed == 0;
-            let (m_before, z_before) = (m.to_vec(), z.to_vec());
+            let (m_before, z_before) = (alloc::copied(m, STATE)?, alloc::copied(z, STATE)?);
             for token in &segment {
                 let k = &token.k[h * dk..][..dk];
-                let mut u = token.v[h * dv..][..dv].to_vec();
+                let mut u = alloc::copied(&token.v[h * dv..][..dv], ROW)?;
                 if p.update() == Update::Delta && !empty {
-                    let r = retrieve(p, k, &m_before, &z_before);
+                    let r = retrieve(p, k, &m_before, &z_before)?;
                     u.iter_mut().zip(r).for_each(|(u, r)| *u -= r);
                 }
                 for (d, s) in k.iter().map(|&x| sigma(x)).enumerate() {
@@ -116,6 +178,7 @@ impl State {
         let c = &mut self.counters[slot];
         c.committed += segment.len() as u64;
         c.open_len = 0;
+        Ok(())
     }
 }
 
@@ -126,18 +189,18 @@ pub(crate) fn sigma(x: f64) -> f64 {
 }
 
 /// Eq. (7) for one row: σ(x) M / σ(x) z.
-fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Vec<f64> {
+fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Result<Vec<f64>> {
     // Exact is invariant to the row's scale: σ(x) = exp(x − max) when no channel is positive.
     let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let shift = if p.denominator() == Denominator::Exact && max <= 0.0 { max } else { 0.0 };
-    let s: Vec<f64> = x.iter().map(|&x| sigma(x - shift)).collect();
+    let s = alloc::collected(x.iter().map(|&x| sigma(x - shift)), ROW)?;
     let dot: f64 = s.iter().zip(z).map(|(s, z)| s * z).sum();
     let den = match p.denominator() {
         Denominator::Exact => dot,
         Denominator::Clamp(eps) => dot.max(eps.into()),
         Denominator::Add(eps) => dot + f64::from(eps),
     };
-    let mut r = vec![0.0; p.value_dim()];
+    let mut r = alloc::zeroed(&[p.value_dim()], ROW)?;
     // Like σ, a denominator below f32's smallest normal number counts as 0.
     let absent = den.abs() < f64::from(f32::MIN_POSITIVE);
     if !absent {
@@ -145,25 +208,24 @@ fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Vec<f64> {
             r.iter_mut().zip(m).for_each(|(r, m)| *r += s * m / den);
         }
     }
-    r
+    Ok(r)
 }
 
 /// Eq. (6) for one row: softmax over the open segment, and its log-sum-exp.
-fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> (Vec<f64>, f64) {
+fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> Result<(Vec<f64>, f64)> {
     let (dk, dv) = (p.key_dim(), p.value_dim());
-    let logits: Vec<f64> = (segment.iter())
-        .map(|t| {
-            p.scale() * q.iter().zip(&t.k_local[h * dk..][..dk]).map(|(q, k)| q * k).sum::<f64>()
-        })
-        .collect();
+    let logits = segment.iter().map(|t| {
+        p.scale() * q.iter().zip(&t.k_local[h * dk..][..dk]).map(|(q, k)| q * k).sum::<f64>()
+    });
+    let logits = alloc::collected(logits, ROW)?;
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logits.iter().map(|s| (s - max).exp()).sum();
-    let mut out = vec![0.0; dv];
+    let mut out = alloc::zeroed(&[dv], ROW)?;
     for (s, t) in logits.iter().zip(segment) {
         let w = (s - max).exp() / sum;
         out.iter_mut().zip(&t.v[h * dv..][..dv]).for_each(|(o, v)| *o += w * v);
     }
-    (out, max + sum.ln())
+    Ok((out, max + sum.ln()))
 }
 
 fn sigmoid(x: f64) -> f64 {
@@ -174,27 +236,30 @@ fn sigmoid(x: f64) -> f64 {
 /// type that converts to f64.
 ///
 /// # Errors
-/// Those of [`crate::prefill`] that concern inputs, gate and slots.
+/// Those of [`crate::prefill`] that concern inputs, gate, slots, the state's problem and memory that
+/// does not suffice.
 pub fn prefill<T: Copy + Into<f64>>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
     gate: &[f32],
     state: &mut State,
 ) -> Result<Output> {
+    state.check(problem)?;
     let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
     let shape = inputs.q.shape();
-    let rows: usize = shape[..shape.len() - 1].iter().product();
-    let mut out = Output {
-        o: vec![0.0; rows * problem.value_dim()],
-        a_dot: vec![0.0; rows * problem.value_dim()],
-        a_mem: vec![0.0; rows * problem.value_dim()],
-        lse: vec![f64::NEG_INFINITY; rows],
-    };
+    let rows = &shape[..shape.len() - 1];
+    let output = || alloc::zeroed(&[rows, &[problem.value_dim()]].concat(), OUTPUTS);
+    let (o, a_dot, a_mem) = (output()?, output()?, output()?);
+    let mut out = Output { o, a_dot, a_mem, lse: alloc::zeroed(rows, OUTPUTS)? };
+    out.lse.fill(f64::NEG_INFINITY);
+    // Memory may run out on the way.
+    let mut next = state.try_clone()?;
     for seq in &sequences {
         for t in 0..seq.len {
-            step(problem, inputs, &batch, gate, seq, t, state, &mut out);
+            step(problem, inputs, &batch, gate, seq, t, &mut next, &mut out)?;
         }
     }
+    *state = next;
     Ok(out)
 }
 
@@ -210,38 +275,43 @@ fn step<T: Copy + Into<f64>>(
     t: usize,
     state: &mut State,
     out: &mut Output,
-) {
+) -> Result<()> {
     let (b, token, rows) = (seq.batch, seq.first + t, inputs.rows());
-    let widen = |row: &[T]| -> Vec<f64> { row.iter().map(|&x| x.into()).collect() };
-    let local = |row: &[f64]| {
-        let mut row = row.to_vec();
+    let rotate = |row: &mut [f64]| {
         if let Some(rope) = &batch.rope {
-            rope.rotate(&mut row, batch.position(seq, t));
+            rope.rotate(row, batch.position(seq, t));
         }
-        row
     };
-    let mut new = Token { k: vec![], k_local: vec![], v: vec![] };
+    let buffer = |width| alloc::reserved(&[p.kv_heads(), width], TOKEN);
+    let (k, k_local, v) = (buffer(p.key_dim())?, buffer(p.key_dim())?, buffer(p.value_dim())?);
+    let mut new = Token { k, k_local, v };
     for h in 0..p.kv_heads() {
         // SAFETY: `resolve` checked every index.
-        let (k, v) = unsafe { (widen(rows.k.row(b, token, h)), widen(rows.v.row(b, token, h))) };
-        new.k_local.extend(local(&k));
-        new.k.extend(k);
-        new.v.extend(v);
+        let (k, v) = unsafe { (rows.k.row(b, token, h), rows.v.row(b, token, h)) };
+        new.k.extend(k.iter().map(|&x| x.into()));
+        new.v.extend(v.iter().map(|&x| x.into()));
     }
+    new.k_local.extend_from_slice(&new.k);
+    new.k_local.chunks_exact_mut(p.key_dim()).for_each(rotate);
+    alloc::grow(&mut state.open[seq.slot], STATE)?;
     state.open[seq.slot].push(new);
     for (h, &beta) in gate.iter().enumerate() {
         // SAFETY: as above.
-        let q = widen(unsafe { rows.q.row(b, token, h) });
-        let (a_dot, lse) = attend(p, &local(&q), &state.open[seq.slot], h / p.group());
-        let (a_mem, empty) = state.read(p, seq.slot, h / p.group(), &q);
+        let q = unsafe { rows.q.row(b, token, h) };
+        let q = alloc::collected(q.iter().map(|&x| x.into()), ROW)?;
+        let mut q_local = alloc::copied(&q, ROW)?;
+        rotate(&mut q_local);
+        let (a_dot, lse) = attend(p, &q_local, &state.open[seq.slot], h / p.group())?;
+        let (a_mem, empty) = state.read(p, seq.slot, h / p.group(), &q)?;
         let bypass = empty && p.empty_memory() == EmptyMemory::Bypass;
         let (g, complement) =
             if bypass { (0.0, 1.0) } else { (sigmoid(beta.into()), sigmoid(-f64::from(beta))) };
         // A branch of weight 0 is absent, whatever it holds.
         let weigh = |w: f64, x: f64| if w == 0.0 { 0.0 } else { w * x };
-        let o = a_mem.iter().zip(&a_dot).map(|(&m, &d)| weigh(g, m) + weigh(complement, d));
         let at = ((b * batch.tokens() + token) * p.heads() + h) * p.value_dim();
-        out.o.splice(at..at + p.value_dim(), o);
+        for (o, (&m, &d)) in out.o[at..].iter_mut().zip(a_mem.iter().zip(&a_dot)) {
+            *o = weigh(g, m) + weigh(complement, d);
+        }
         out.a_dot[at..][..p.value_dim()].copy_from_slice(&a_dot);
         out.a_mem[at..][..p.value_dim()].copy_from_slice(&a_mem);
         out.lse[(b * p.heads() + h) * batch.tokens() + token] = lse;
@@ -251,6 +321,7 @@ fn step<T: Copy + Into<f64>>(
     c.open_len += 1;
     c.rotated = batch.rope.is_some();
     if c.open_len == p.segment_len() {
-        state.commit(p, seq.slot);
+        state.commit(p, seq.slot)?;
     }
+    Ok(())
 }

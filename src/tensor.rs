@@ -26,7 +26,10 @@ impl Layout {
         }
         let mut layout = Layout { rank: shape.len(), shape: [1; MAX_RANK], strides: [0; MAX_RANK] };
         layout.shape[..shape.len()].copy_from_slice(shape);
-        layout.strides[..shape.len()].copy_from_slice(strides);
+        // A stride of an empty view leads nowhere: rows without elements stand at its beginning.
+        if !layout.is_empty() {
+            layout.strides[..shape.len()].copy_from_slice(strides);
+        }
         match layout.span() {
             Some(_) => Ok(layout),
             None => Err(Error::Stride {
@@ -145,6 +148,19 @@ impl Layout {
         Ok(())
     }
 
+    /// Where a view starts: without elements anywhere, but where empty rows may stand.
+    fn start<T>(&self, ptr: *mut T) -> *mut T {
+        if self.is_empty() { std::ptr::NonNull::dangling().as_ptr() } else { ptr }
+    }
+
+    fn check_start<T>(&self, ptr: *const T) -> Result<()> {
+        if ptr.is_null() && !self.is_empty() {
+            let requirement = format!("that of {:?} elements expected", self.shape());
+            return Err(Error::Address { argument: "data".into(), got: 0, requirement });
+        }
+        Ok(())
+    }
+
     /// Offset of a full index. Panics on a wrong rank or an index out of range.
     fn offset(&self, index: &[usize]) -> isize {
         assert_eq!(index.len(), self.rank, "index rank");
@@ -238,20 +254,23 @@ impl<'a, T> TensorView<'a, T> {
     pub fn strided(data: &'a [T], offset: usize, shape: &[usize], strides: &[i64]) -> Result<Self> {
         let layout = Layout::new(shape, strides)?;
         layout.check_within(offset, data.len())?;
-        Ok(Self { ptr: data.as_ptr().wrapping_add(offset), layout, data: PhantomData })
+        let ptr = layout.start(data.as_ptr().wrapping_add(offset).cast_mut());
+        Ok(Self { ptr, layout, data: PhantomData })
     }
 
     /// A view of memory that Rust does not own (NumPy, PyTorch, another allocator).
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Length`] or [`Error::Stride`] for a rank outside 1 to 4, or
-    /// strides of another rank.
+    /// strides of another rank, [`Error::Address`] for a null pointer to elements.
     ///
     /// # Safety
     /// For `'a`, every element that an index within `shape` reaches from `ptr` by `strides` (in
     /// elements) must be initialised, aligned, inside one allocation and not written to.
     pub unsafe fn from_raw(ptr: *const T, shape: &[usize], strides: &[i64]) -> Result<Self> {
-        Ok(Self { ptr, layout: Layout::new(shape, strides)?, data: PhantomData })
+        let layout = Layout::new(shape, strides)?;
+        layout.check_start(ptr)?;
+        Ok(Self { ptr: layout.start(ptr.cast_mut()), layout, data: PhantomData })
     }
 
     view_accessors!();
@@ -339,7 +358,8 @@ impl<'a, T> TensorViewMut<'a, T> {
         let layout = Layout::new(shape, strides)?;
         layout.check_within(offset, data.len())?;
         layout.check_injective("strides")?;
-        Ok(Self { ptr: data.as_mut_ptr().wrapping_add(offset), layout, data: PhantomData })
+        let ptr = layout.start(data.as_mut_ptr().wrapping_add(offset));
+        Ok(Self { ptr, layout, data: PhantomData })
     }
 
     /// A view of memory that Rust does not own.
@@ -353,7 +373,8 @@ impl<'a, T> TensorViewMut<'a, T> {
     pub unsafe fn from_raw(ptr: *mut T, shape: &[usize], strides: &[i64]) -> Result<Self> {
         let layout = Layout::new(shape, strides)?;
         layout.check_injective("strides")?;
-        Ok(Self { ptr, layout, data: PhantomData })
+        layout.check_start(ptr)?;
+        Ok(Self { ptr: layout.start(ptr), layout, data: PhantomData })
     }
 
     view_accessors!();

@@ -53,7 +53,7 @@ impl Backend {
     /// One empty stream.
     pub fn state(&self, problem: &Problem) -> Result<Memory> {
         match self {
-            Self::Cpu => Ok(Memory::Cpu(State::new(problem, 1))),
+            Self::Cpu => Ok(Memory::Cpu(State::new(problem, 1)?)),
             #[cfg(feature = "cuda")]
             Self::Cuda(device) => {
                 Ok(Memory::Cuda(Box::new(cuda::State::new(device, problem, 1, false)?)))

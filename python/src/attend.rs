@@ -237,7 +237,7 @@ pub fn infini_attention<'py>(
         Some(state) => State::to_advance(state, inplace)?,
         None => {
             let empty = infini_attn::State::new(&problem, arguments.batch().0);
-            Bound::new(py, State::new(empty))?
+            Bound::new(py, State::new(empty.map_err(error::python)?))?
         }
     };
     let results = by_dtype!(

@@ -1,10 +1,10 @@
-//! Errors as Python sees them: ValueError, TypeError or OSError that name the argument, what was
+//! Errors as Python sees them: ValueError, TypeError, MemoryError or OSError that name the argument, what was
 //! given and what is accepted.
 
 use std::fmt::Display;
 
 use infini_attn::Error;
-use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 /// The core's error as an exception.
@@ -19,6 +19,7 @@ pub fn python(error: Error) -> PyErr {
         Error::DType { .. } | Error::Problem { field: "dtype", .. } => {
             PyTypeError::new_err(message)
         }
+        Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
         Error::Io { path, source } => match source.raw_os_error() {
             // With an error number Python itself picks FileNotFoundError, PermissionError, …
             Some(code) => PyOSError::new_err((code, source.to_string(), path)),

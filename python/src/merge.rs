@@ -73,10 +73,10 @@ fn merge_typed<'py, T: Element + Scalar>(
 ///
 /// Finished delta-rule memories do not add (ValueError): see segment_map and compose.
 #[pyfunction]
-pub fn merge_memories(states: Vec<Bound<'_, State>>) -> PyResult<State> {
+pub fn merge_memories(py: Python<'_>, states: Vec<Bound<'_, State>>) -> PyResult<State> {
     let guards = states.iter().map(|s| s.get().read()).collect::<PyResult<Vec<_>>>()?;
     let states: Vec<_> = guards.iter().map(|g| &**g).collect();
-    infini_attn::merge_memories(&states).map(State::new).map_err(error::python)
+    threads::run(py, || infini_attn::merge_memories(&states)).map(State::new)
 }
 
 /// Sums of sigma(k) over a run of tokens, per sequence and key/value head. `+` adds two runs.
@@ -90,13 +90,14 @@ impl KeySums {
     #[pyo3(signature = (problem, batch = None))]
     fn zero(problem: &Problem, batch: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let batch = batch.map_or(Ok(1), |n| extent("batch", n))?;
-        Ok(Self(infini_attn::KeySums::zero(&problem.0, batch)))
+        infini_attn::KeySums::zero(&problem.0, batch).map(Self).map_err(error::python)
     }
 
     /// What a run that continues `state` finds: its z and its committed tokens.
     #[staticmethod]
     fn from_state(state: &Bound<'_, State>) -> PyResult<Self> {
-        Ok(Self(infini_attn::KeySums::from_state(&*state.get().read()?)))
+        let state = &*state.get().read()?;
+        infini_attn::KeySums::from_state(state).map(Self).map_err(error::python)
     }
 
     /// The sums, a copy: float32 [B, Hkv, Dk].

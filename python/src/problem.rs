@@ -200,6 +200,14 @@ impl Problem {
         self.0.dtype().to_string()
     }
 
+    /// Bytes of a State of that many sequences, before it is made; rotation=True with the rotated keys
+    /// that calls with rope add to it.
+    #[pyo3(signature = (sequences = None, *, rotation = false))]
+    fn state_bytes(&self, sequences: Option<&Bound<'_, PyAny>>, rotation: bool) -> PyResult<u64> {
+        let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
+        self.0.state_bytes(sequences, rotation).map_err(error::python)
+    }
+
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let p = &self.0;
         let denominator = self.denominator(py)?.repr()?;

@@ -113,8 +113,8 @@ pub fn reference_infini_attention<'py>(
     }
     let (batch, length) = arguments.batch();
     let mut next = match &state {
-        Some(state) => state.get().read()?.clone(),
-        None => reference::State::new(&problem, batch),
+        Some(state) => state.get().read()?.try_clone().map_err(error::python)?,
+        None => reference::State::new(&problem, batch).map_err(error::python)?,
     };
     let (q, k, v) = (widen(&arguments.q)?, widen(&arguments.k)?, widen(&arguments.v)?);
     fn view<'a>(elements: &'a [f64], memory: &Memory<'_>) -> PyResult<TensorView<'a, f64>> {
@@ -140,7 +140,7 @@ pub fn reference_infini_attention<'py>(
 /// The elements of an input of any float type.
 fn widen(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
     fn as_f64<T: Scalar + Into<f64>>(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
-        Ok(tensor::elements(memory.view::<T>()?).into_iter().map(Into::into).collect())
+        tensor::collect(tensor::elements(memory.view::<T>()?)?.into_iter().map(Into::into))
     }
     match memory.data_type() {
         f64::DATA_TYPE => as_f64::<f64>(memory),

@@ -42,7 +42,8 @@ impl State {
         if inplace {
             return Ok(state.clone());
         }
-        Bound::new(state.py(), Self::new(state.get().read()?.clone()))
+        let copy = state.get().read()?.try_clone().map_err(error::python)?;
+        Bound::new(state.py(), Self::new(copy))
     }
 }
 
@@ -56,7 +57,7 @@ pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
 
 /// All slots, or those given.
 fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
-    let Some(given) = given else { return Ok((0..sequences).collect()) };
+    let Some(given) = given else { return tensor::collect(0..sequences) };
     let (_, slots) = tensor::integers("slots", given)?;
     tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }
@@ -76,7 +77,7 @@ impl State {
     #[pyo3(signature = (problem, sequences = None))]
     fn create(problem: &Problem, sequences: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
-        Ok(Self::new(Core::new(&problem.0, sequences)))
+        Core::new(&problem.0, sequences).map(Self::new).map_err(error::python)
     }
 
     /// A state from its parts, without an open segment.
@@ -128,7 +129,7 @@ impl State {
             Some(committed) => token_counts("committed", committed, batch)?,
             None => tokens.clone(),
         };
-        let (m, z) = (tensor::elements(m.view()?), tensor::elements(z.view()?));
+        let (m, z) = (tensor::elements(m.view()?)?, tensor::elements(z.view()?)?);
         Core::from_parts(&problem, &m, &z, &tokens, &committed)
             .map(Self::new)
             .map_err(error::python)
@@ -214,8 +215,11 @@ impl State {
     #[pyo3(signature = (slots = None))]
     fn fork(&self, slots: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let state = self.read()?;
-        let slots = self::slots(slots, state.sequences())?;
-        state.fork(&slots).map(Self::new).map_err(error::python)
+        let copy = match slots {
+            Some(_) => state.fork(&self::slots(slots, state.sequences())?),
+            None => state.try_clone(),
+        };
+        copy.map(Self::new).map_err(error::python)
     }
 
     /// Writes the state to a file (safetensors, with the problem in its metadata).
@@ -242,7 +246,11 @@ impl State {
     ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
         let bytes = self.read()?.to_bytes().map_err(error::python)?;
         let load = py.import("infini_attn._core")?.getattr("_state_from_bytes")?;
-        Ok((load, (PyBytes::new(py, &bytes),)))
+        let copy = |memory: &mut [u8]| {
+            memory.copy_from_slice(&bytes);
+            Ok(())
+        };
+        Ok((load, (PyBytes::new_with(py, bytes.len(), copy)?,)))
     }
 
     fn __copy__(&self) -> PyResult<Self> {

@@ -4,7 +4,7 @@
 use std::fmt::Display;
 
 use infini_attn::TensorView;
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyMemoryError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -168,45 +168,62 @@ pub fn array<'py, T: Scalar>(
 
 /// A new NumPy array, a copy of a view.
 pub fn copy<'py>(py: Python<'py>, view: TensorView<'_, f32>) -> PyResult<Bound<'py, PyAny>> {
-    array(py, view.shape(), &elements(view))
+    match view.as_slice() {
+        Some(elements) => array(py, view.shape(), elements),
+        None => array(py, view.shape(), &elements(view)?),
+    }
 }
 
 /// A new NumPy array, int64 [n], of counts.
 pub fn counts<'py>(
     py: Python<'py>,
-    counts: impl Iterator<Item = u64>,
+    counts: impl ExactSizeIterator<Item = u64>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let counts: Vec<i64> = counts.map(|n| n as i64).collect();
-    array(py, &[counts.len()], &counts)
+    let (object, mut memory) = empty::<i64>(py, Kind::NumPy, &[counts.len()])?;
+    let slots = memory.as_mut_slice()?.iter_mut();
+    slots.zip(counts).for_each(|(slot, n)| *slot = n as i64);
+    Ok(object)
 }
 
 /// The elements of a view, row-major.
-pub fn elements<T: Copy>(view: TensorView<'_, T>) -> Vec<T> {
+pub fn elements<T: Copy>(view: TensorView<'_, T>) -> PyResult<Vec<T>> {
     if let Some(slice) = view.as_slice() {
-        return slice.to_vec();
+        return collect(slice.iter().copied());
     }
     let shape = view.shape();
     let mut index = vec![0; shape.len()];
-    (0..shape.iter().product())
-        .map(|_| {
-            let element = view.at(&index);
-            for (i, &extent) in index.iter_mut().zip(shape).rev() {
-                *i += 1;
-                if *i < extent {
-                    break;
-                }
-                *i = 0;
+    let count = shape.iter().try_fold(1usize, |count, &extent| count.checked_mul(extent));
+    collect((0..count.unwrap_or(usize::MAX)).map(|_| {
+        let element = view.at(&index);
+        for (i, &extent) in index.iter_mut().zip(shape).rev() {
+            *i += 1;
+            if *i < extent {
+                break;
             }
-            element
-        })
-        .collect()
+            *i = 0;
+        }
+        element
+    }))
+}
+
+/// A list, or MemoryError where memory does not hold it.
+pub fn collect<T>(items: impl ExactSizeIterator<Item = T>) -> PyResult<Vec<T>> {
+    let mut list = Vec::new();
+    let bytes = items.len() as u128 * size_of::<T>() as u128;
+    list.try_reserve_exact(items.len()).map_err(|_| {
+        let what =
+            format!("a copy of an argument: {bytes} B asked for, the system has not so much");
+        PyMemoryError::new_err(what)
+    })?;
+    list.extend(items);
+    Ok(list)
 }
 
 /// Integers (a list, an array or a tensor of any integer type), row-major, and their shape.
 pub fn integers(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<i64>)> {
     let array = to_numpy(argument, object, "iu", "int64", "integers")?;
     let memory = Memory::borrow(argument, &array)?;
-    Ok((memory.shape().to_vec(), elements(memory.view()?)))
+    Ok((memory.shape().to_vec(), elements(memory.view()?)?))
 }
 
 /// Integers as another type; one that does not fit it is refused by its index.
@@ -228,7 +245,7 @@ pub fn floats(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
     let array = to_numpy(argument, object, "f", "float32", "floating-point numbers")?;
     let memory = Memory::borrow(argument, &array)?;
     memory.extents::<1>("[n]")?;
-    Ok(elements(memory.view()?))
+    elements(memory.view()?)
 }
 
 /// A small argument as a NumPy array of `dtype`, if it is of one of the `kinds` (`dtype.kind`).

@@ -46,7 +46,8 @@ fn current() -> PyResult<Option<Arc<ThreadPool>>> {
     Ok(state.pool.clone())
 }
 
-/// Runs `work` in the pool, with the interpreter free for other Python threads.
+/// Runs `work` in the pool, with the interpreter free for other Python threads: the one way by which
+/// anything that computes gets there.
 pub fn run<R: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> infini_attn::Result<R> + Send,

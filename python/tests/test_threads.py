@@ -118,6 +118,55 @@ assert os.waitpid(child, 0)[1] == 0
 """)
 
 
+def test_every_operation_works_after_a_fork():
+    """Each on its own, and in tasks enough for a pool: one that waited for the parent's threads would
+    never end."""
+    run("""
+import os, signal, numpy as np, infini_attn
+from infini_attn import *
+p = Problem(heads=4, key_dim=64, segment_len=64, update="linear")
+q = np.ones((1, 100, 4, 64), np.float32)
+attend = lambda **options: infini_attention(q, q, q, np.zeros(4), segment_len=64, update="linear", **options)
+state = attend()[1]
+state.flush()
+sums = key_sums(p, q)
+map = segment_map(p, q, q, KeySums.zero(p))
+_, _, lse, a_dot, _ = attend(return_lse=True, return_parts=True)
+operations = dict(
+    infini_attention=attend,
+    flush=lambda: attend()[1].flush(),
+    reset=lambda: state.fork().reset(),
+    key_sums=lambda: key_sums(p, q),
+    segment_map=lambda: segment_map(p, q, q, sums),
+    compose=lambda: compose(map, segment_map(p, q, q, sums)),
+    apply=lambda: apply(map, State(p)),
+    merge_partials=lambda: merge_partials([a_dot, a_dot], [lse, lse]),
+    merge_memories=lambda: merge_memories([state, state]),
+)
+for name, operation in operations.items():
+    operation()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        operation()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+""")
+
+
+def test_merge_memories_keeps_to_the_threads_set():
+    run("""
+import numpy as np, os, infini_attn
+from infini_attn import Problem, State, merge_memories, set_num_threads
+set_num_threads(1)
+before = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+states = [State(Problem(heads=8, key_dim=64, segment_len=8, update="linear")) for _ in "ab"]
+merge_memories(states)
+after = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+assert after == before, (before, after)
+""")
+
+
 def test_nothing_is_copied():
     """Inputs whose copy would take gigabytes: one token seen 2^19 times."""
     run("""

@@ -1,6 +1,7 @@
 //! The only place where shapes, lengths, slots and positions are checked.
 
 use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
+use crate::alloc;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::memory::{Counters, check_slots};
@@ -25,8 +26,14 @@ impl Form<'_> {
             layout.check_rows(argument)?;
         }
         check_gate(problem, self.gate)?;
-        let mut sequences = ranges(&self.lengths, lead)?;
-        assign_slots(&mut sequences, self.slots, counters)?;
+        let count = check_lengths(&self.lengths, lead)?;
+        check_slot_list(count, self.slots, counters.len())?;
+        let slot = |i| self.slots.map_or(i, |slots| slots[i]);
+        let sequences = (0..count).map(|i| {
+            let position = counters[slot(i)].tokens as usize;
+            sequence(&self.lengths, lead, i, slot(i), position)
+        });
+        let sequences = alloc::collected(sequences, "the table of sequences")?;
         self.check_rope(problem, &sequences, counters)?;
         Ok(sequences)
     }
@@ -49,7 +56,8 @@ impl Form<'_> {
             Positions::Device(count) => count,
         };
         let tokens = self.tokens();
-        let per_batch = if self.packed() { tokens } else { sequences.len() * tokens };
+        let all = sequences.len().saturating_mul(tokens);
+        let per_batch = if self.packed() { tokens } else { all };
         if count != tokens && count != per_batch {
             let expected = format!("{tokens} (shared) or {per_batch} (per sequence)");
             return Err(Error::Length { argument: "positions", got: count, expected });
@@ -159,26 +167,21 @@ fn check_gate(problem: &Problem, gate: Gate<'_>) -> Result<()> {
     }
 }
 
-/// Token ranges of every sequence, slots and positions still open.
-fn ranges(lengths: &Lengths<'_>, lead: &[usize]) -> Result<Vec<Sequence>> {
-    let sequence = |batch, first, len| Sequence { slot: 0, batch, first, len, position: 0 };
+/// Checks the token ranges; how many sequences they are.
+fn check_lengths(lengths: &Lengths<'_>, lead: &[usize]) -> Result<usize> {
     match *lengths {
-        Lengths::Full => Ok((0..lead[0]).map(|b| sequence(b, 0, lead[1])).collect()),
+        Lengths::Full => Ok(lead[0]),
         Lengths::Padded(lens) => {
             if lens.len() != lead[0] {
                 let expected = format!("{} (the batch size)", lead[0]);
                 return Err(Error::Length { argument: "seq_lens", got: lens.len(), expected });
             }
-            let fits = |&len: &i32| usize::try_from(len).ok().filter(|&l| l <= lead[1]);
-            (lens.iter().enumerate())
-                .map(|(b, len)| match fits(len) {
-                    Some(n) => Ok(sequence(b, 0, n)),
-                    None => {
-                        let expected = format!("0 to T = {}", lead[1]);
-                        Err(Error::value(format!("seq_lens[{b}]"), len, expected))
-                    }
-                })
-                .collect()
+            let fits = |len: i32| usize::try_from(len).is_ok_and(|len| len <= lead[1]);
+            if let Some(b) = lens.iter().position(|&len| !fits(len)) {
+                let expected = format!("0 to T = {}", lead[1]);
+                return Err(Error::value(format!("seq_lens[{b}]"), lens[b], expected));
+            }
+            Ok(lens.len())
         }
         Lengths::Packed(cu) => {
             let Some((&0, _)) = cu.split_first() else {
@@ -194,35 +197,41 @@ fn ranges(lengths: &Lengths<'_>, lead: &[usize]) -> Result<Vec<Sequence>> {
                 let expected = format!("total = {}", lead[0]);
                 return Err(Error::value(format!("cu_seqlens[{}]", cu.len() - 1), last, expected));
             }
-            Ok(cu.windows(2).map(|w| sequence(0, w[0] as usize, (w[1] - w[0]) as usize)).collect())
+            Ok(cu.len() - 1)
         }
     }
 }
 
-fn assign_slots(
-    sequences: &mut [Sequence],
-    slots: Option<&[usize]>,
-    counters: &[Counters],
-) -> Result<()> {
-    match slots {
-        None if sequences.len() != counters.len() => {
-            let expected = format!("{} (the batch size), or explicit slots", sequences.len());
-            return Err(Error::Length { argument: "state", got: counters.len(), expected });
+/// Sequence `i` of checked lengths.
+fn sequence(
+    lengths: &Lengths<'_>,
+    lead: &[usize],
+    i: usize,
+    slot: usize,
+    position: usize,
+) -> Sequence {
+    let (batch, first, len) = match *lengths {
+        Lengths::Full => (i, 0, lead[1]),
+        Lengths::Padded(lens) => (i, 0, lens[i] as usize),
+        Lengths::Packed(cu) => (0, cu[i] as usize, (cu[i + 1] - cu[i]) as usize),
+    };
+    Sequence { slot, batch, first, len, position }
+}
+
+/// Every sequence must have a slot of its own, of those that are there.
+fn check_slot_list(sequences: usize, slots: Option<&[usize]>, available: usize) -> Result<()> {
+    let Some(slots) = slots else {
+        if sequences != available {
+            let expected = format!("{sequences} (the batch size), or explicit slots");
+            return Err(Error::Length { argument: "state", got: available, expected });
         }
-        None => sequences.iter_mut().enumerate().for_each(|(b, s)| s.slot = b),
-        Some(slots) => {
-            if slots.len() != sequences.len() {
-                let expected = format!("{} (the number of sequences)", sequences.len());
-                return Err(Error::Length { argument: "slots", got: slots.len(), expected });
-            }
-            check_slots(slots, counters.len())?;
-            sequences.iter_mut().zip(slots).for_each(|(s, &slot)| s.slot = slot);
-        }
+        return Ok(());
+    };
+    if slots.len() != sequences {
+        let expected = format!("{sequences} (the number of sequences)");
+        return Err(Error::Length { argument: "slots", got: slots.len(), expected });
     }
-    for s in sequences {
-        s.position = counters[s.slot].tokens as usize;
-    }
-    Ok(())
+    check_slots(slots, available)
 }
 
 /// Refuses a sequence of more than `max` new tokens.

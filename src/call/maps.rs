@@ -2,6 +2,7 @@
 //! all backends share.
 
 use super::check::dtype_is;
+use crate::alloc;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::Counters;
@@ -73,8 +74,8 @@ impl MapTokens<'_> {
     pub fn check_followed_by(&self, second: &MapTokens<'_>) -> Result<()> {
         self.problem.check_same(second.problem)?;
         check_batch("second", second.tokens.len(), self.tokens.len())?;
-        let after: Vec<u64> = self.before.iter().zip(self.tokens).map(|(a, b)| a + b).collect();
-        check_follows("second", &after, second.before)
+        let after = self.before.iter().zip(self.tokens).map(|(a, b)| a + b);
+        check_follows("second", after, second.before)
     }
 
     /// A state must have no open segment and have committed what this map was made for; its counters
@@ -87,21 +88,24 @@ impl MapTokens<'_> {
                 return Err(Error::OpenSegment { argument: "state", slot, open_len: c.open_len });
             }
         }
-        let committed: Vec<u64> = counters.iter().map(|c| c.committed).collect();
-        check_follows("map", &committed, self.before)?;
+        check_follows("map", counters.iter().map(|c| c.committed), self.before)?;
         let after = |(c, tokens): (&Counters, &u64)| Counters {
             tokens: c.tokens + tokens,
             committed: c.committed + tokens,
             ..*c
         };
-        Ok(counters.iter().zip(self.tokens).map(after).collect())
+        alloc::collected(counters.iter().zip(self.tokens).map(after), "the counters of a state")
     }
 }
 
 /// A map may only follow the number of tokens it was made for.
-fn check_follows(argument: &'static str, found: &[u64], made_for: &[u64]) -> Result<()> {
-    for (b, (found, made_for)) in found.iter().zip(made_for).enumerate() {
-        if found != made_for {
+fn check_follows(
+    argument: &'static str,
+    found: impl Iterator<Item = u64>,
+    made_for: &[u64],
+) -> Result<()> {
+    for (b, (found, made_for)) in found.zip(made_for).enumerate() {
+        if found != *made_for {
             return Err(Error::value(
                 format!("{argument} (sequence {b})"),
                 format!("a map made for {made_for} earlier tokens"),

@@ -1,5 +1,6 @@
 //! What may be merged: the checks that all backends share.
 
+use crate::alloc;
 use crate::error::{Error, Result};
 use crate::memory::Counters;
 use crate::problem::{Problem, Update};
@@ -80,27 +81,34 @@ pub(crate) fn merge_counters(states: &[(&Problem, &[Counters])]) -> Result<Vec<C
             return Err(Error::OpenSegment { argument: "states", slot, open_len });
         }
     }
-    let slot_counters = |slot| states.iter().map(|(_, c)| c[slot]).collect::<Vec<_>>();
-    (0..last.len()).map(|slot| merge_slot(problem, slot, &slot_counters(slot))).collect()
+    let mut merged = alloc::reserved(&[last.len()], "the counters of a state")?;
+    for (slot, last) in last.iter().enumerate() {
+        merged.push(merge_slot(problem, slot, *last, states.iter().map(|(_, c)| c[slot]))?);
+    }
+    Ok(merged)
 }
 
-/// The counters of one slot of the merged states.
-fn merge_slot(problem: &Problem, slot: usize, states: &[Counters]) -> Result<Counters> {
-    let last = states.last().copied().unwrap_or_default();
+/// The counters of one slot of the merged states, the last of which may have an open segment.
+fn merge_slot(
+    problem: &Problem,
+    slot: usize,
+    last: Counters,
+    states: impl Iterator<Item = Counters>,
+) -> Result<Counters> {
     let mut merged = Counters { tokens: 0, committed: 0, ..last };
-    let mut finished: Option<usize> = None;
-    for (i, c) in states.iter().enumerate() {
+    let mut finished: Option<(usize, u64)> = None;
+    for (i, c) in states.enumerate() {
         merged.tokens = merged.tokens.saturating_add(c.tokens);
         merged.committed = merged.committed.saturating_add(c.committed);
         if c.committed == 0 || problem.update() == Update::Linear {
             continue;
         }
-        if let Some(first) = finished.replace(i) {
+        if let Some((first, first_tokens)) = finished.replace((i, c.committed)) {
             return Err(Error::DeltaMerge {
                 first,
                 second: i,
                 slot,
-                first_tokens: states[first].committed,
+                first_tokens,
                 second_tokens: c.committed,
             });
         }

@@ -7,10 +7,13 @@ use std::ops::Range;
 
 use super::call::Call;
 use super::matmul::{Into, Mat, matmul};
+use super::segment::SCRATCH;
 use super::simd;
 use super::simd::Running;
+use crate::alloc;
 use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
+use crate::error::Result;
 use crate::problem::EmptyMemory;
 
 /// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
@@ -46,18 +49,28 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    pub fn new<T>(call: &Call<'_, T>) -> Self {
+    pub fn new<T>(call: &Call<'_, T>) -> Result<Self> {
         let (dk, dv) = (call.problem.key_dim(), call.problem.value_dim());
-        let rows = |width| vec![0.0; TILE_ROWS * width];
-        Self {
-            q: rows(dk),
-            q_local: rows(dk),
-            s: rows(call.blocks.width),
-            o: rows(dv),
-            mem: rows(dv),
+        let rows = |width| alloc::reserved(&[TILE_ROWS, width], SCRATCH);
+        Ok(Self {
+            q: rows(dk)?,
+            q_local: rows(dk)?,
+            s: rows(call.blocks.width)?,
+            o: rows(dv)?,
+            mem: rows(dv)?,
             running: Vec::with_capacity(TILE_ROWS),
             visible: Vec::with_capacity(TILE_ROWS),
-        }
+        })
+    }
+
+    /// Lengthens everything into its room; the task does that, not who made the scratch.
+    fn lengthen<T>(&mut self, call: &Call<'_, T>) {
+        let (dk, dv) = (call.problem.key_dim(), call.problem.value_dim());
+        self.q.resize(TILE_ROWS * dk, 0.0);
+        self.q_local.resize(TILE_ROWS * dk, 0.0);
+        self.s.resize(TILE_ROWS * call.blocks.width, 0.0);
+        self.o.resize(TILE_ROWS * dv, 0.0);
+        self.mem.resize(TILE_ROWS * dv, 0.0);
     }
 }
 
@@ -115,6 +128,7 @@ impl<T: Element> Call<'_, T> {
         segment: Segment<'_>,
         scratch: &mut Scratch,
     ) {
+        scratch.lengthen(self);
         // From the piece, not the range: how a piece is cut among threads must not change its tiles.
         let span = piece.len.clamp(1, TILE_ROWS);
         let heads = (TILE_ROWS / span).max(1);

@@ -4,36 +4,54 @@
 use rayon::prelude::*;
 
 use super::attention::{Scratch as TileScratch, Segment};
-use super::call::{Call, advance};
+use super::call::{Call, Extent, advance};
+use super::pack::AppendScratch;
 use super::pool::Pool;
 use super::segment;
 use super::segment::Scratch as SegmentScratch;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
+use crate::error::Result;
+use crate::memory::State;
 use crate::memory::blocks::KeyBlocks;
-use crate::memory::{HeadMut, State};
+use crate::memory::heads::HeadMut;
 use crate::problem::Problem;
 
-pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+/// Buffers of one running task.
+struct Scratch {
+    tiles: TileScratch,
+    append: AppendScratch,
+    /// If any segment is completed.
+    segment: Option<SegmentScratch>,
+}
+
+pub(super) fn run<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+) -> Result<()> {
     let p = &call.problem;
-    let counters = state.counters.clone();
-    let mut heads = state.heads_mut();
-    let tasks: Vec<_> = (sequences.iter())
-        .flat_map(|seq| (0..p.kv_heads()).map(move |h| (seq, h)))
-        .filter_map(|(seq, h)| Some((seq, h, heads[seq.slot * p.kv_heads() + h].take()?)))
-        .collect();
-    let scratch = Pool::default();
-    tasks.into_par_iter().for_each(|(seq, h, mut head)| {
-        scratch.with(
-            || TileScratch::new(call),
-            |scratch| {
-                for piece in pieces(p, *seq, counters[seq.slot]) {
-                    step(call, &piece, h, &mut head, scratch);
-                }
-            },
-        );
+    let (counters, heads) = state.split();
+    let completes = Extent::of(p, sequences, counters).completes;
+    let tasks = sequences.len() * p.kv_heads();
+    let scratch = Pool::new(tasks, || {
+        Ok(Scratch {
+            tiles: TileScratch::new(call)?,
+            append: AppendScratch::new(p)?,
+            segment: completes.then(|| SegmentScratch::for_commits(p)).transpose()?,
+        })
+    })?;
+    (0..tasks).into_par_iter().for_each(|i| {
+        let (seq, h) = (sequences[i / p.kv_heads()], i % p.kv_heads());
+        // SAFETY: no two sequences have the same slot.
+        let mut head = unsafe { heads.head(seq.slot, h) };
+        scratch.with(|x| {
+            pieces(p, seq, counters[seq.slot])
+                .for_each(|piece| step(call, &piece, h, &mut head, x));
+        });
     });
-    advance(call, sequences, state);
+    advance(call, sequences, counters);
+    Ok(())
 }
 
 /// Appends a piece, attends it, and commits the segment if that filled it.
@@ -42,16 +60,17 @@ fn step<T: Element>(
     piece: &Piece,
     kv_head: usize,
     head: &mut HeadMut<'_>,
-    scratch: &mut TileScratch,
+    x: &mut Scratch,
 ) {
-    call.append(piece, kv_head, head);
+    call.append(piece, kv_head, head, &mut x.append);
     let open = head.open();
     let keys = open.local(call.batch.rope.is_some());
     let segment = Segment { keys, values: open.v, m: head.m, z: head.z };
-    call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, scratch);
-    if piece.full {
-        let mut scratch = SegmentScratch::new(&call.problem);
-        commit(&call.problem, call.problem.segment_len(), piece.empty, head, &mut scratch);
+    call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
+    if piece.full
+        && let Some(scratch) = &mut x.segment
+    {
+        commit(&call.problem, call.problem.segment_len(), piece.empty, head, scratch);
     }
 }
 
@@ -90,20 +109,19 @@ fn commit(
     segment::commit(problem, &tokens, empty, head.m, head.z, scratch);
 }
 
-pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) {
-    let counters = state.counters.clone();
-    let mut heads = state.heads_mut();
-    let tasks: Vec<_> = (slots.iter().filter(|&&slot| counters[slot].open_len > 0))
-        .flat_map(|&slot| (0..p.kv_heads()).map(move |h| (slot, h)))
-        .filter_map(|(slot, h)| Some((slot, heads[slot * p.kv_heads() + h].take()?)))
-        .collect();
-    let scratch = Pool::default();
-    tasks.into_par_iter().for_each(|(slot, mut head)| {
-        let c = &counters[slot];
-        let new = || SegmentScratch::new(p);
-        scratch.with(new, |scratch| commit(p, c.open_len, c.committed == 0, &mut head, scratch));
+pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
+    let (counters, heads) = state.split();
+    let tasks = slots.len() * p.kv_heads();
+    let scratch = Pool::new(tasks, || SegmentScratch::for_commits(p))?;
+    (0..tasks).into_par_iter().for_each(|i| {
+        let slot = slots[i / p.kv_heads()];
+        let c = counters[slot];
+        if c.open_len > 0 {
+            // SAFETY: `check_slots` refuses a slot that is named twice.
+            let mut head = unsafe { heads.head(slot, i % p.kv_heads()) };
+            scratch.with(|x| commit(p, c.open_len, c.committed == 0, &mut head, x));
+        }
     });
-    for &slot in slots {
-        state.counters[slot].flush();
-    }
+    slots.iter().for_each(|&slot| counters[slot].flush());
+    Ok(())
 }

@@ -7,14 +7,18 @@
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, matmul};
-use super::segment::{CHUNK, Scratch};
+use super::pool::Pool;
+use super::segment::{CHUNK, SCRATCH, Scratch};
 use super::{segment, simd};
+use crate::alloc;
 use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
 use crate::problem::{Problem, Update};
 use crate::tensor::{Rows, TensorView};
+
+const KEY_SUMS: &str = "key sums";
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,18 +30,25 @@ pub struct KeySums {
 
 impl KeySums {
     /// The sums over no tokens, for `batch` sequences: what the first run of a stream finds.
-    pub fn zero(problem: &Problem, batch: usize) -> Self {
-        let len = batch * problem.kv_heads() * problem.key_dim();
-        Self { problem: *problem, sums: vec![0.0; len], tokens: vec![0; batch] }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn zero(problem: &Problem, batch: usize) -> Result<Self> {
+        let sums = alloc::zeroed(&[batch, problem.kv_heads(), problem.key_dim()], KEY_SUMS)?;
+        Ok(Self { problem: *problem, sums, tokens: alloc::zeroed(&[batch], KEY_SUMS)? })
     }
 
     /// What a run that continues `state` finds: its z and its committed tokens, slot by slot.
-    pub fn from_state(state: &State) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn from_state(state: &State) -> Result<Self> {
+        let tokens = state.counters.iter().map(|c| c.committed);
+        Ok(Self {
             problem: state.problem,
-            sums: state.z.clone(),
-            tokens: state.counters.iter().map(|c| c.committed).collect(),
-        }
+            sums: alloc::copied(&state.z, KEY_SUMS)?,
+            tokens: alloc::collected(tokens, KEY_SUMS)?,
+        })
     }
 
     /// The sums over both runs.
@@ -48,11 +59,18 @@ impl KeySums {
     pub fn add(&self, other: &KeySums) -> Result<KeySums> {
         self.problem.check_same(&other.problem)?;
         check_batch("other", other.tokens.len(), self.tokens.len())?;
+        let sums = self.sums.iter().zip(&other.sums).map(|(a, b)| a + b);
+        let tokens = self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b);
         Ok(KeySums {
             problem: self.problem,
-            sums: self.sums.iter().zip(&other.sums).map(|(a, b)| a + b).collect(),
-            tokens: self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b).collect(),
+            sums: alloc::collected(sums, KEY_SUMS)?,
+            tokens: alloc::collected(tokens, KEY_SUMS)?,
         })
+    }
+
+    fn try_clone(&self) -> Result<Self> {
+        let tokens = alloc::copied(&self.tokens, KEY_SUMS)?;
+        Ok(Self { problem: self.problem, sums: alloc::copied(&self.sums, KEY_SUMS)?, tokens })
     }
 
     /// The sums, f32 [B, Hkv, Dk].
@@ -81,6 +99,19 @@ pub struct SegmentMap {
 }
 
 impl SegmentMap {
+    /// Zeros, for runs that find `before`.
+    fn zero(problem: &Problem, before: &KeySums) -> Result<Self> {
+        let (batch, what) = (before.tokens.len(), "a segment map");
+        let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
+        Ok(Self {
+            problem: *problem,
+            before: before.try_clone()?,
+            a: alloc::zeroed(&[batch, h, dk, dk], what)?,
+            b: alloc::zeroed(&[batch, h, dk, dv], what)?,
+            sums: KeySums::zero(problem, batch)?,
+        })
+    }
+
     /// A = Π (I − G), f32 [B, Hkv, Dk, Dk].
     pub fn a(&self) -> TensorView<'_, f32> {
         let dk = self.problem.key_dim();
@@ -117,16 +148,16 @@ impl SegmentMap {
 ///
 /// # Errors
 /// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or
-/// [`Error::Stride`](crate::Error::Stride) naming k.
+/// [`Error::Stride`](crate::Error::Stride) naming k, [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
-    let mut out = KeySums::zero(problem, batch);
+    let mut out = KeySums::zero(problem, batch)?;
     out.tokens.fill(tokens as u64);
     let rows = k.rows();
-    out.sums.par_chunks_exact_mut(dk).enumerate().for_each(|(i, sums)| {
+    out.sums.par_chunks_exact_mut(dk).enumerate().try_for_each(|(i, sums)| {
         let (b, h) = (i / problem.kv_heads(), i % problem.kv_heads());
-        let mut chunk = vec![0.0; CHUNK.min(tokens) * dk];
+        let mut chunk = alloc::zeroed(&[CHUNK.min(tokens), dk], SCRATCH)?;
         for first in (0..tokens).step_by(CHUNK) {
             let chunk = &mut chunk[..CHUNK.min(tokens - first) * dk];
             for (t, row) in (first..).zip(chunk.chunks_exact_mut(dk)) {
@@ -136,7 +167,8 @@ pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<K
             simd::feature_map(chunk);
             simd::add_rows(chunk, sums);
         }
-    });
+        Ok(())
+    })?;
     Ok(out)
 }
 
@@ -149,7 +181,8 @@ pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<K
 /// # Errors
 /// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or
 /// [`Error::Stride`](crate::Error::Stride) naming k or v, [`Error::Problem`](crate::Error::Problem)
-/// or [`Error::Length`](crate::Error::Length) when `before` belongs to another problem or batch.
+/// or [`Error::Length`](crate::Error::Length) when `before` belongs to another problem or batch,
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn segment_map<T: Element>(
     problem: &Problem,
     k: TensorView<'_, T>,
@@ -159,14 +192,8 @@ pub fn segment_map<T: Element>(
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
-    let (batch, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
-    let mut map = SegmentMap {
-        problem: *problem,
-        before: before.clone(),
-        a: vec![0.0; batch * problem.kv_heads() * dk * dk],
-        b: vec![0.0; batch * problem.kv_heads() * dk * dv],
-        sums: KeySums::zero(problem, batch),
-    };
+    let (_, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
+    let mut map = SegmentMap::zero(problem, before)?;
     map.sums.tokens.fill(tokens as u64);
     let (k, v) = (k.rows(), v.rows());
     (map.a.par_chunks_exact_mut(dk * dk))
@@ -174,11 +201,11 @@ pub fn segment_map<T: Element>(
         .zip(map.sums.sums.par_chunks_exact_mut(dk))
         .zip(before.sums.par_chunks_exact(dk))
         .enumerate()
-        .for_each(|(i, (((a, b), dz), z))| {
+        .try_for_each(|(i, (((a, b), dz), z))| {
             let (seq, h) = (i / problem.kv_heads(), i % problem.kv_heads());
             let run = RunTokens { k, v, seq, kv_head: h, first: 0, len: tokens };
-            run_map(problem, run, before.tokens[seq] == 0, z, (a, b, dz));
-        });
+            run_map(problem, run, before.tokens[seq] == 0, z, (a, b, dz))
+        })?;
     Ok(map)
 }
 
@@ -216,13 +243,18 @@ fn run_map<T: Element>(
     mut empty: bool,
     z: &[f32],
     (a, b, dz): (&mut [f32], &mut [f32], &mut [f32]),
-) {
-    let mut z = z.to_vec();
+) -> Result<()> {
+    let mut z = alloc::copied(z, SCRATCH)?;
     let (dk, dv) = (p.key_dim(), p.value_dim());
     a.iter_mut().step_by(dk + 1).for_each(|x| *x = 1.0);
-    let mut scratch = Scratch::new(p);
-    let (mut g, mut own, mut sums) = (vec![0.0; dk * dk], vec![0.0; dk * dv], vec![0.0; dk]);
-    let (mut a_before, mut b_before) = (vec![0.0; dk * dk], vec![0.0; dk * dv]);
+    let mut scratch = Scratch::new(p)?;
+    let buffer = |rows, cols| alloc::zeroed(&[rows, cols], SCRATCH);
+    let (mut own, mut sums) = (buffer(dk, dv)?, buffer(1, dk)?);
+    // G, and what it meets: only of segments that find something.
+    let transits = p.update() == Update::Delta && (!empty || run.len > p.segment_len());
+    let (dk_g, dv_g) = if transits { (dk, dv) } else { (0, 0) };
+    let mut g = buffer(dk_g, dk)?;
+    let (mut a_before, mut b_before) = (buffer(dk_g, dk)?, buffer(dk, dv_g)?);
     for first in (0..run.len).step_by(p.segment_len()) {
         let segment = RunTokens { first, len: p.segment_len().min(run.len - first), ..run };
         segment::sums(p, &segment, &mut own, &mut sums, &mut scratch);
@@ -239,6 +271,7 @@ fn run_map<T: Element>(
         simd::add_rows(&sums, dz);
         empty = false;
     }
+    Ok(())
 }
 
 /// The map of `first` followed by `second`: A = A₂ A₁, B = A₂ B₁ + B₂.
@@ -246,16 +279,14 @@ fn run_map<T: Element>(
 /// # Errors
 /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when they
 /// belong to different problems or batches, [`Error::Value`](crate::Error::Value) when `second` was
-/// not made for the tokens that `first` leaves behind.
+/// not made for the tokens that `first` leaves behind,
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
     first.run().check_followed_by(&second.run())?;
     let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
-    let mut map = SegmentMap {
-        a: vec![0.0; first.a.len()],
-        b: second.b.clone(),
-        sums: first.sums.add(&second.sums)?,
-        ..first.clone()
-    };
+    let sums = first.sums.add(&second.sums)?;
+    let mut map = SegmentMap { sums, ..SegmentMap::zero(&first.problem, &first.before)? };
+    map.b.copy_from_slice(&second.b);
     let maps = first.a.par_chunks_exact(dk * dk).zip(first.b.par_chunks_exact(dk * dv));
     (map.a.par_chunks_exact_mut(dk * dk))
         .zip(map.b.par_chunks_exact_mut(dk * dv))
@@ -275,16 +306,20 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) for a map
 /// of another problem or batch, [`Error::OpenSegment`](crate::Error::OpenSegment) for a slot with
 /// an open segment, [`Error::Value`](crate::Error::Value) when the map was made for another number
-/// of earlier tokens. The state is unchanged then.
+/// of earlier tokens, [`Error::OutOfMemory`](crate::Error::OutOfMemory). The state is unchanged then.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
     let counters = map.run().apply(&state.problem, &state.counters)?;
     let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());
+    let scratch = Pool::new(state.m.len() / (dk * dv), || alloc::reserved(&[dk, dv], SCRATCH))?;
     (state.m.par_chunks_exact_mut(dk * dv))
         .zip(map.a.par_chunks_exact(dk * dk).zip(map.b.par_chunks_exact(dk * dv)))
         .for_each(|(m, (a, b))| {
-            let found = m.to_vec();
-            m.copy_from_slice(b);
-            matmul(m, Into::Add, Mat::rows(a, dk, dk, dk), Mat::rows(&found, dk, dv, dv));
+            scratch.with(|found: &mut Vec<f32>| {
+                found.clear();
+                found.extend_from_slice(m);
+                m.copy_from_slice(b);
+                matmul(m, Into::Add, Mat::rows(a, dk, dk, dk), Mat::rows(found, dk, dv, dv));
+            });
         });
     state.z.iter_mut().zip(&map.sums.sums).for_each(|(z, dz)| *z += dz);
     state.counters = counters;

@@ -2,6 +2,9 @@
 
 use rayon::prelude::*;
 
+use super::pool::Pool;
+use super::segment::SCRATCH;
+use crate::alloc;
 use crate::call::merge::{check_partials, merge_counters, no_states};
 use crate::dtype::Element;
 use crate::error::Result;
@@ -20,15 +23,15 @@ use crate::tensor::{Rows, RowsMut, TensorView, TensorViewMut};
 /// [`crate::Error::Length`] when there is no part or not one `lse` per part,
 /// [`crate::Error::Shape`] when `out` or `out_lse` has the wrong shape, [`crate::Error::Value`]
 /// naming the entry when one of the parts does, [`crate::Error::Stride`] when a last dimension is
-/// not contiguous.
+/// not contiguous, [`crate::Error::OutOfMemory`]. Nothing is written then.
 pub fn merge_partials<T: Element>(
     a_dot: &[TensorView<'_, T>],
     lse: &[TensorView<'_, f32>],
     mut out: TensorViewMut<'_, T>,
     mut out_lse: Option<TensorViewMut<'_, f32>>,
 ) -> Result<()> {
-    let a_dot_layouts: Vec<_> = a_dot.iter().map(TensorView::layout).collect();
-    let lse_layouts: Vec<_> = lse.iter().map(TensorView::layout).collect();
+    let a_dot_layouts = alloc::collected(a_dot.iter().map(TensorView::layout), PARTS)?;
+    let lse_layouts = alloc::collected(lse.iter().map(TensorView::layout), PARTS)?;
     let out_lse_layout = out_lse.as_ref().map(TensorViewMut::layout);
     check_partials(&a_dot_layouts, &lse_layouts, &out.layout(), out_lse_layout.as_ref())?;
     let (tokens, heads) = match *out.shape() {
@@ -36,24 +39,30 @@ pub fn merge_partials<T: Element>(
         [tokens, heads, _] => (tokens, heads),
         _ => unreachable!("check_partials accepts ranks 3 and 4"),
     };
+    if out.layout().is_empty() && out_lse_layout.is_none_or(|lse| lse.is_empty()) {
+        return Ok(());
+    }
     let rows: usize = out.shape()[..out.shape().len() - 2].iter().product();
     let width = out.shape()[out.shape().len() - 1];
-    let parts: Vec<_> = a_dot.iter().zip(lse).map(|(a, l)| (a.rows(), l.head_rows())).collect();
+    let parts = a_dot.iter().zip(lse).map(|(a, l)| (a.rows(), l.head_rows()));
+    let parts = alloc::collected(parts, PARTS)?;
+    let scratch = Pool::new(rows, || Scratch::new(width, parts.len()))?;
     let out = out.rows();
     let out_lse = out_lse.as_mut().map(TensorViewMut::head_rows);
-    (0..rows).into_par_iter().for_each_init(
-        || Scratch::new(width, parts.len()),
-        |scratch, row| {
-            let (batch, token) = (row / tokens, row % tokens);
+    (0..rows).into_par_iter().for_each(|row| {
+        let (batch, token) = (row / tokens, row % tokens);
+        scratch.with(|x| {
             for head in 0..heads {
-                merge_row(&parts, [batch, token, head], &out, out_lse.as_ref(), scratch);
+                merge_row(&parts, [batch, token, head], &out, out_lse.as_ref(), x);
             }
-        },
-    );
+        });
+    });
     Ok(())
 }
 
-/// Buffers of one thread.
+const PARTS: &str = "the list of parts";
+
+/// Buffers of one running task.
 struct Scratch {
     logs: Vec<f64>,
     part: Vec<f32>,
@@ -61,8 +70,9 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(width: usize, parts: usize) -> Self {
-        Self { logs: vec![0.0; parts], part: vec![0.0; width], sum: vec![0.0; width] }
+    fn new(width: usize, parts: usize) -> Result<Self> {
+        let row = || alloc::zeroed(&[width], SCRATCH);
+        Ok(Self { logs: alloc::zeroed(&[parts], SCRATCH)?, part: row()?, sum: row()? })
     }
 }
 
@@ -116,12 +126,14 @@ fn max_and_exp_sum(logs: &[f64]) -> (f64, f64) {
 /// # Errors
 /// [`crate::Error::Length`] without states or when their numbers of slots differ,
 /// [`crate::Error::Problem`] when their problems differ, [`crate::Error::OpenSegment`],
-/// [`crate::Error::DeltaMerge`], and [`crate::Error::Value`] when the token counts overflow.
+/// [`crate::Error::DeltaMerge`], [`crate::Error::Value`] when the token counts overflow, and
+/// [`crate::Error::OutOfMemory`].
 pub fn merge_memories(states: &[&State]) -> Result<State> {
-    let counted: Vec<_> = states.iter().map(|s| (&s.problem, &s.counters[..])).collect();
+    let counted = states.iter().map(|s| (&s.problem, &s.counters[..]));
+    let counted = alloc::collected(counted, "the list of states")?;
     let counters = merge_counters(&counted)?;
     let Some(last) = states.last() else { return Err(no_states()) };
-    let mut merged = State::clone(last);
+    let mut merged = last.try_clone()?;
     merged.counters = counters;
     add_up(&mut merged.m, states, |s| &s.m);
     add_up(&mut merged.z, states, |s| &s.z);

@@ -18,6 +18,7 @@ mod simd;
 
 use call::{Call, gate_weights};
 
+use crate::alloc;
 use crate::call::check::check_longest;
 use crate::call::{Inputs, MAX_DECODE_TOKENS, Outputs, check_outputs, resolve};
 use crate::dtype::Element;
@@ -45,12 +46,13 @@ use crate::problem::Problem;
 ///
 /// # Errors
 /// A shape, stride, length, dtype, slot, position or problem that does not fit is refused before
-/// anything is written, by an [`Error`](crate::Error) that names the argument.
+/// anything is written, by an [`Error`](crate::Error) that names the argument; so is a call for whose
+/// workspace memory does not suffice ([`Error::OutOfMemory`](crate::Error::OutOfMemory)).
 ///
 /// ```
 /// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
 /// let problem = Problem::builder().heads(4).kv_heads(2).head_dim(64).segment_len(128).build()?;
-/// let mut state = State::new(&problem, 1);
+/// let mut state = State::new(&problem, 1)?;
 /// let (q, k, v) = (vec![0.1f32; 300 * 4 * 64], vec![0.2; 300 * 2 * 64], vec![0.3; 300 * 2 * 64]);
 /// let mut o = vec![0.0f32; 300 * 4 * 64];
 /// let inputs = Inputs::new(
@@ -96,13 +98,12 @@ pub fn decode<T: Element>(
 ///
 /// # Errors
 /// [`Error::Problem`](crate::Error::Problem) when the state belongs to another problem,
-/// [`Error::Value`](crate::Error::Value) for a slot out of range or named twice. Nothing is written
-/// then.
+/// [`Error::Value`](crate::Error::Value) for a slot out of range or named twice,
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory). Nothing is written then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
     check_slots(slots, state.sequences())?;
-    decode::flush(problem, state, slots);
-    Ok(())
+    decode::flush(problem, state, slots)
 }
 
 /// The one way in: everything is checked here, before anything is written.
@@ -115,25 +116,28 @@ fn run<T: Element>(
     max_tokens: Option<usize>,
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
-    let (batch, sequences) = resolve(problem, inputs, gate, &state.counters)?;
+    let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
     check_outputs(problem, inputs, &outputs)?;
     check_longest(&sequences, max_tokens)?;
-    if batch.rope.is_some() {
-        state.ensure_rotated();
-    }
     let call = Call {
         problem: *problem,
         batch,
         blocks: KeyBlocks::new(problem),
         inputs: inputs.rows(),
         outputs: outputs.rows(),
-        gates: gate.iter().copied().map(gate_weights).collect(),
+        gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
     };
-    if max_tokens.is_some() {
-        decode::run(&call, &sequences, state);
-    } else {
-        prefill::run(&call, &sequences, state);
-    }
+    let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;
+    let result = match max_tokens {
+        Some(_) => decode::run(&call, &sequences, state),
+        None => prefill::run(&call, &mut sequences, state),
+    };
+    // Only for want of memory, before anything was written.
+    result.inspect_err(|_| {
+        if first_rotation {
+            state.forget_rotated();
+        }
+    })?;
     for seq in sequences.iter().filter(|_| !batch.packed()) {
         call.clear_padding(seq, batch.tokens());
     }

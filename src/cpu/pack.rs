@@ -2,13 +2,16 @@
 //! the inputs, at strides that evict each other from the caches, so they are read there once.
 
 use super::call::Call;
-use super::segment::Tokens;
-use crate::call::form::Piece;
+use super::segment::{SCRATCH, Tokens};
+use crate::alloc;
+use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
-use crate::memory::{HeadMut, OpenRef};
+use crate::error::Result;
+use crate::memory::heads::{HeadMut, OpenRef};
+use crate::problem::Problem;
 
-/// Tokens rotated at a time.
-const ROTATED: usize = 16;
+/// Tokens rotated or appended at a time.
+const GROUP: usize = 16;
 
 /// The first tokens of a segment.
 pub(crate) struct Packed {
@@ -19,11 +22,35 @@ pub(crate) struct Packed {
     pub local: Vec<f32>,
     /// Values, [len, Dv].
     pub values: Vec<f32>,
+    pub append: AppendScratch,
 }
 
 impl Packed {
-    pub fn new() -> Self {
-        Self { len: 0, keys: Vec::new(), local: Vec::new(), values: Vec::new() }
+    /// Room for the first `len` tokens.
+    pub fn new<T>(call: &Call<'_, T>, len: usize) -> Result<Self> {
+        let (p, what) = (&call.problem, "the tokens of a segment");
+        Ok(Self {
+            len: 0,
+            keys: alloc::reserved(&[len, p.key_dim()], what)?,
+            local: alloc::reserved(&[call.blocks.prefix_len(len)], what)?,
+            values: alloc::reserved(&[len, p.value_dim()], what)?,
+            append: AppendScratch::new(p)?,
+        })
+    }
+}
+
+/// Buffers of a task that appends to an open segment.
+pub(crate) struct AppendScratch {
+    /// Keys, [GROUP, Dk].
+    keys: Vec<f32>,
+    /// The same rotated.
+    rotated: Vec<f32>,
+}
+
+impl AppendScratch {
+    pub fn new(p: &Problem) -> Result<Self> {
+        let rows = || alloc::reserved(&[GROUP, p.key_dim()], SCRATCH);
+        Ok(Self { keys: rows()?, rotated: rows()? })
     }
 }
 
@@ -107,38 +134,53 @@ impl<T: Element> Call<'_, T> {
             let cached = self.blocks.prefix_len(piece.cached);
             x.local[..cached].copy_from_slice(&open.local(self.batch.rope.is_some())[..cached]);
             let new = &x.keys[piece.cached * dk..len * dk];
-            self.put_local(piece, piece.cached, new, &mut x.local);
+            let to = (piece.cached, &mut x.local[..]);
+            self.put_local(&piece.seq, piece.start, new, to, &mut x.append.rotated);
         }
     }
 
-    /// Stores keys of a piece, from its first token on, as keys `j`, `j + 1`, … of the local branch.
-    fn put_local(&self, piece: &Piece, j: usize, keys: &[f32], local: &mut [f32]) {
+    /// Stores keys of a sequence's tokens, `t` and later, as keys `j` and later of the local branch.
+    fn put_local(
+        &self,
+        seq: &Sequence,
+        t: usize,
+        keys: &[f32],
+        (j, local): (usize, &mut [f32]),
+        rotated: &mut Vec<f32>,
+    ) {
         let Some(rope) = &self.batch.rope else { return self.blocks.put(local, j, keys) };
         let dk = self.problem.key_dim();
-        let mut rotated = Vec::with_capacity(ROTATED * dk);
-        for (first, keys) in (0..).step_by(ROTATED).zip(keys.chunks(ROTATED * dk)) {
+        for (first, keys) in (0..).step_by(GROUP).zip(keys.chunks(GROUP * dk)) {
             rotated.clear();
             rotated.extend_from_slice(keys);
-            for (t, k) in (piece.start + first..).zip(rotated.chunks_exact_mut(dk)) {
-                rope.rotate(k, self.batch.position(&piece.seq, t));
+            for (t, k) in (t + first..).zip(rotated.chunks_exact_mut(dk)) {
+                rope.rotate(k, self.batch.position(seq, t));
             }
-            self.blocks.put(local, j + first, &rotated);
+            self.blocks.put(local, j + first, rotated);
         }
     }
 
     /// Appends a piece's tokens to the open segment.
-    pub fn append(&self, piece: &Piece, kv_head: usize, head: &mut HeadMut<'_>) {
+    pub fn append(
+        &self,
+        piece: &Piece,
+        kv_head: usize,
+        head: &mut HeadMut<'_>,
+        x: &mut AppendScratch,
+    ) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
-        let tokens = piece.start..piece.start + piece.len;
-        let mut keys = vec![0.0; piece.len * dk];
-        let rows = keys.chunks_exact_mut(dk).zip(head.v[piece.cached * dv..].chunks_exact_mut(dv));
-        for (t, (k, v)) in tokens.zip(rows) {
-            self.load_key(piece, kv_head, t, k);
-            self.load_value(piece, kv_head, t, v);
-        }
-        self.blocks.put(head.k, piece.cached, &keys);
-        if let (Some(_), Some(local)) = (&self.batch.rope, &mut head.k_rotated) {
-            self.put_local(piece, piece.cached, &keys, local);
+        for first in (0..piece.len).step_by(GROUP) {
+            let (t, j) = (piece.start + first, piece.cached + first);
+            x.keys.resize(GROUP.min(piece.len - first) * dk, 0.0);
+            let rows = x.keys.chunks_exact_mut(dk).zip(head.v[j * dv..].chunks_exact_mut(dv));
+            for (t, (k, v)) in (t..).zip(rows) {
+                self.load_key(piece, kv_head, t, k);
+                self.load_value(piece, kv_head, t, v);
+            }
+            self.blocks.put(head.k, j, &x.keys);
+            if let (Some(_), Some(local)) = (&self.batch.rope, &mut head.k_rotated) {
+                self.put_local(&piece.seq, t, &x.keys, (j, local), &mut x.rotated);
+            }
         }
     }
 }

@@ -6,14 +6,17 @@
 use rayon::prelude::*;
 
 use super::attention::{Scratch as TileScratch, Segment, TILE_ROWS};
-use super::call::Call;
+use super::call::{Call, Extent, advance};
 use super::pack::{Packed, PieceTokens};
 use super::pool::Pool;
 use super::segment;
 use super::segment::{Scratch as SegmentScratch, advance_memory, transits};
+use crate::alloc;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
+use crate::error::Result;
 use crate::memory::State;
+use crate::memory::heads::{Heads, Shared};
 use crate::problem::{Problem, Update};
 
 /// Most workspace of a run.
@@ -37,9 +40,9 @@ struct Record {
 type RecordMut<'a> = (&'a mut [f32], &'a mut [f32], &'a mut [f32]);
 
 impl Record {
-    fn new(p: &Problem) -> Self {
+    fn new(p: &Problem, transits: bool) -> Self {
         let (dk, dv) = (p.key_dim(), p.value_dim());
-        Self { m: dk * dv, z: dk, g: if p.update() == Update::Delta { dk * dk } else { 0 } }
+        Self { m: dk * dv, z: dk, g: if transits { dk * dk } else { 0 } }
     }
 
     fn len(&self) -> usize {
@@ -54,34 +57,37 @@ impl Record {
     }
 }
 
-pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+pub(super) fn run<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+) -> Result<()> {
     let p = &call.problem;
-    let record = Record::new(p);
+    let (counters, heads) = state.split();
+    let extent = Extent::of(p, sequences, counters);
+    let record = Record::new(p, extent.transits);
     let wanted = (8 * rayon::current_num_threads()).div_ceil(p.kv_heads());
-    let fits = WORKSPACE_BYTES / (4 * record.len() * p.kv_heads());
-    let per_run = wanted.min(fits).max(1);
-    let counters = state.counters.clone();
-    let mut all = sequences.iter().flat_map(|s| pieces(p, *s, counters[s.slot]));
-    let mut runner = Runner {
-        call,
-        record,
-        work: Vec::new(),
-        index: Vec::new(),
-        segments: Pool::default(),
-        tiles: Pool::default(),
-    };
+    let record_bytes = record.len().saturating_mul(4 * p.kv_heads());
+    let per_run = wanted.min(WORKSPACE_BYTES / record_bytes).max(1);
+    let all = || sequences.iter().flat_map(|s| pieces(p, *s, counters[s.slot]));
+    // No later run is longer than the first.
+    let mut runner = Runner::new(call, record, extent, &heads, all().take(per_run).count())?;
+    let mut rest = all();
     loop {
-        let run: Vec<Piece> = all.by_ref().take(per_run).collect();
+        let run: Vec<Piece> = rest.by_ref().take(per_run).collect();
         if run.is_empty() {
-            return;
+            break;
         }
-        runner.run(&run, state);
+        runner.run(&run);
     }
+    advance(call, sequences, counters);
+    Ok(())
 }
 
 struct Runner<'c, 'a, T> {
     call: &'c Call<'a, T>,
     record: Record,
+    heads: &'c Heads<'c>,
     /// Records: chain by chain, KV head by KV head, piece by piece.
     work: Vec<f32>,
     /// (piece, KV head) of every record.
@@ -90,8 +96,32 @@ struct Runner<'c, 'a, T> {
     tiles: Pool<(TileScratch, Packed)>,
 }
 
-impl<T: Element> Runner<'_, '_, T> {
-    fn run(&mut self, run: &[Piece], state: &mut State) {
+impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
+    /// Room for runs of `pieces` pieces.
+    fn new(
+        call: &'c Call<'a, T>,
+        record: Record,
+        extent: Extent,
+        heads: &'c Heads<'c>,
+        pieces: usize,
+    ) -> Result<Self> {
+        let (p, what) = (&call.problem, "the workspace of a prefill");
+        let records = pieces * p.kv_heads();
+        let segments = if extent.completes { records } else { 0 };
+        Ok(Self {
+            call,
+            record,
+            heads,
+            work: alloc::reserved(&[records, record.len()], what)?,
+            index: alloc::reserved(&[records], what)?,
+            segments: Pool::new(segments, || SegmentScratch::new(p))?,
+            tiles: Pool::new(records * cuts(records), || {
+                Ok((TileScratch::new(call)?, Packed::new(call, extent.longest)?))
+            })?,
+        })
+    }
+
+    fn run(&mut self, run: &[Piece]) {
         let chains = chains(run);
         let heads = 0..self.call.problem.kv_heads();
         self.index.clear();
@@ -100,24 +130,24 @@ impl<T: Element> Runner<'_, '_, T> {
             self.index.extend(heads.clone().flat_map(|h| pieces.clone().map(move |i| (i, h))));
         }
         self.work.resize(self.index.len() * self.record.len(), 0.0);
-        self.sums(run, state);
-        self.scan_z(&chains, run, state);
+        self.sums(run);
+        self.scan_z(&chains, run);
         if self.call.problem.update() == Update::Delta {
-            self.transitions(run, state);
+            self.transitions(run);
         }
-        self.scan_m(&chains, run, state);
-        self.attention(run, state);
-        self.append(run, state);
+        self.scan_m(&chains, run);
+        self.attention(run);
+        self.append(run);
     }
 
     /// B and Δz of every completed segment.
-    fn sums(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, tokens, (m, z, _), x| segment::sums(p, tokens, m, z, x));
+    fn sums(&mut self, run: &[Piece]) {
+        self.each_segment(run, |p, tokens, (m, z, _), x| segment::sums(p, tokens, m, z, x));
     }
 
     /// G of every completed segment, by the z it finds.
-    fn transitions(&mut self, run: &[Piece], state: &State) {
-        self.each_segment(run, state, |p, tokens, (_, z, g), x| {
+    fn transitions(&mut self, run: &[Piece]) {
+        self.each_segment(run, |p, tokens, (_, z, g), x| {
             if transits(p, &tokens.piece) {
                 segment::transition(p, tokens, z, g, x);
             }
@@ -125,26 +155,24 @@ impl<T: Element> Runner<'_, '_, T> {
     }
 
     /// Runs `work` on the record of every completed segment, in parallel.
-    fn each_segment<F>(&mut self, run: &[Piece], state: &State, work: F)
+    fn each_segment<F>(&mut self, run: &[Piece], work: F)
     where
         F: Fn(&Problem, &PieceTokens<'_, '_, T>, RecordMut<'_>, &mut SegmentScratch) + Sync,
     {
-        let (call, record, segments) = (self.call, self.record, &self.segments);
+        let (call, record, heads, segments) = (self.call, self.record, self.heads, &self.segments);
         let records = self.work.par_chunks_exact_mut(record.len()).zip(&self.index);
         records.filter(|(_, (i, _))| run[*i].full).for_each(|(chunk, &(i, h))| {
-            let open = state.open(run[i].seq.slot, h);
+            // SAFETY: only records are written meanwhile.
+            let open = unsafe { heads.open(run[i].seq.slot, h) };
             let tokens = PieceTokens { call, piece: run[i], kv_head: h, open };
-            segments.with(
-                || SegmentScratch::new(&call.problem),
-                |x| work(&call.problem, &tokens, record.split(chunk), x),
-            );
+            segments.with(|x| work(&call.problem, &tokens, record.split(chunk), x));
         });
     }
 
     /// Every record's Δz becomes the z its segment finds; the state's z moves past the run.
-    fn scan_z(&mut self, chains: &[Chain], run: &[Piece], state: &mut State) {
+    fn scan_z(&mut self, chains: &[Chain], run: &[Piece]) {
         let record = self.record;
-        self.each_chain(chains, state, |pieces, work, _, z| {
+        self.each_chain(chains, |pieces, work, _, z| {
             for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
                 let (_, own, _) = record.split(chunk);
                 for (own, z) in own.iter_mut().zip(z.iter_mut()) {
@@ -157,9 +185,9 @@ impl<T: Element> Runner<'_, '_, T> {
     }
 
     /// Every record's B becomes the M its segment finds; the state's M moves past the run.
-    fn scan_m(&mut self, chains: &[Chain], run: &[Piece], state: &mut State) {
+    fn scan_m(&mut self, chains: &[Chain], run: &[Piece]) {
         let (record, p) = (self.record, self.call.problem);
-        self.each_chain(chains, state, |pieces, work, m, _| {
+        self.each_chain(chains, |pieces, work, m, _| {
             for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
                 let (b, _, g) = record.split(chunk);
                 if !piece.full {
@@ -171,73 +199,76 @@ impl<T: Element> Runner<'_, '_, T> {
         });
     }
 
-    /// Tokens after the last full segment go into the open segment; the counters move.
-    fn append(&self, run: &[Piece], state: &mut State) {
-        let call = self.call;
-        let kv_heads = call.problem.kv_heads();
-        for piece in run {
-            state.counters[piece.seq.slot].advance(piece, call.batch.rope.is_some());
-        }
-        let mut heads = state.heads_mut();
-        let tasks: Vec<_> = (run.iter().filter(|piece| !piece.full))
-            .flat_map(|piece| (0..kv_heads).map(move |h| (piece, h)))
-            .filter_map(|(piece, h)| Some((piece, h, heads[piece.seq.slot * kv_heads + h].take()?)))
-            .collect();
-        tasks.into_par_iter().for_each(|(piece, h, mut head)| call.append(piece, h, &mut head));
-    }
-
     /// Runs `scan(pieces, records, M, z)` for every (chain, KV head), in parallel.
-    fn each_chain<F>(&mut self, chains: &[Chain], state: &mut State, scan: F)
+    fn each_chain<F>(&mut self, chains: &[Chain], scan: F)
     where
         F: Fn(std::ops::Range<usize>, &mut [f32], &mut [f32], &mut [f32]) + Sync,
     {
-        let kv_heads = self.call.problem.kv_heads();
-        let mut heads = state.heads_mut();
-        let mut rest = self.work.as_mut_slice();
-        let mut tasks = Vec::with_capacity(chains.len() * kv_heads);
-        for chain in chains {
-            for h in 0..kv_heads {
-                let (work, tail) = rest.split_at_mut(chain.pieces.len() * self.record.len());
-                rest = tail;
-                if let Some(head) = heads[chain.slot * kv_heads + h].take() {
-                    tasks.push((chain.pieces.clone(), work, head));
-                }
-            }
-        }
-        tasks.into_par_iter().for_each(|(pieces, work, head)| scan(pieces, work, head.m, head.z));
+        let (heads, record, kv_heads) = (self.heads, self.record, self.call.problem.kv_heads());
+        let work = Shared::new(&mut self.work);
+        (0..chains.len() * kv_heads).into_par_iter().for_each(|i| {
+            let (chain, h) = (&chains[i / kv_heads], i % kv_heads);
+            let pieces = chain.pieces.clone();
+            let first = pieces.start * kv_heads + h * pieces.len();
+            // SAFETY: chains have records and slots of their own, and KV heads theirs of those.
+            let (records, head) = unsafe {
+                let records = first * record.len()..(first + pieces.len()) * record.len();
+                (work.range(records), heads.head(chain.slot, h))
+            };
+            scan(pieces, records, head.m, head.z);
+        });
     }
 
     /// Attention of every piece. A task packs the keys its query rows may see, so a piece is cut
     /// only as far as the cores need it.
-    fn attention(&self, run: &[Piece], state: &State) {
-        let call = self.call;
-        let cuts = (4 * rayon::current_num_threads()).div_ceil(self.index.len());
-        let tasks: Vec<_> = (self.work.chunks_exact(self.record.len()).zip(&self.index))
-            .flat_map(|(record, &(i, h))| {
-                let piece = run[i];
-                let step = piece.len.div_ceil(cuts).next_multiple_of(TILE_ROWS);
-                let end = piece.start + piece.len;
-                let starts = (piece.start..end).step_by(step);
-                starts.map(move |t| (piece, h, t..(t + step).min(end), record))
-            })
-            .collect();
-        tasks.into_par_iter().for_each(|(piece, h, tokens, record)| {
-            self.tiles.with(
-                || (TileScratch::new(call), Packed::new()),
-                |(x, packed)| {
-                    let (m, z) =
-                        (&record[..self.record.m], &record[self.record.m..][..self.record.z]);
-                    let open = state.open(piece.seq.slot, h);
-                    let seen = piece.cached + tokens.end - piece.start;
-                    if call.needs_local(&piece, h) {
-                        call.pack(&piece, h, open, seen, packed);
-                    }
-                    let segment = Segment { keys: &packed.local, values: &packed.values, m, z };
-                    call.attend(&piece, h, tokens, segment, x);
-                },
-            );
+    fn attention(&self, run: &[Piece]) {
+        let cuts = cuts(self.index.len());
+        (0..self.index.len() * cuts).into_par_iter().for_each(|task| {
+            let (i, h) = self.index[task / cuts];
+            let piece = &run[i];
+            let step = piece.len.div_ceil(cuts).next_multiple_of(TILE_ROWS);
+            let (start, end) = (task % cuts * step, piece.len);
+            if start < end {
+                let tokens = piece.start + start..piece.start + end.min(start + step);
+                self.attend(piece, h, tokens, task / cuts);
+            }
         });
     }
+
+    /// Attention of some tokens of a piece, whose record says what M and z it finds.
+    fn attend(&self, piece: &Piece, h: usize, tokens: std::ops::Range<usize>, record: usize) {
+        let (call, len) = (self.call, self.record.len());
+        let (m, rest) = self.work[record * len..][..len].split_at(self.record.m);
+        let z = &rest[..self.record.z];
+        // SAFETY: only outputs are written meanwhile.
+        let open = unsafe { self.heads.open(piece.seq.slot, h) };
+        self.tiles.with(|(x, packed)| {
+            let seen = piece.cached + tokens.end - piece.start;
+            if call.needs_local(piece, h) {
+                call.pack(piece, h, open, seen, packed);
+            }
+            let segment = Segment { keys: &packed.local, values: &packed.values, m, z };
+            call.attend(piece, h, tokens, segment, x);
+        });
+    }
+
+    /// Tokens after the last full segment go into the open segment.
+    fn append(&self, run: &[Piece]) {
+        let kv_heads = self.call.problem.kv_heads();
+        (0..run.len() * kv_heads).into_par_iter().for_each(|i| {
+            let (piece, h) = (&run[i / kv_heads], i % kv_heads);
+            if !piece.full {
+                // SAFETY: a sequence has one such piece, and no two sequences have the same slot.
+                let mut head = unsafe { self.heads.head(piece.seq.slot, h) };
+                self.tiles.with(|(_, x)| self.call.append(piece, h, &mut head, &mut x.append));
+            }
+        });
+    }
+}
+
+/// Into how many tasks the attention of each of so many records is cut.
+fn cuts(records: usize) -> usize {
+    (4 * rayon::current_num_threads()).div_ceil(records.max(1))
 }
 
 /// Groups the pieces of a run by sequence.

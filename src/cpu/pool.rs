@@ -1,22 +1,29 @@
 //! Scratch buffers that tasks borrow.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-/// Scratch buffers that tasks borrow: never more than run at once.
+use crate::error::Result;
+
+/// Scratch buffers that tasks borrow, as many as can run at once. They are made before the first task
+/// starts, so that memory that is not there leaves state and outputs as they were.
 pub(super) struct Pool<S>(Mutex<Vec<S>>);
 
-impl<S> Default for Pool<S> {
-    fn default() -> Self {
-        Self(Mutex::new(Vec::new()))
-    }
-}
-
 impl<S> Pool<S> {
-    pub fn with<R>(&self, new: impl FnOnce() -> S, f: impl FnOnce(&mut S) -> R) -> R {
-        let idle = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop();
-        let mut scratch = idle.unwrap_or_else(new);
+    /// Buffers for `tasks` tasks in the caller's rayon pool.
+    pub fn new(tasks: usize, make: impl Fn() -> Result<S>) -> Result<Self> {
+        let buffers = (0..tasks.min(rayon::current_num_threads())).map(|_| make());
+        Ok(Self(Mutex::new(buffers.collect::<Result<_>>()?)))
+    }
+
+    /// Runs one of those tasks. `f` must not wait for other tasks.
+    pub fn with<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
+        let mut scratch = self.idle().pop().expect("one buffer per task that runs");
         let result = f(&mut scratch);
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(scratch);
+        self.idle().push(scratch);
         result
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<S>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

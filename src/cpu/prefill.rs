@@ -9,16 +9,25 @@
 use rayon::prelude::*;
 
 use super::attention::{Scratch as TileScratch, Segment};
-use super::call::{Call, advance};
+use super::call::{Call, Extent, advance};
 use super::pack::Packed;
 use super::pool::Pool;
-use super::segment::{Scratch as SegmentScratch, advance_memory, transits};
+use super::segment::{SCRATCH, Scratch as SegmentScratch, advance_memory, transits};
 use super::{phases, segment};
+use crate::alloc;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
-use crate::memory::{HeadMut, State};
+use crate::error::Result;
+use crate::memory::State;
+use crate::memory::heads::HeadMut;
 
-pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state: &mut State) {
+pub(super) fn run<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &mut [Sequence],
+    state: &mut State,
+) -> Result<()> {
+    // Tasks are given out longest first.
+    sequences.sort_unstable_by_key(|s| (std::cmp::Reverse(s.len), s.slot));
     match heads_per_chain(call.problem.kv_heads(), sequences) {
         Some(heads) => chains(call, sequences, state, heads),
         None => phases::run(call, sequences, state),
@@ -29,11 +38,10 @@ pub(super) fn run<T: Element>(call: &Call<'_, T>, sequences: &[Sequence], state:
 /// tenth of the cores; None when even single heads are too few. Many, because the heads of a token
 /// lie side by side in memory.
 fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
-    let mut lens: Vec<usize> = sequences.iter().map(|s| s.len).collect();
-    lens.sort_unstable_by(|a, b| b.cmp(a));
     let balanced = |heads: usize| {
         let mut loads = vec![0usize; rayon::current_num_threads()];
-        for len in lens.iter().flat_map(|&len| std::iter::repeat_n(len, kv_heads / heads)) {
+        let lens = sequences.iter().flat_map(|s| std::iter::repeat_n(s.len, kv_heads / heads));
+        for len in lens {
             if let Some(least) = loads.iter_mut().min() {
                 *least += len;
             }
@@ -49,56 +57,63 @@ fn chains<T: Element>(
     sequences: &[Sequence],
     state: &mut State,
     heads_per_chain: usize,
-) {
+) -> Result<()> {
     let p = &call.problem;
-    let counters = state.counters.clone();
-    let mut heads = state.heads_mut();
-    let mut slots: Vec<_> = heads.chunks_mut(p.kv_heads()).map(Some).collect();
-    let mut tasks: Vec<_> = (sequences.iter())
-        .filter_map(|seq| Some((seq, slots[seq.slot].take()?)))
-        .flat_map(|(seq, heads)| {
-            let chains = heads.chunks_mut(heads_per_chain).enumerate();
-            chains.map(move |(i, heads)| (seq, i * heads_per_chain, heads))
-        })
-        .collect();
-    tasks.sort_by_key(|(seq, ..)| std::cmp::Reverse(seq.len));
-    let scratch = Pool::default();
-    tasks.into_par_iter().with_max_len(1).for_each(|(seq, first, heads)| {
-        scratch.with(
-            || ChainScratch::new(call),
-            |x| {
-                for piece in pieces(p, *seq, counters[seq.slot]) {
-                    for (h, head) in (first..).zip(heads.iter_mut().flatten()) {
-                        chain(call, &piece, h, head, x);
-                    }
+    let (counters, heads) = state.split();
+    let extent = Extent::of(p, sequences, counters);
+    let per_sequence = p.kv_heads() / heads_per_chain;
+    let tasks = sequences.len() * per_sequence;
+    let scratch = Pool::new(tasks, || ChainScratch::new(call, extent))?;
+    (0..tasks).into_par_iter().with_max_len(1).for_each(|i| {
+        let (seq, first) = (sequences[i / per_sequence], i % per_sequence * heads_per_chain);
+        scratch.with(|x| {
+            for piece in pieces(p, seq, counters[seq.slot]) {
+                for h in first..first + heads_per_chain {
+                    // SAFETY: no two sequences have the same slot.
+                    chain(call, &piece, h, &mut unsafe { heads.head(seq.slot, h) }, x);
                 }
-            },
-        );
+            }
+        });
     });
-    advance(call, sequences, state);
+    advance(call, sequences, counters);
+    Ok(())
 }
 
 /// Buffers of one running chain.
 struct ChainScratch {
     tiles: TileScratch,
     packed: Packed,
+    /// If any segment is completed.
+    own: Option<Own>,
+}
+
+/// What a segment adds to the memory, and the buffers to compute it.
+struct Own {
     segment: SegmentScratch,
     b: Vec<f32>,
+    /// Empty if no segment has one.
     g: Vec<f32>,
     dz: Vec<f32>,
 }
 
 impl ChainScratch {
-    fn new<T>(call: &Call<'_, T>) -> Self {
+    fn new<T>(call: &Call<'_, T>, extent: Extent) -> Result<Self> {
         let p = &call.problem;
-        Self {
-            tiles: TileScratch::new(call),
-            packed: Packed::new(),
-            segment: SegmentScratch::new(p),
-            b: vec![0.0; p.key_dim() * p.value_dim()],
-            g: vec![0.0; p.key_dim() * p.key_dim()],
-            dz: vec![0.0; p.key_dim()],
-        }
+        let (dk, dv) = (p.key_dim(), p.value_dim());
+        let g = if extent.transits { dk } else { 0 };
+        let own = || {
+            Ok(Own {
+                segment: SegmentScratch::new(p)?,
+                b: alloc::zeroed(&[dk, dv], SCRATCH)?,
+                g: alloc::zeroed(&[g, g], SCRATCH)?,
+                dz: alloc::zeroed(&[dk], SCRATCH)?,
+            })
+        };
+        Ok(Self {
+            tiles: TileScratch::new(call)?,
+            packed: Packed::new(call, extent.longest)?,
+            own: extent.completes.then(own).transpose()?,
+        })
     }
 }
 
@@ -114,14 +129,13 @@ fn chain<T: Element>(
     call.pack(piece, kv_head, head.open(), piece.cached + piece.len, &mut x.packed);
     let segment = Segment { keys: &x.packed.local, values: &x.packed.values, m: head.m, z: head.z };
     call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
-    if !piece.full {
-        call.append(piece, kv_head, head);
-        return;
-    }
-    segment::sums(p, &x.packed, &mut x.b, &mut x.dz, &mut x.segment);
+    let Some(own) = x.own.as_mut().filter(|_| piece.full) else {
+        return call.append(piece, kv_head, head, &mut x.packed.append);
+    };
+    segment::sums(p, &x.packed, &mut own.b, &mut own.dz, &mut own.segment);
     if transits(p, piece) {
-        segment::transition(p, &x.packed, head.z, &mut x.g, &mut x.segment);
+        segment::transition(p, &x.packed, head.z, &mut own.g, &mut own.segment);
     }
-    advance_memory(p, piece, &mut x.b, &x.g, head.m);
-    head.z.iter_mut().zip(&x.dz).for_each(|(z, dz)| *z += dz);
+    advance_memory(p, piece, &mut own.b, &own.g, head.m);
+    head.z.iter_mut().zip(&own.dz).for_each(|(z, dz)| *z += dz);
 }

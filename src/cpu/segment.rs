@@ -4,11 +4,16 @@
 
 use super::matmul::{Into, Mat, matmul};
 use super::simd;
+use crate::alloc;
 use crate::call::form::Piece;
+use crate::error::Result;
 use crate::problem::{Problem, Update};
 
 /// Tokens per chunk: σ(K), its weights and V of 256 tokens at d = 128 are 384 KiB, inside L2.
 pub(crate) const CHUNK: usize = 256;
+
+/// What scratch of this module and its callers is called in errors.
+pub(super) const SCRATCH: &str = "scratch of a task";
 
 /// Buffers of one running task.
 pub(crate) struct Scratch {
@@ -18,12 +23,38 @@ pub(crate) struct Scratch {
     w: Vec<f32>,
     /// Values, [CHUNK, Dv].
     v: Vec<f32>,
+    /// M and z as [`commit`] finds them, under the delta rule.
+    m: Vec<f32>,
+    z: Vec<f32>,
 }
 
 impl Scratch {
-    pub fn new(p: &Problem) -> Self {
-        let rows = |width| vec![0.0; CHUNK.min(p.segment_len()) * width];
-        Self { k: rows(p.key_dim()), w: rows(p.key_dim()), v: rows(p.value_dim()) }
+    /// Room for everything but [`commit`].
+    pub fn new(p: &Problem) -> Result<Self> {
+        let rows = |width| alloc::reserved(&[CHUNK.min(p.segment_len()), width], SCRATCH);
+        let w = if p.update() == Update::Delta { rows(p.key_dim())? } else { Vec::new() };
+        let (m, z) = (Vec::new(), Vec::new());
+        Ok(Self { k: rows(p.key_dim())?, w, v: rows(p.value_dim())?, m, z })
+    }
+
+    /// Room for [`commit`] too.
+    pub fn for_commits(p: &Problem) -> Result<Self> {
+        let mut scratch = Self::new(p)?;
+        if p.update() == Update::Delta {
+            scratch.m = alloc::reserved(&[p.key_dim(), p.value_dim()], SCRATCH)?;
+            scratch.z = alloc::reserved(&[p.key_dim()], SCRATCH)?;
+        }
+        Ok(scratch)
+    }
+
+    /// Lengthens the chunks into their room; the task does that, not who made them.
+    fn chunks(&mut self, p: &Problem) {
+        let rows = CHUNK.min(p.segment_len());
+        self.k.resize(rows * p.key_dim(), 0.0);
+        self.v.resize(rows * p.value_dim(), 0.0);
+        if p.update() == Update::Delta {
+            self.w.resize(rows * p.key_dim(), 0.0);
+        }
     }
 }
 
@@ -41,6 +72,7 @@ fn chunks(
     x: &mut Scratch,
     mut each: impl FnMut(usize, usize, &mut Scratch),
 ) {
+    x.chunks(p);
     for first in (0..tokens.len()).step_by(CHUNK) {
         let n = CHUNK.min(tokens.len() - first);
         for (j, k) in (first..first + n).zip(x.k.chunks_exact_mut(p.key_dim())) {
@@ -86,17 +118,23 @@ pub(crate) fn transition(
     let dk = p.key_dim();
     g.fill(0.0);
     chunks(p, tokens, x, |_, n, x| {
-        weigh(p, n, z, x);
+        weigh(p, n, z, &x.k, &mut x.w);
         simd::feature_map(&mut x.k[..n * dk]);
         matmul(g, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
     });
 }
 
-/// w ← the retrieval weights of the `n` keys in k.
-fn weigh(p: &Problem, n: usize, z: &[f32], x: &mut Scratch) {
-    let w = &mut x.w[..n * p.key_dim()];
-    w.copy_from_slice(&x.k[..n * p.key_dim()]);
+/// w ← the retrieval weights of the first `n` keys in k.
+fn weigh(p: &Problem, n: usize, z: &[f32], k: &[f32], w: &mut [f32]) {
+    let w = &mut w[..n * p.key_dim()];
+    w.copy_from_slice(&k[..n * p.key_dim()]);
     simd::retrieval_weights(w, z, p.denominator());
+}
+
+/// A buffer with the room of `new` comes to hold it.
+fn replace(buffer: &mut Vec<f32>, new: &[f32]) {
+    buffer.clear();
+    buffer.extend_from_slice(new);
 }
 
 /// Writes a segment into (m, z): eq. (8) or (9) as they stand, with f32 residuals.
@@ -110,13 +148,16 @@ pub(crate) fn commit(
 ) {
     let (dk, dv) = (p.key_dim(), p.value_dim());
     let delta = p.update() == Update::Delta && !empty;
-    let before = delta.then(|| (m.to_vec(), z.to_vec()));
+    if delta {
+        replace(&mut x.m, m);
+        replace(&mut x.z, z);
+    }
     chunks(p, tokens, x, |first, n, x| {
         load_values(p, tokens, first, n, &mut x.v);
-        if let Some((m, z)) = &before {
-            weigh(p, n, z, x);
+        if delta {
+            weigh(p, n, &x.z, &x.k, &mut x.w);
             let v = &mut x.v[..n * dv];
-            matmul(v, Into::Subtract, Mat::rows(&x.w, n, dk, dk), Mat::rows(m, dk, dv, dv));
+            matmul(v, Into::Subtract, Mat::rows(&x.w, n, dk, dk), Mat::rows(&x.m, dk, dv, dv));
         }
         simd::feature_map(&mut x.k[..n * dk]);
         simd::add_rows(&x.k[..n * dk], z);

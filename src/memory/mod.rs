@@ -1,11 +1,13 @@
 //! The state of a pool of sequences: compressive memory, normaliser, counters, open segment.
 
 pub(crate) mod blocks;
+pub(crate) mod heads;
 mod io;
 mod parts;
 
 use blocks::KeyBlocks;
 
+use crate::alloc;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
 use crate::tensor::TensorView;
@@ -23,6 +25,9 @@ pub(crate) struct Counters {
     pub rotated: bool,
 }
 
+// SAFETY: zeros are the default.
+unsafe impl bytemuck::Zeroable for Counters {}
+
 /// The state of `sequences` independent streams, one per slot: per KV head the memory M [Dk, Dv]
 /// and the normaliser z `[Dk]`, both f32 always, the counters, and the keys and values of the open
 /// segment (f32). Its size does not depend on how many tokens were seen.
@@ -30,11 +35,13 @@ pub(crate) struct Counters {
 /// ```
 /// use infini_attn::{Problem, State};
 /// let problem = Problem::builder().heads(8).kv_heads(2).head_dim(64).segment_len(256).build()?;
-/// let state = State::new(&problem, 4);
+/// let state = State::new(&problem, 4)?;
 /// assert_eq!(state.memory().shape(), [4, 2, 64, 64]);
 /// assert_eq!((state.tokens(0), state.committed(0), state.open_len(0)), (0, 0, 0));
 /// # Ok::<(), infini_attn::Error>(())
 /// ```
+///
+/// `clone` ends the process where memory does not suffice; [`State::try_clone`] gives an error.
 #[derive(Clone, Debug)]
 pub struct State {
     pub(crate) problem: Problem,
@@ -57,58 +64,24 @@ pub(crate) struct OpenSegments {
     pub v: Vec<f32>,
 }
 
-/// What belongs to one slot and KV head.
-pub(crate) struct HeadMut<'a> {
-    pub m: &'a mut [f32],
-    pub z: &'a mut [f32],
-    /// Open segment: unrotated keys.
-    pub k: &'a mut [f32],
-    /// Open segment: rotated keys, once any call has rotated.
-    pub k_rotated: Option<&'a mut [f32]>,
-    /// Open segment: values.
-    pub v: &'a mut [f32],
-}
-
-/// The open segment of one slot and KV head.
-#[derive(Clone, Copy)]
-pub(crate) struct OpenRef<'a> {
-    /// Unrotated keys, in [`KeyBlocks`] layout.
-    pub k: &'a [f32],
-    /// Rotated keys, once any call has rotated.
-    pub k_rotated: Option<&'a [f32]>,
-    /// Values, [N, Dv].
-    pub v: &'a [f32],
-}
-
-impl OpenRef<'_> {
-    /// The keys the local branch sees.
-    pub fn local(&self, rotated: bool) -> &[f32] {
-        if rotated { self.k_rotated.unwrap_or(self.k) } else { self.k }
-    }
-}
-
-impl HeadMut<'_> {
-    pub fn open(&self) -> OpenRef<'_> {
-        OpenRef { k: self.k, k_rotated: self.k_rotated.as_deref(), v: self.v }
-    }
-}
-
 impl State {
-    /// Empty streams in slots 0 to `sequences` − 1.
-    pub fn new(problem: &Problem, sequences: usize) -> Self {
-        let chunks = sequences * problem.kv_heads();
-        let (dk, dv, n) = (problem.key_dim(), problem.value_dim(), problem.segment_len());
-        Self {
-            problem: *problem,
-            counters: vec![Counters::default(); sequences],
-            m: vec![0.0; chunks * dk * dv],
-            z: vec![0.0; chunks * dk],
-            open: OpenSegments {
-                k: vec![0.0; chunks * KeyBlocks::new(problem).len()],
-                k_rotated: Vec::new(),
-                v: vec![0.0; chunks * n * dv],
-            },
-        }
+    /// Empty streams in slots 0 to `sequences` − 1. [`Problem::state_bytes`] says beforehand how much
+    /// that takes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(problem: &Problem, sequences: usize) -> Result<Self> {
+        let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
+        let make = || -> Result<Self> {
+            Ok(Self {
+                problem: *problem,
+                counters: alloc::zeroed(&[sequences], "")?,
+                m: alloc::zeroed(&[sequences, h, dk, dv], "")?,
+                z: alloc::zeroed(&[sequences, h, dk], "")?,
+                open: OpenSegments::new(problem, sequences, false)?,
+            })
+        };
+        make().map_err(|_| too_large(problem, sequences, false))
     }
 
     /// The problem this state belongs to.
@@ -179,80 +152,135 @@ impl State {
     /// times (sampling several continuations of one prompt).
     ///
     /// # Errors
-    /// [`Error::Value`] for a slot out of range.
+    /// [`Error::Value`] for a slot out of range, [`Error::OutOfMemory`].
     pub fn fork(&self, slots: &[usize]) -> Result<State> {
-        for (i, &slot) in slots.iter().enumerate() {
-            check_slots(&[slot], self.sequences()).map_err(|_| {
-                let expected = format!("less than the state's {} slots", self.sequences());
-                Error::value(format!("slots[{i}]"), slot, expected)
-            })?;
+        (0..slots.len()).try_for_each(|i| check_slot(slots, i, self.sequences()))?;
+        self.pick(slots.len(), || slots.iter().copied())
+    }
+
+    /// A copy of all slots: [`Clone`] for a state that may be too large to be had twice (`clone` ends
+    /// the process then, as that of a `Vec` does).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn try_clone(&self) -> Result<State> {
+        self.pick(self.sequences(), || 0..self.sequences())
+    }
+
+    /// A state of copies of `len` slots.
+    fn pick<I>(&self, len: usize, slots: impl Fn() -> I) -> Result<State>
+    where
+        I: Iterator<Item = usize>,
+    {
+        fn copy<T: Copy>(
+            all: &[T],
+            each: usize,
+            len: usize,
+            slots: impl Iterator<Item = usize>,
+        ) -> Result<Vec<T>> {
+            let mut copy = alloc::reserved(&[len, each], "")?;
+            slots.for_each(|slot| copy.extend_from_slice(&all[slot * each..][..each]));
+            Ok(copy)
         }
-        let pick = |all: &[f32]| -> Vec<f32> {
-            let chunk = all.len() / self.sequences().max(1);
-            slots.iter().flat_map(|&s| &all[s * chunk..][..chunk]).copied().collect()
+        let floats = |all: &[f32]| copy(all, all.len() / self.sequences().max(1), len, slots());
+        let make = || -> Result<State> {
+            Ok(State {
+                problem: self.problem,
+                counters: copy(&self.counters, 1, len, slots())?,
+                m: floats(&self.m)?,
+                z: floats(&self.z)?,
+                open: OpenSegments {
+                    k: floats(&self.open.k)?,
+                    k_rotated: floats(&self.open.k_rotated)?,
+                    v: floats(&self.open.v)?,
+                },
+            })
         };
-        Ok(State {
-            problem: self.problem,
-            counters: slots.iter().map(|&s| self.counters[s]).collect(),
-            m: pick(&self.m),
-            z: pick(&self.z),
-            open: OpenSegments {
-                k: pick(&self.open.k),
-                k_rotated: pick(&self.open.k_rotated),
-                v: pick(&self.open.v),
-            },
+        make().map_err(|_| too_large(&self.problem, len, !self.open.k_rotated.is_empty()))
+    }
+
+    /// Room for rotated keys; whether this, the first call that rotates, made it.
+    pub(crate) fn ensure_rotated(&mut self) -> Result<bool> {
+        let first = self.open.k_rotated.is_empty();
+        if first {
+            self.open.k_rotated =
+                alloc::zeroed(&[self.open.k.len()], "the rotated keys of the open segments")?;
+        }
+        Ok(first)
+    }
+
+    /// Takes that room away again.
+    pub(crate) fn forget_rotated(&mut self) {
+        self.open.k_rotated = Vec::new();
+    }
+}
+
+impl OpenSegments {
+    /// Open segments of so many slots, `rotated`: with room for rotated keys.
+    fn new(problem: &Problem, sequences: usize, rotated: bool) -> Result<Self> {
+        let (h, n, dv) = (problem.kv_heads(), problem.segment_len(), problem.value_dim());
+        let keys = |slots| alloc::zeroed(&[slots, h, KeyBlocks::new(problem).len()], "");
+        Ok(Self {
+            k: keys(sequences)?,
+            k_rotated: keys(if rotated { sequences } else { 0 })?,
+            v: alloc::zeroed(&[sequences, h, n, dv], "")?,
         })
     }
+}
 
-    /// Mutable parts of every (slot, KV head), in order; callers take what they work on.
-    pub(crate) fn heads_mut(&mut self) -> Vec<Option<HeadMut<'_>>> {
-        let p = &self.problem;
-        let (dk, dv) = (p.key_dim(), p.value_dim());
-        let blocks = KeyBlocks::new(p).len();
-        let mut rotated = self.open.k_rotated.chunks_exact_mut(blocks);
-        (self.m.chunks_exact_mut(dk * dv))
-            .zip(self.z.chunks_exact_mut(dk))
-            .zip(self.open.k.chunks_exact_mut(blocks))
-            .zip(self.open.v.chunks_exact_mut(p.segment_len() * dv))
-            .map(|(((m, z), k), v)| Some(HeadMut { m, z, k, k_rotated: rotated.next(), v }))
-            .collect()
+impl Problem {
+    /// Bytes of a [`State`] of so many slots on the host, as [`State::bytes`] counts them, before
+    /// anything is allocated; `rotation`: with the rotated keys that calls with [`Rope`](crate::Rope)
+    /// add to it. On a device it is `cuda::StateLayout::new(problem, slots, rotation)?.bytes()`.
+    ///
+    /// ```
+    /// # use infini_attn::{Problem, State};
+    /// let problem = Problem::builder().heads(8).head_dim(64).segment_len(256).build()?;
+    /// assert_eq!(problem.state_bytes(4, false)?, State::new(&problem, 4)?.bytes() as u64);
+    /// # Ok::<(), infini_attn::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] for more bytes than 64 bits count.
+    pub fn state_bytes(&self, sequences: usize, rotation: bool) -> Result<u64> {
+        u64::try_from(state_bytes(self, sequences, rotation))
+            .map_err(|_| too_large(self, sequences, rotation))
     }
+}
 
-    /// Open segment of one (slot, KV head).
-    pub(crate) fn open(&self, slot: usize, kv_head: usize) -> OpenRef<'_> {
-        let p = &self.problem;
-        let at = slot * p.kv_heads() + kv_head;
-        let (blocks, values) = (KeyBlocks::new(p).len(), p.segment_len() * p.value_dim());
-        OpenRef {
-            k: &self.open.k[at * blocks..][..blocks],
-            k_rotated: self.open.k_rotated.chunks_exact(blocks).nth(at),
-            v: &self.open.v[at * values..][..values],
-        }
-    }
+fn state_bytes(p: &Problem, sequences: usize, rotation: bool) -> u128 {
+    let keys = KeyBlocks::new(p).len() * if rotation { 2 } else { 1 };
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    // At most 2^41 (`Problem::build`); counted in 128 bits because of the slots.
+    let floats = p.kv_heads() * (dk * dv + dk + keys + p.segment_len() * dv);
+    sequences as u128 * (size_of::<f32>() * floats + size_of::<Counters>()) as u128
+}
 
-    /// Room for rotated keys, made by the first call that rotates.
-    pub(crate) fn ensure_rotated(&mut self) {
-        if self.open.k_rotated.is_empty() {
-            self.open.k_rotated = vec![0.0; self.open.k.len()];
-        }
-    }
+/// The error of a state that memory does not hold.
+fn too_large(problem: &Problem, sequences: usize, rotation: bool) -> Error {
+    let bytes = state_bytes(problem, sequences, rotation);
+    Error::out_of_memory(format_args!("a state of {sequences} slots"), bytes)
 }
 
 /// Slots must lie inside the state and be distinct.
 pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
-    let mut taken = vec![None; available];
+    // 1 + the index of the entry that names a slot; zeros, so that a large table is hardly touched.
+    let mut named: Vec<usize> = alloc::zeroed(&[available], "the table of named slots")?;
     for (i, &slot) in slots.iter().enumerate() {
-        match taken.get_mut(slot) {
-            None => {
-                let expected = format!("less than the state's {available} slots");
-                return Err(Error::value(format!("slots[{i}]"), slot, expected));
-            }
-            Some(Some(first)) => {
-                let expected = format!("a slot other than slots[{first}]");
-                return Err(Error::value(format!("slots[{i}]"), slot, expected));
-            }
-            Some(free) => *free = Some(i),
+        check_slot(slots, i, available)?;
+        let first = std::mem::replace(&mut named[slot], i + 1);
+        if first > 0 {
+            let expected = format!("a slot other than slots[{}]", first - 1);
+            return Err(Error::value(format!("slots[{i}]"), slot, expected));
         }
+    }
+    Ok(())
+}
+
+fn check_slot(slots: &[usize], i: usize, available: usize) -> Result<()> {
+    if slots[i] >= available {
+        let expected = format!("less than the state's {available} slots");
+        return Err(Error::value(format!("slots[{i}]"), slots[i], expected));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! A state put together from parts that come from outside: the caller's arrays, or a file.
 
-use super::blocks::KeyBlocks;
-use super::{Counters, OpenSegments, State};
+use super::{Counters, OpenSegments, State, too_large};
+use crate::alloc;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
 
@@ -52,8 +52,8 @@ impl State {
     ///
     /// # Errors
     /// [`Error::Length`] when a list has the wrong length. [`Error::Value`] when `committed[i]`
-    /// exceeds `tokens[i]`, when it is 0 but slot i of `memory` or `normalizer` is not (nothing
-    /// would ever read it), or when the open segments do not fit into memory.
+    /// exceeds `tokens[i]`, or when it is 0 but slot i of `memory` or `normalizer` is not (nothing
+    /// would ever read it). [`Error::OutOfMemory`].
     pub fn from_parts(
         problem: &Problem,
         memory: &[f32],
@@ -68,10 +68,15 @@ impl State {
         let (s, h, dk) = (tokens.len(), problem.kv_heads(), problem.key_dim());
         check_len("memory", memory, &[s, h, dk, problem.value_dim()], "[S, Hkv, Dk, Dv]")?;
         check_len("normalizer", normalizer, &[s, h, dk], "[S, Hkv, Dk]")?;
-        let counters = (tokens.iter().zip(committed))
-            .map(|(&tokens, &committed)| Counters { tokens, committed, ..Counters::default() })
-            .collect();
-        Self::assemble(problem, memory.to_vec(), normalizer.to_vec(), counters)
+        let counters = (tokens.iter().zip(committed)).map(|(&tokens, &committed)| Counters {
+            tokens,
+            committed,
+            ..Counters::default()
+        });
+        let counters = alloc::collected(counters, "the counters of a state")?;
+        let m = alloc::copied(memory, "the memory of a state")?;
+        let z = alloc::copied(normalizer, "the normaliser of a state")?;
+        Self::assemble(problem, m, z, counters)
     }
 
     /// A state from its parts, `m` and `z` of the right length; open segments get room and their
@@ -91,14 +96,9 @@ impl State {
                 return Err(Error::value(format!("committed[{slot}]"), 0, expected));
             }
         }
-        let chunks = counters.len() * problem.kv_heads();
-        let key_len = KeyBlocks::new(problem).len();
         let rotated = counters.iter().any(|c| c.open_len > 0 && c.rotated);
-        let open = OpenSegments {
-            k: zeroed(chunks, key_len)?,
-            k_rotated: if rotated { zeroed(chunks, key_len)? } else { Vec::new() },
-            v: zeroed(chunks, problem.segment_len() * problem.value_dim())?,
-        };
+        let open = OpenSegments::new(problem, counters.len(), rotated)
+            .map_err(|_| too_large(problem, counters.len(), rotated))?;
         Ok(State { problem: *problem, counters, m, z, open })
     }
 }
@@ -110,15 +110,4 @@ fn check_len(argument: &'static str, got: &[f32], shape: &[usize], names: &str) 
         return Err(Error::Length { argument, got: got.len(), expected });
     }
     Ok(())
-}
-
-/// Zeros for `chunks` buffers of `len`. The extents may come from a file, so what the machine
-/// cannot give is an error here and not an abort; the pages are only touched when used.
-fn zeroed(chunks: usize, len: usize) -> Result<Vec<f32>> {
-    (chunks.checked_mul(len)).and_then(|n| bytemuck::allocation::try_zeroed_vec(n).ok()).ok_or_else(
-        || {
-            let got = format!("open segments of {chunks} × {len} elements");
-            Error::value("segment_len", got, "what fits into this machine's memory")
-        },
-    )
 }

@@ -4,6 +4,8 @@
 mod common;
 
 mod memory;
+#[cfg(target_os = "linux")]
+mod out_of_memory;
 mod pool;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

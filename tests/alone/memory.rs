@@ -13,7 +13,7 @@ static ALLOCATED: PeakAlloc = PeakAlloc;
 fn peak(problem: &Problem, tokens: usize) -> usize {
     let data = vec![0.25f32; tokens * 64];
     let mut out = vec![0.0f32; tokens * 64];
-    let mut state = State::new(problem, 1);
+    let mut state = State::new(problem, 1).unwrap();
     let shape = [1, tokens, 1, 64];
     let view = TensorView::new(&data, &shape).expect("shape");
     let o = TensorViewMut::new(&mut out, &shape).expect("shape");

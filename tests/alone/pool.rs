@@ -34,7 +34,7 @@ fn work_stays_in_the_callers_pool() {
                 .build()
                 .expect("valid");
             let stream = Stream::<f32>::normal(&problem, 1100, 1);
-            let mut state = State::new(&problem, 1);
+            let mut state = State::new(&problem, 1).unwrap();
             let mut run = |entry, from: usize, to: usize| {
                 let part = stream.slice(from..to);
                 run_entry(entry, part.tokens, &part.inputs(), &[0.0; 4], &mut state);

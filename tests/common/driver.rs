@@ -439,7 +439,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     /// The reference over sequence `b` alone: one call from flush point to flush point.
     fn reference(&self, b: usize) -> (Results, reference::State) {
         let p = &self.case.problem;
-        let mut state = reference::State::new(p, 1);
+        let mut state = reference::State::new(p, 1).unwrap();
         let mut want = Results::default();
         for (range, flush) in self.runs(b) {
             let (len, heads) = (range.len(), p.heads());

@@ -41,7 +41,7 @@ impl Model for Fast {
     const TOLERANCE: f64 = 1e-5;
 
     fn new(problem: &Problem) -> Self {
-        Fast(State::new(problem, 1))
+        Fast(State::new(problem, 1).unwrap())
     }
 
     fn call<T: Element>(&mut self, tokens: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {
@@ -109,7 +109,7 @@ impl Model for Oracle {
     const TOLERANCE: f64 = 1e-12;
 
     fn new(problem: &Problem) -> Self {
-        Oracle { problem: *problem, state: reference::State::new(problem, 1) }
+        Oracle { problem: *problem, state: reference::State::new(problem, 1).unwrap() }
     }
 
     fn call<T: Element>(&mut self, _: usize, inputs: &Inputs<'_, T>, gate: &[f32]) -> Output {

@@ -46,7 +46,7 @@ fn decode_takes_none_to_sixteen_tokens_of_each_sequence() {
     let stream = Stream::<f32>::normal(&p, 8 + 16, 1);
     for open in 0..8 {
         for tokens in 0..=16 {
-            let mut by_decode = State::new(&p, 1);
+            let mut by_decode = State::new(&p, 1).unwrap();
             let start = stream.slice(0..open);
             run_entry(Entry::Prefill, open, &start.inputs(), &GATE, &mut by_decode);
             let mut by_prefill = by_decode.clone();
@@ -70,7 +70,7 @@ fn decode_serves_a_ragged_batch() {
     let view = |data, h, d| TensorView::new(data, &[4, 16, h, d]).expect("shape");
     let inputs = Inputs::new(view(&stream.q, 4, 8), view(&stream.k, 2, 8), view(&stream.v, 2, 6))
         .seq_lens(&lens);
-    let mut state = State::new(&p, 4);
+    let mut state = State::new(&p, 4).unwrap();
     let how = Arrangement::Contiguous;
     let mut out = OutputBuffers::<f32>::new(&[4, 16], 4, 6, how, Asked::ALL);
     decode(&p, &inputs, &GATE, &mut state, out.views()).expect("valid");
@@ -128,11 +128,43 @@ fn the_state_does_not_grow() {
 #[test]
 fn an_empty_state_serves_an_empty_batch() {
     let p = problem();
-    let mut state = State::new(&p, 0);
+    let mut state = State::new(&p, 0).unwrap();
     let none: [f32; 0] = [];
     let view = |h, d| TensorView::new(&none, &[0, 5, h, d]).expect("shape");
     let inputs = Inputs::new(view(4, 8), view(2, 8), view(2, 6));
     let mut o = [];
     let o = TensorViewMut::new(&mut o, &[0, 5, 4, 6]).expect("shape");
     prefill(&p, &inputs, &GATE, &mut state, Outputs::new(o)).expect("valid");
+}
+
+#[test]
+fn a_states_size_is_known_beforehand() {
+    for (heads, n) in [(1, 1), (2, 300), (4, 256)] {
+        let p = Problem::builder().heads(4).kv_heads(heads).key_dim(6).value_dim(5);
+        let p = p.segment_len(n).build().expect("valid");
+        for slots in [0, 1, 7] {
+            let state = State::new(&p, slots).expect("room");
+            assert_eq!(p.state_bytes(slots, false).expect("64 bits"), state.bytes() as u64);
+        }
+        let mut model = Fast::new(&p);
+        let (rows, stream) = ([1.0; 12], Stream::<f32>::normal(&p, 3, 1));
+        let table = TensorView::new(&rows, &[6, 2]).expect("shape");
+        let inputs = stream.inputs().rope(infini_attn::Rope::new(table, table));
+        run_entry(Entry::Decode, 3, &inputs, &GATE, &mut model.0);
+        assert_eq!(p.state_bytes(1, true).expect("64 bits"), model.0.bytes() as u64);
+        let error = p.state_bytes(usize::MAX, false).expect_err("more than 64 bits count");
+        let bytes = usize::MAX as u128 * u128::from(p.state_bytes(1, false).expect("64 bits"));
+        assert!(error.to_string().contains(&format!("{} slots: {bytes} B", usize::MAX)), "{error}");
+    }
+}
+
+#[test]
+fn a_fork_takes_time_by_its_own_slots() {
+    let p = Problem::builder().head_dim(1).segment_len(1).build().expect("valid");
+    let slots: Vec<usize> = (0..1 << 17).rev().collect();
+    let state = State::new(&p, slots.len()).expect("room");
+    let start = std::time::Instant::now();
+    let fork = state.fork(&slots).expect("room");
+    assert_eq!(fork.sequences(), slots.len());
+    assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }

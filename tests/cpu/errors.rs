@@ -63,7 +63,7 @@ const LEAD: [usize; 2] = [2, 3];
 impl Fixture {
     fn new() -> Self {
         let problem = problem(|b| b);
-        let mut state = State::new(&problem, 2);
+        let mut state = State::new(&problem, 2).unwrap();
         for slot in 0..2 {
             let stream = Stream::<f32>::normal(&problem, 6, slot as u64);
             let mut o = vec![0.0; 6 * 20];
@@ -94,7 +94,7 @@ impl Fixture {
         let inputs = change(Inputs::new(q, k, v));
         self.refuses_call(&inputs, &GATE, kind, argument, words);
         let p = &self.problem;
-        let mut state = reference::State::new(p, 2);
+        let mut state = reference::State::new(p, 2).unwrap();
         let open = inputs_of_two(self);
         reference::prefill(p, &open, &GATE, &mut state).expect("valid");
         let before = format!("{state:?}");
@@ -270,7 +270,7 @@ fn rotation_tables_and_positions() {
             view(&table[..rows * half], &[rows, half]),
         )
     };
-    let fresh = Fixture { state: State::new(&f.problem, 2), ..Fixture::new() };
+    let fresh = Fixture { state: State::new(&f.problem, 2).unwrap(), ..Fixture::new() };
     let call = |rope: Rope<'_>, kind: &str, argument: &str, words: &[&str]| {
         fresh.refuses_call(&inputs_of_two(&fresh).rope(rope), &GATE, kind, argument, words);
     };
@@ -386,13 +386,16 @@ fn element_types() {
     let p = problem(|b| b.dtype(DType::BF16));
     fn call<T: Element>(p: &Problem) -> Result<()> {
         let stream = Stream::<T>::normal(p, 3, 1);
-        let mut state = State::new(p, 1);
+        let mut state = State::new(p, 1).unwrap();
         let how = Arrangement::Contiguous;
         let mut out = OutputBuffers::<T>::new(&[1, 3], 4, 5, how, Asked::ALL);
         let before = out.bits();
         let result = prefill(p, &stream.inputs(), &GATE, &mut state, out.views());
         assert_eq!(result.is_err(), out.bits() == before);
-        assert_unchanged(&state, &if result.is_err() { State::new(p, 1) } else { state.clone() });
+        assert_unchanged(
+            &state,
+            &if result.is_err() { State::new(p, 1).unwrap() } else { state.clone() },
+        );
         result
     }
     refused(call::<f32>(&p), "DType", "q: ", &["f32 given", "bf16 expected"]);
@@ -410,13 +413,13 @@ fn decode_takes_sixteen_tokens_at_most() {
         let inputs =
             Inputs::new(four(&stream.q[..], 4, 6), four(&stream.k, 2, 6), four(&stream.v, 2, 5))
                 .seq_lens(&lens);
-        let mut state = State::new(&p, b);
+        let mut state = State::new(&p, b).unwrap();
         let how = Arrangement::Contiguous;
         let mut out = OutputBuffers::<f32>::new(&[b, tokens], 4, 5, how, Asked::ALL);
         let before = out.bits();
         let result = decode(&p, &inputs, &GATE, &mut state, out.views());
         refused(result, "Value", "q (sequence ", &["17 given", "16", "prefill"]);
-        assert_unchanged(&state, &State::new(&p, b));
+        assert_unchanged(&state, &State::new(&p, b).unwrap());
         assert_eq!(out.bits(), before);
     }
 }
@@ -439,7 +442,7 @@ fn a_state_of_another_problem() {
     ];
     let stream = Stream::<f32>::normal(&p, 3, 5);
     for (field, got, expected, change) in others {
-        let mut state = State::new(&problem(change), 1);
+        let mut state = State::new(&problem(change), 1).unwrap();
         let before = state.clone();
         let how = Arrangement::Contiguous;
         let mut out = OutputBuffers::<f32>::new(&[1, 3], 4, 5, how, Asked::ALL);
@@ -451,6 +454,12 @@ fn a_state_of_another_problem() {
             refused(result, "Problem", "state: ", &words);
         }
         refused(flush(&p, &mut state, &[0]), "Problem", "state: ", &words);
+        let mut reference = reference::State::new(state.problem(), 1).unwrap();
+        let fresh = format!("{reference:?}");
+        let result = reference::prefill(&p, &stream.inputs(), &GATE, &mut reference);
+        refused(result, "Problem", "state: ", &words);
+        refused(reference.flush(&p, &[0]), "Problem", "state: ", &words);
+        assert_eq!(format!("{reference:?}"), fresh);
         assert_unchanged(&state, &before);
         assert_eq!(out.bits(), untouched);
     }
@@ -465,9 +474,9 @@ fn slots_of_flush_reset_and_fork() {
     refused(state.reset(&[0, 5]), "Value", "slots[1]: ", &["5 given", "2 slots"]);
     refused(state.reset(&[0, 0]), "Value", "slots[1]: ", &["0 given", "slots[0]"]);
     refused(state.fork(&[0, 0, 3]), "Value", "slots[2]: ", &["3 given", "2 slots"]);
-    refused(State::new(p, 0).fork(&[0]), "Value", "slots[0]: ", &["0 given", "0 slots"]);
+    refused(State::new(p, 0).unwrap().fork(&[0]), "Value", "slots[0]: ", &["0 given", "0 slots"]);
     assert_unchanged(&state, &f.state);
-    let mut reference = reference::State::new(p, 2);
+    let mut reference = reference::State::new(p, 2).unwrap();
     refused(reference.flush(p, &[2]), "Value", "slots[0]: ", &["2 given", "2 slots"]);
     refused(reference.flush(p, &[1, 1]), "Value", "slots[1]: ", &["1 given", "slots[0]"]);
     state.fork(&[1, 1, 0]).expect("a slot may be forked twice");

@@ -233,7 +233,7 @@ fn batch_bits(p: &Problem, streams: &[Stream<f32>], entry: Entry) -> Vec<Vec<Vec
     let view = |data, heads, dim| TensorView::new(data, &[total, heads, dim]).expect("shape");
     let inputs = Inputs::new(view(&packed.q, 4, 16), view(&packed.k, 2, 16), view(&packed.v, 2, 8))
         .cu_seqlens(&cu);
-    let mut state = State::new(p, streams.len());
+    let mut state = State::new(p, streams.len()).unwrap();
     let mut out = OutputBuffers::<f32>::new(&[total], 4, 8, Arrangement::Contiguous, Asked::ALL);
     let result = match entry {
         Entry::Prefill => prefill(p, &inputs, &GATE, &mut state, out.views()),
@@ -309,7 +309,7 @@ fn nan_in_padding_never_reaches_a_token() {
             let view = |data, h, d| TensorView::new(data, &[4, tokens, h, d]).expect("shape");
             let inputs =
                 Inputs::new(view(&s.q, 4, 16), view(&s.k, 2, 16), view(&s.v, 2, 8)).seq_lens(&lens);
-            let mut state = State::new(&p, 4);
+            let mut state = State::new(&p, 4).unwrap();
             let mut out =
                 OutputBuffers::<f32>::new(&[4, tokens], 4, 8, Arrangement::Gaps, Asked::ALL);
             let result = match entry {
@@ -373,7 +373,7 @@ fn nan_behind_a_closed_gate_is_absent() {
     let gate = [0.0, 0.0, f32::INFINITY, f32::NEG_INFINITY];
     let how = Arrangement::Contiguous;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
-    let mut state = State::new(&p, 1);
+    let mut state = State::new(&p, 1).unwrap();
     let mut out = OutputBuffers::<f32>::new(&[1, 53], 4, 8, how, Asked::NONE);
     pool.install(|| prefill(&p, &stream.inputs(), &gate, &mut state, out.views())).expect("valid");
     let want = Oracle::new(&p).run(&stream, &gate);
@@ -444,13 +444,13 @@ fn a_reset_slot_forgets_nan() {
                 }
                 all
             };
-            let mut used = State::new(&p, 1);
+            let mut used = State::new(&p, 1).unwrap();
             let bad = poisoned(&stream.slice(0..n - 1));
             run_entry(Entry::Prefill, n - 1, &bad.inputs(), &GATE, &mut used);
             run_entry(Entry::Prefill, 3, &bad.slice(0..3).inputs(), &GATE, &mut used);
             run_entry(Entry::Prefill, n - 3, &bad.slice(0..n - 3).inputs(), &GATE, &mut used);
             used.reset(&[0]).expect("slot 0");
-            let mut fresh = State::new(&p, 1);
+            let mut fresh = State::new(&p, 1).unwrap();
             assert_eq!(run(&mut used), run(&mut fresh), "{entry:?} by {chunk}, N = {n}");
             assert_eq!(Fast(used).memory(), Fast(fresh).memory());
         }
@@ -468,7 +468,7 @@ fn rows_with_nothing_to_attend_are_zero() {
             let inputs =
                 Inputs::new(view(&stream.q, 4, 16), view(&stream.k, 2, 16), view(&stream.v, 2, 8))
                     .seq_lens(&lens);
-            let mut state = State::new(&p, 2);
+            let mut state = State::new(&p, 2).unwrap();
             let mut out =
                 OutputBuffers::<f32>::new(&[2, 3], 4, 8, Arrangement::Contiguous, Asked::ALL);
             let result = match entry {

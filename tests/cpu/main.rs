@@ -14,5 +14,7 @@ mod mistakes;
 mod oracles;
 mod reference;
 mod state_io;
+mod strides;
 mod table;
 mod threads;
+mod views;

@@ -31,7 +31,7 @@ fn run_map<T: Element>(s: &Stream<T>, before: &KeySums) -> (SegmentMap, KeySums)
 
 /// The reference after `runs`, each flushed at its end: (M, z).
 fn expected<T: Element>(p: &Problem, runs: &[Stream<T>]) -> (Vec<f64>, Vec<f64>) {
-    let mut state = reference::State::new(p, 1);
+    let mut state = reference::State::new(p, 1).unwrap();
     for run in runs {
         reference::prefill(p, &run.inputs(), &[0.0; 4], &mut state).unwrap();
         state.flush(p, &[0]).unwrap();
@@ -46,7 +46,7 @@ fn check_state(state: &State, (m, z): &(Vec<f64>, Vec<f64>), tolerance: f64) {
 }
 
 fn flushed<T: Element>(run: &Stream<T>) -> State {
-    let mut state = State::new(&run.problem, 1);
+    let mut state = State::new(&run.problem, 1).unwrap();
     run_entry(Entry::Prefill, run.tokens, &run.inputs(), &[0.0; 4], &mut state);
     flush(&run.problem, &mut state, &[0]).unwrap();
     state
@@ -57,7 +57,7 @@ fn check_runs<T: Element>(update: Update, n: usize, lens: [usize; 4], seed: u64)
     let runs = [0, 1, 2, 3].map(|i| Stream::<T>::normal(&p, lens[i], seed + i as u64));
     // The first run is prefilled, the others become maps that continue from the state.
     let start = flushed(&runs[0]);
-    let (first, found) = run_map(&runs[1], &KeySums::from_state(&start));
+    let (first, found) = run_map(&runs[1], &KeySums::from_state(&start).unwrap());
     let (second, found) = run_map(&runs[2], &found);
     let (third, end) = run_map(&runs[3], &found);
     let want = expected(&p, &runs);
@@ -101,8 +101,8 @@ proptest! {
 fn the_first_run_finds_an_empty_memory() {
     let p = problem(Update::Delta, 16, DType::F32);
     let run = Stream::<f32>::normal(&p, 50, 1);
-    let (map, _) = run_map(&run, &KeySums::zero(&p, 1));
-    let mut state = State::new(&p, 1);
+    let (map, _) = run_map(&run, &KeySums::zero(&p, 1).unwrap());
+    let mut state = State::new(&p, 1).unwrap();
     apply(&map, &mut state).unwrap();
     check_state(&state, &expected(&p, &[run]), TOLERANCE);
 }
@@ -111,7 +111,7 @@ fn the_first_run_finds_an_empty_memory() {
 fn the_linear_rule_has_the_identity() {
     let p = problem(Update::Linear, 8, DType::F32);
     let run = Stream::<f32>::normal(&p, 40, 2);
-    let (map, _) = run_map(&run, &KeySums::from_state(&flushed(&run)));
+    let (map, _) = run_map(&run, &KeySums::from_state(&flushed(&run)).unwrap());
     for (i, j) in (0..12).flat_map(|i| (0..12).map(move |j| (i, j))) {
         let want = if i == j { 1.0 } else { 0.0 };
         approx::assert_relative_eq!(map.a().at(&[0, 1, i, j]), want);
@@ -127,7 +127,7 @@ fn the_linear_rule_has_the_identity() {
 fn g_maps_z_to_its_increment() {
     let p = problem(Update::Delta, 32, DType::F32);
     let (old, run) = (Stream::<f32>::normal(&p, 64, 3), Stream::<f32>::normal(&p, 32, 4));
-    let before = KeySums::from_state(&flushed(&old));
+    let before = KeySums::from_state(&flushed(&old)).unwrap();
     let (map, _) = run_map(&run, &before);
     for h in 0..2 {
         for i in 0..12 {
@@ -144,8 +144,8 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     let run = Stream::<f32>::normal(&p, 32, 5);
     let [k, v] = views(&run);
     let state = flushed(&run);
-    let (next, _) = run_map(&run, &KeySums::from_state(&state));
-    let (first, _) = run_map(&run, &KeySums::zero(&p, 1));
+    let (next, _) = run_map(&run, &KeySums::from_state(&state).unwrap());
+    let (first, _) = run_map(&run, &KeySums::zero(&p, 1).unwrap());
     let untouched = |map: &SegmentMap, state: &State| {
         let mut after = state.clone();
         let error = apply(map, &mut after).unwrap_err();
@@ -157,7 +157,7 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     assert!(error.to_string().contains("0 earlier tokens"), "{error}");
     assert!(matches!(compose(&first, &first), Err(Error::Value { .. })));
     assert!(compose(&first, &next).is_ok());
-    assert!(matches!(untouched(&next, &State::new(&p, 2)), Error::Length { .. }));
+    assert!(matches!(untouched(&next, &State::new(&p, 2).unwrap()), Error::Length { .. }));
 
     let mut open = state.clone();
     run_entry(Entry::Prefill, 3, &run.slice(0..3).inputs(), &[0.0; 4], &mut open);
@@ -165,16 +165,16 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     assert!(matches!(error, Error::OpenSegment { slot: 0, open_len: 3, .. }), "{error}");
 
     let other = problem(Update::Delta, 8, DType::F32);
-    let wrong = untouched(&next, &State::new(&other, 1));
+    let wrong = untouched(&next, &State::new(&other, 1).unwrap());
     assert!(matches!(wrong, Error::Problem { field: "segment_len", .. }), "{wrong}");
-    let zero = KeySums::zero(&other, 1);
+    let zero = KeySums::zero(&other, 1).unwrap();
     assert!(matches!(segment_map(&p, k, v, &zero), Err(Error::Problem { .. })));
-    let two = KeySums::zero(&p, 2);
+    let two = KeySums::zero(&p, 2).unwrap();
     assert!(matches!(segment_map(&p, k, v, &two), Err(Error::Length { argument: "before", .. })));
-    assert!(matches!(two.add(&KeySums::zero(&p, 1)), Err(Error::Length { .. })));
+    assert!(matches!(two.add(&KeySums::zero(&p, 1).unwrap()), Err(Error::Length { .. })));
 
     let short = run.slice(0..31);
-    let (short, before) = (views(&short)[1], KeySums::zero(&p, 1));
+    let (short, before) = (views(&short)[1], KeySums::zero(&p, 1).unwrap());
     assert!(matches!(segment_map(&p, k, short, &before), Err(Error::Shape { argument: "v", .. })));
     assert!(matches!(key_sums(&p, v), Err(Error::Shape { argument: "k", .. })));
     let half = Stream::<bf16>::normal(&p, 4, 6);

@@ -55,7 +55,7 @@ impl Keys {
             TensorView::new(&self.v[range.start * v..range.end * v], &[1, n, KV_HEADS, DV])
                 .unwrap(),
         );
-        let mut state = reference::State::new(&p, 1);
+        let mut state = reference::State::new(&p, 1).unwrap();
         let out = reference::prefill(&p, &inputs, &[0.0; HEADS], &mut state).unwrap();
         let lse = (0..HEADS).map(|h| out.lse[h * n + n - 1]).collect();
         (out.a_dot[(n - 1) * HEADS * DV..].to_vec(), lse)
@@ -159,7 +159,7 @@ fn outputs_of_prefill_merge_with_earlier_keys() {
     let outputs = Outputs::new(TensorViewMut::new(&mut o, &shape).unwrap())
         .a_dot(TensorViewMut::new(&mut a_dot, &shape).unwrap())
         .lse(TensorViewMut::new(&mut lse, &[1, HEADS, rows]).unwrap());
-    prefill(&p, &inputs, &[0.5; HEADS], &mut State::new(&p, 1), outputs).unwrap();
+    prefill(&p, &inputs, &[0.5; HEADS], &mut State::new(&p, 1).unwrap(), outputs).unwrap();
 
     let late = Partial { a_dot: widen(&a_dot), lse: widen(&lse) };
     let q = &q[half * HEADS * DK..];
@@ -415,10 +415,10 @@ fn memory(state: &State) -> (Vec<f64>, Vec<f64>) {
 fn linear_memories_add() {
     let p = problem(Update::Linear, 8, DType::F32);
     let runs = [Run::new(10, 2, 37), Run::new(20, 2, 16), Run::new(30, 2, 29)];
-    let mut whole = reference::State::new(&p, 2);
+    let mut whole = reference::State::new(&p, 2).unwrap();
     let mut states = Vec::new();
     for (i, run) in runs.iter().enumerate() {
-        let mut state = State::new(&p, 2);
+        let mut state = State::new(&p, 2).unwrap();
         run.prefill(&mut state);
         run.reference(&p, &mut whole);
         if i < 2 {
@@ -448,17 +448,17 @@ fn linear_memories_add() {
 fn one_state_and_empty_states_change_nothing() {
     for update in [Update::Linear, Update::Delta] {
         let p = problem(update, 8, DType::F32);
-        let mut state = State::new(&p, 2);
+        let mut state = State::new(&p, 2).unwrap();
         Run::new(50, 2, 21).prefill(&mut state);
-        let empty = State::new(&p, 2);
+        let empty = State::new(&p, 2).unwrap();
         let bytes = state.to_bytes().unwrap();
         assert_eq!(merge_memories(&[&state]).unwrap().to_bytes().unwrap(), bytes);
         let merged = merge_memories(&[&empty, &empty, &state]).unwrap();
         assert_eq!(merged.to_bytes().unwrap(), bytes);
         // An open segment after a filled memory goes on as in one stream.
         let (first, then) = (Run::new(60, 2, 16), Run::new(70, 2, 5));
-        let (mut a, mut b) = (State::new(&p, 2), State::new(&p, 2));
-        let mut whole = reference::State::new(&p, 2);
+        let (mut a, mut b) = (State::new(&p, 2).unwrap(), State::new(&p, 2).unwrap());
+        let mut whole = reference::State::new(&p, 2).unwrap();
         first.prefill(&mut a);
         then.prefill(&mut b);
         first.reference(&p, &mut whole);
@@ -474,13 +474,13 @@ fn memories_that_do_not_add_are_refused() {
     let delta = problem(Update::Delta, 8, DType::F32);
     let linear = problem(Update::Linear, 8, DType::F32);
     let filled = |p: &Problem, tokens| {
-        let mut state = State::new(p, 2);
+        let mut state = State::new(p, 2).unwrap();
         Run::new(1, 2, tokens).prefill(&mut state);
         state
     };
     assert!(matches!(merge_memories(&[]), Err(Error::Length { argument: "states", got: 0, .. })));
 
-    let (a, b, empty) = (filled(&delta, 16), filled(&delta, 8), State::new(&delta, 2));
+    let (a, b, empty) = (filled(&delta, 16), filled(&delta, 8), State::new(&delta, 2).unwrap());
     match merge_memories(&[&empty, &a, &empty, &b]) {
         Err(Error::DeltaMerge { first, second, slot, first_tokens, second_tokens }) => {
             assert_eq!((first, second, slot, first_tokens, second_tokens), (1, 3, 0, 16, 8));
@@ -495,7 +495,7 @@ fn memories_that_do_not_add_are_refused() {
     assert_eq!((both.tokens(0), both.tokens(1)), (16, 8));
 
     let open = filled(&linear, 11);
-    match merge_memories(&[&State::new(&linear, 2), &open, &open]) {
+    match merge_memories(&[&State::new(&linear, 2).unwrap(), &open, &open]) {
         Err(Error::OpenSegment { argument: "states", slot: 0, open_len: 3 }) => {}
         other => panic!("{other:?}"),
     }
@@ -503,7 +503,7 @@ fn memories_that_do_not_add_are_refused() {
         Err(Error::Problem { field: "update", .. }) => {}
         other => panic!("{other:?}"),
     }
-    let error = merge_memories(&[&State::new(&linear, 3), &open]).unwrap_err().to_string();
+    let error = merge_memories(&[&State::new(&linear, 3).unwrap(), &open]).unwrap_err().to_string();
     assert!(error.contains("states[1]: 2 slots given, 3 (those of states[0])"), "{error}");
 
     let (m, z) = (vec![1.0; KV_HEADS * DK * DV], vec![1.0; KV_HEADS * DK]);

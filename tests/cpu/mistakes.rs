@@ -47,7 +47,7 @@ fn wrong_gqa_map() {
     let mut stream = Stream::<f32>::normal(&p, 24, 1);
     (0..24).for_each(|t| (0..2).for_each(|g| stream.row_mut('v', t, g).fill(g as f32 + 1.0)));
     for entry in ENTRIES {
-        let out = run(entry, &stream, &mut State::new(&p, 1));
+        let out = run(entry, &stream, &mut State::new(&p, 1).unwrap());
         for (i, (&dot, &mem)) in out.a_dot.iter().zip(&out.a_mem).enumerate() {
             let (token, head) = (i / 24, i / 6 % 4);
             let want = [1.0, 1.0, 2.0, 2.0][head];
@@ -74,7 +74,8 @@ fn heads_split_by_a_view_without_a_transpose() {
         TensorView::strided(data, 0, &[1, tokens, heads, dim], &strides).expect("inside")
     }
     let inputs = Inputs::new(view(&q, 4, 8), view(&k, 2, 8), view(&v, 2, 6));
-    let mut states = [State::new(&p, 1), State::new(&p, 1), State::new(&p, 1)];
+    let mut states =
+        [State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap()];
     let got = run_entry(Entry::Prefill, tokens, &inputs, &GATE, &mut states[0]);
     let want = run_entry(Entry::Prefill, tokens, &stream.inputs(), &GATE, &mut states[1]);
     assert_eq!(got, want);
@@ -93,7 +94,7 @@ fn delta_corrected_with_the_queries_retrieval() {
     let mut other = stream.clone();
     other.q.iter_mut().for_each(|q| *q = 1.0 - 2.0 * *q);
     for entry in ENTRIES {
-        let (mut a, mut b) = (State::new(&p, 1), State::new(&p, 1));
+        let (mut a, mut b) = (State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap());
         let (x, y) = (run(entry, &stream, &mut a), run(entry, &other, &mut b));
         assert_ne!(x.a_mem, y.a_mem);
         assert_eq!(memory(&a), memory(&b), "{entry:?}");
@@ -108,7 +109,7 @@ fn recommitting_overlapping_windows_while_decoding() {
     stream.k.fill(0.0);
     stream.v.fill(1.0);
     for step in [1, 3, 16] {
-        let mut state = State::new(&p, 1);
+        let mut state = State::new(&p, 1).unwrap();
         for start in (0..45).step_by(step) {
             let end = (start + step).min(45);
             let part = stream.slice(start..end);
@@ -127,7 +128,7 @@ fn one_memory_handed_through_the_layer_stack() {
     // Two layers take turns; each must end where it ends alone.
     let p = problem(|b| b);
     let layers = [Stream::<f32>::normal(&p, 20, 5), Stream::<f32>::normal(&p, 20, 6)];
-    let mut turns = [State::new(&p, 1), State::new(&p, 1)];
+    let mut turns = [State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap()];
     let mut outputs = [vec![], vec![]];
     for t in 0..20 {
         for (layer, stream) in layers.iter().enumerate() {
@@ -137,7 +138,7 @@ fn one_memory_handed_through_the_layer_stack() {
         }
     }
     for (layer, stream) in layers.iter().enumerate() {
-        let mut alone = State::new(&p, 1);
+        let mut alone = State::new(&p, 1).unwrap();
         assert_eq!(run(Entry::Decode, stream, &mut alone).o, outputs[layer]);
         assert_eq!(memory(&alone), memory(&turns[layer]));
     }
@@ -153,7 +154,7 @@ fn one_memory_shared_by_batch_rows() {
         both.append(&Stream::normal(&p, 20, seed));
         let view = |data, heads, dim| TensorView::new(data, &[2, 20, heads, dim]).expect("shape");
         let inputs = Inputs::new(view(&both.q[..], 4, 8), view(&both.k, 2, 8), view(&both.v, 2, 6));
-        let (mut state, mut o) = (State::new(&p, 2), vec![0.0; 2 * 20 * 24]);
+        let (mut state, mut o) = (State::new(&p, 2).unwrap(), vec![0.0; 2 * 20 * 24]);
         let out = Outputs::new(TensorViewMut::new(&mut o, &[2, 20, 4, 6]).expect("shape"));
         prefill(&p, &inputs, &GATE, &mut state, out).expect("valid");
         (o, memory(&state), memory(&state.fork(&[1]).expect("slot 1")))
@@ -169,7 +170,7 @@ fn one_memory_shared_by_batch_rows() {
 fn decode_that_drops_retrieval_and_gate() {
     let p = problem(|b| b);
     let stream = Stream::<f32>::normal(&p, 29, 10);
-    let (mut by_prefill, mut by_decode) = (State::new(&p, 1), State::new(&p, 1));
+    let (mut by_prefill, mut by_decode) = (State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap());
     let want = run(Entry::Prefill, &stream, &mut by_prefill);
     let got = run(Entry::Decode, &stream, &mut by_decode);
     assert!(got.a_mem[8 * 24..].iter().all(|&x| x != 0.0), "retrieval is missing");
@@ -196,7 +197,7 @@ fn rotated_keys_in_the_memory() {
     let table = |data| TensorView::new(data, &[32, 4]).expect("a table");
     for (entry, chunk) in [(Entry::Prefill, 29), (Entry::Prefill, 5), (Entry::Decode, 3)] {
         let run = |rotate: bool| {
-            let (mut state, mut a_mem, mut a_dot) = (State::new(&p, 1), vec![], vec![]);
+            let (mut state, mut a_mem, mut a_dot) = (State::new(&p, 1).unwrap(), vec![], vec![]);
             for start in (0..29).step_by(chunk) {
                 let part = stream.slice(start..(start + chunk).min(29));
                 let mut inputs = part.inputs();
@@ -223,7 +224,7 @@ fn zero_padded_last_segment() {
     let mut stream = Stream::<f32>::normal(&p, 11, 12);
     stream.k.fill(0.0);
     for entry in ENTRIES {
-        let mut state = State::new(&p, 1);
+        let mut state = State::new(&p, 1).unwrap();
         run(entry, &stream, &mut state);
         flush(&p, &mut state, &[0]).expect("slot 0");
         assert_eq!((state.committed(0), state.open_len(0)), (11, 0));
@@ -271,7 +272,7 @@ fn gate_inverted() {
     let stream = Stream::<f32>::normal(&p, 12, 14);
     for entry in ENTRIES {
         let run = |beta: f32| {
-            let mut state = State::new(&p, 1);
+            let mut state = State::new(&p, 1).unwrap();
             run_entry(Entry::Prefill, 8, &stream.slice(0..8).inputs(), &[beta; 4], &mut state);
             run_entry(entry, 4, &stream.slice(8..12).inputs(), &[beta; 4], &mut state)
         };
@@ -296,7 +297,7 @@ fn z_summed_over_the_wrong_axis() {
     // [tokens, Hkv, Dk] summed over tokens.
     let want: Vec<f64> = (0..16).map(|i| (0..8).map(|t| sigma(k[t * 16 + i])).sum()).collect();
     for entry in ENTRIES {
-        let mut state = State::new(&p, 1);
+        let mut state = State::new(&p, 1).unwrap();
         run(entry, &stream, &mut state);
         assert_close("z", &memory(&state)[1], &want, 1e-5);
     }
@@ -306,10 +307,10 @@ fn z_summed_over_the_wrong_axis() {
 fn state_not_carried_between_calls() {
     let p = problem(|b| b);
     let stream = Stream::<f32>::normal(&p, 40, 16);
-    let whole = run(Entry::Prefill, &stream, &mut State::new(&p, 1));
+    let whole = run(Entry::Prefill, &stream, &mut State::new(&p, 1).unwrap());
     for first in [1, 7, 8, 9, 20, 39] {
         for entry in ENTRIES {
-            let mut state = State::new(&p, 1);
+            let mut state = State::new(&p, 1).unwrap();
             let mut got = run(Entry::Prefill, &stream.slice(0..first), &mut state).o;
             got.extend(run(entry, &stream.slice(first..40), &mut state).o);
             assert_close(&format!("{first} + {entry:?}"), &got, &whole.o, 1e-5);
@@ -324,13 +325,13 @@ fn launch_on_the_wrong_stream() {
     let p = problem(|b| b.segment_len(16));
     let streams: Vec<_> = (0..4).map(|i| Stream::<f32>::normal(&p, 200, 100 + i)).collect();
     let alone: Vec<_> =
-        streams.iter().map(|s| run(Entry::Prefill, s, &mut State::new(&p, 1))).collect();
+        streams.iter().map(|s| run(Entry::Prefill, s, &mut State::new(&p, 1).unwrap())).collect();
     std::thread::scope(|scope| {
         for (stream, want) in streams.iter().zip(&alone) {
             let p = &p;
             scope.spawn(move || {
                 for _ in 0..5 {
-                    let got = run(Entry::Prefill, stream, &mut State::new(p, 1));
+                    let got = run(Entry::Prefill, stream, &mut State::new(p, 1).unwrap());
                     assert_eq!(got, *want, "concurrent callers must not mix");
                 }
             });
@@ -356,7 +357,7 @@ fn non_contiguous_input_silently_misread() {
         ("k", Inputs::new(plain.q, view(&k, 2, 8), plain.v)),
         ("v", Inputs::new(plain.q, plain.k, view(&v, 2, 6))),
     ] {
-        let (mut state, mut o) = (State::new(&p, 1), vec![0.0; 96]);
+        let (mut state, mut o) = (State::new(&p, 1).unwrap(), vec![0.0; 96]);
         let out = Outputs::new(TensorViewMut::new(&mut o, &[1, 4, 4, 6]).expect("shape"));
         let error = prefill(&p, &inputs, &GATE, &mut state, out).expect_err("must be refused");
         assert!(matches!(error, Error::Stride { argument, .. } if argument == name), "{error}");
@@ -386,7 +387,7 @@ fn thirty_two_bit_index_overflow() {
     };
     let inputs = Inputs::new(view(&q[..], 4, 8), view(&k, 2, 8), view(&v, 2, 6));
     let mut far = vec![0u16; (tokens - 1) * stride + 24];
-    let (mut state, mut plain) = (State::new(&p, 1), State::new(&p, 1));
+    let (mut state, mut plain) = (State::new(&p, 1).unwrap(), State::new(&p, 1).unwrap());
     let data = bytemuck::cast_slice_mut::<u16, bf16>(&mut far);
     let o = TensorViewMut::strided(data, 0, &[1, tokens, 4, 6], &strides(6)).expect("inside");
     prefill(&p, &inputs, &GATE, &mut state, Outputs::new(o)).expect("valid");
@@ -409,7 +410,7 @@ fn log_sum_exp_base_confused() {
     }
     let (q, k) = (widen(&stream.q), widen(&stream.k));
     for entry in ENTRIES {
-        let mut state = State::new(&p, 1);
+        let mut state = State::new(&p, 1).unwrap();
         let out = run_entry(entry, 8, &stream.inputs(), &GATE, &mut state);
         for h in 0..4 {
             let dot: f64 = (0..8).map(|d| q[h * 8 + d] * k[h / 2 * 8 + d]).sum();

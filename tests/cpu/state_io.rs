@@ -68,7 +68,7 @@ fn problem(update: Update, dtype: DType) -> Problem {
 /// Five slots: memory and a rotated open segment, memory and an unrotated one, memory only, an
 /// open segment only, nothing.
 fn varied<T: Element>(p: &Problem) -> State {
-    let mut state = State::new(p, 5);
+    let mut state = State::new(p, 5).unwrap();
     call::<T>(&mut state, 1, &[0, 3], &[21, 5], true);
     call::<T>(&mut state, 2, &[1, 2], &[12, 16], false);
     state
@@ -132,7 +132,7 @@ fn a_loaded_state_continues_bit_for_bit() {
 fn states_without_slots_or_without_tokens_are_kept() {
     let p = problem(Update::Delta, DType::F32);
     for sequences in [0, 1, 3] {
-        let state = State::new(&p, sequences);
+        let state = State::new(&p, sequences).unwrap();
         assert_same(&State::from_bytes(&state.to_bytes().unwrap()).unwrap(), &state);
     }
 }
@@ -146,7 +146,7 @@ fn every_policy_is_kept() {
         .denominator(Denominator::Clamp(1e-10));
     for denominator in [Denominator::Exact, Denominator::Clamp(1e-10), Denominator::Add(0.1)] {
         let p = p.denominator(denominator).build().unwrap();
-        let bytes = State::new(&p, 1).to_bytes().unwrap();
+        let bytes = State::new(&p, 1).unwrap().to_bytes().unwrap();
         assert_eq!(State::from_bytes(&bytes).unwrap().problem(), &p);
     }
 }
@@ -183,7 +183,7 @@ fn a_state_of_another_problem_is_refused_by_name() {
 
 #[test]
 fn io_errors_name_the_path() {
-    let state = State::new(&problem(Update::Delta, DType::F32), 1);
+    let state = State::new(&problem(Update::Delta, DType::F32), 1).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("no/such/folder/state");
     for (path, result) in [
@@ -215,7 +215,7 @@ const CHILD: &str = "INFINI_ATTN_TEST_SAVE_TO";
 fn save_a_large_state() {
     if let Ok(path) = std::env::var(CHILD) {
         let p = problem(Update::Delta, DType::F32);
-        State::new(&p, 4096).save(path).unwrap();
+        State::new(&p, 4096).unwrap().save(path).unwrap();
     }
 }
 
@@ -313,7 +313,7 @@ proptest! {
         let p = Problem::builder().heads(hkv * group).kv_heads(hkv).key_dim(dk).value_dim(dv)
             .segment_len(n).update(if delta { Update::Delta } else { Update::Linear })
             .build().unwrap();
-        let mut state = State::new(&p, lens.len());
+        let mut state = State::new(&p, lens.len()).unwrap();
         let slots: Vec<_> = (0..lens.len()).collect();
         call::<f32>(&mut state, 7, &slots, &lens, rope);
         let mut loaded = State::from_bytes(&state.to_bytes().unwrap()).unwrap();
@@ -473,7 +473,7 @@ fn extents_far_beyond_the_file_are_refused() {
     // would take 2 TiB.
     let heads = 1 << 21;
     let p = Problem::builder().heads(heads).head_dim(1).segment_len(1).build().unwrap();
-    let parts = Parts::of(&State::new(&p, 1));
+    let parts = Parts::of(&State::new(&p, 1).unwrap());
     let reason = refused(&parts.describe("segment_len=1", "segment_len=131072").bytes());
     assert!(reason.contains("what fits into this machine's memory"), "{reason}");
 
@@ -514,7 +514,7 @@ fn from_parts_takes_what_it_is_given() {
     assert_same(&State::from_bytes(&state.to_bytes().unwrap()).unwrap(), &state);
 
     // The parts of a state without open segments make that state again, and it goes on alike.
-    let mut through = State::new(&p, 2);
+    let mut through = State::new(&p, 2).unwrap();
     call::<f32>(&mut through, 1, &[0, 1], &[24, 16], false);
     let all = |s: usize| -> Vec<f32> {
         (0..60).map(|i| through.memory().at(&[s, i / 30, i / 5 % 6, i % 5])).collect()

@@ -9,7 +9,7 @@ use infini_attn::{Element, Problem, State, Update};
 fn run<T: Element>(p: &Problem, stream: &Stream<T>, threads: usize) -> (Output, Vec<u8>) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     pool.install(|| {
-        let mut state = State::new(p, 1);
+        let mut state = State::new(p, 1).unwrap();
         let gate = vec![0.3; p.heads()];
         let out = run_entry(Entry::Prefill, stream.tokens, &stream.inputs(), &gate, &mut state);
         (out, state.to_bytes().expect("a state"))

@@ -163,7 +163,7 @@ mod tests {
     /// Slots with 0, 5 and 14 tokens, the last two open.
     fn filled<T: Element>(rotated: bool) -> State {
         let p = problem(T::DTYPE);
-        let mut state = State::new(&p, 3);
+        let mut state = State::new(&p, 3).unwrap();
         let data = |n: usize, step: usize| {
             let x: Vec<f32> = (0..n).map(|i| ((i * step % 97) as f32 - 48.0) / 31.0).collect();
             let mut out = vec![T::zeroed(); n];
@@ -235,7 +235,8 @@ mod tests {
         assert!(text.contains("open_values (slot and KV head 2, token 0)"), "{text}");
         state.open.v[at] = f32::NAN;
         assert!(Parts::pack(&state).is_ok());
-        let text = Parts::pack(&State::new(&problem(DType::F32), 1)).unwrap_err().to_string();
+        let text =
+            Parts::pack(&State::new(&problem(DType::F32), 1).unwrap()).unwrap_err().to_string();
         assert!(text.contains("f32 given"), "{text}");
         let mut parts = Parts::pack(&state).unwrap();
         parts.counters[1].open_len = 12;

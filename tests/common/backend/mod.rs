@@ -70,7 +70,7 @@ impl Backend for Cpu {
     }
 
     fn new_state(&self, case: &Case, slots: usize) -> State {
-        State::new(&case.problem, slots)
+        State::new(&case.problem, slots).unwrap()
     }
 
     fn call<T: Element>(
@@ -115,7 +115,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn new_state(&self, case: &Case, slots: usize) -> reference::State {
-        reference::State::new(&case.problem, slots)
+        reference::State::new(&case.problem, slots).unwrap()
     }
 
     fn call<T: Element>(

@@ -192,7 +192,7 @@ fn a_captured_step_replays_across_segments(device: &Device) -> Result<()> {
     let stream = Stream::<bf16>::normal(&p, 3 * n + 9, 7);
     let logits = normals(8, heads);
     let gate = Gate::new(device, &logits).expect("room");
-    let mut cpu = State::new(&p, 1);
+    let mut cpu = State::new(&p, 1).unwrap();
     let want = on_cpu(&stream, &logits, &mut cpu);
     let [first, second] = [(); 2].map(|()| replay(device, &stream, &gate));
     assert!(bits(&first.0) == bits(&second.0), "the replays differ");
@@ -245,7 +245,7 @@ pub fn maps_and_merges(device: &Device) -> Result<()> {
 fn maps_of<T: Element + DeviceRepr>(device: &Device) -> Result<()> {
     let p = problem(4, 2, 64, 64).to_builder().dtype(T::DTYPE).build()?;
     let stream = Stream::<T>::normal(&p, 4 * 64, 11);
-    let mut cpu = State::new(&p, 1);
+    let mut cpu = State::new(&p, 1).unwrap();
     on_cpu(&stream, &[0.0; 4], &mut cpu);
     let want = widen(cpu.memory().as_slice().expect("contiguous"));
     let m = |s: &cuda::State| {

@@ -223,7 +223,7 @@ fn prefill(device: &Device, Shape { p, tokens, .. }: Shape) -> Result<()> {
         Ok((outputs.collect::<Result<_>>()?, state.to_host()?))
     };
     let ((outputs, state), (again, twin)) = (run()?, run()?);
-    let mut want = State::new(&p, 1);
+    let mut want = State::new(&p, 1).unwrap();
     for s in 0..tokens.div_ceil(n) {
         let place = chosen.binary_search(&s);
         let o = data.on_cpu(part(s), place.is_ok(), &mut want)?;
@@ -243,7 +243,8 @@ fn prefill(device: &Device, Shape { p, tokens, .. }: Shape) -> Result<()> {
 fn segments(device: &Device, Shape { p, tokens, .. }: Shape) -> Result<()> {
     let mut data = Data::new(device, &p, tokens, 6)?;
     let gate = Gate::new(device, &data.logits)?;
-    let (mut state, mut want) = (cuda::State::new(device, &p, 1, false)?, State::new(&p, 1));
+    let (mut state, mut want) =
+        (cuda::State::new(device, &p, 1, false)?, State::new(&p, 1).unwrap());
     let parts = (0..tokens).step_by(p.segment_len());
     let parts: Vec<_> = parts.map(|at| at..(at + p.segment_len()).min(tokens)).collect();
     for part in &parts {
@@ -280,7 +281,7 @@ fn decode(device: &Device, Shape { p, sequences, .. }: Shape) -> Result<()> {
     state.status()?;
     let (state, width) = (state.to_host()?, p.heads() * p.value_dim());
     for b in [0, sequences / 2, sequences - 1] {
-        let mut want = State::new(&p, 1);
+        let mut want = State::new(&p, 1).unwrap();
         data.on_cpu(ends[b]..ends[b + 1], false, &mut want)?;
         let (mut got, mut expected) = (vec![], vec![]);
         for t in 0..steps {
@@ -320,7 +321,7 @@ fn ragged(device: &Device, Shape { p, tokens, sequences }: Shape) -> Result<()> 
     state.status()?;
     let state = state.to_host()?;
     for (b, slot) in slots.iter().enumerate() {
-        let mut want = State::new(&p, 1);
+        let mut want = State::new(&p, 1).unwrap();
         for call in [b, sequences + b] {
             let range = ends[call]..ends[call + 1];
             let o = data.on_cpu(range.clone(), true, &mut want)?;
@@ -330,7 +331,11 @@ fn ragged(device: &Device, Shape { p, tokens, sequences }: Shape) -> Result<()> 
         same_memory(&format!("sequence {b}"), &state.fork(&[*slot])?, &want)?;
     }
     for slot in (0..pool).filter(|slot| !slots.contains(slot)) {
-        same_memory(&format!("spare slot {slot}"), &state.fork(&[slot])?, &State::new(&p, 1))?;
+        same_memory(
+            &format!("spare slot {slot}"),
+            &state.fork(&[slot])?,
+            &State::new(&p, 1).unwrap(),
+        )?;
     }
     Ok(())
 }

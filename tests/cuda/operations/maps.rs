@@ -237,7 +237,7 @@ fn rounded_sums<T: Element>(runs: &[&Run<T>], p: &Problem) -> Vec<f64> {
 fn expected<T: Element>(p: &Problem, runs: &[&Run<T>]) -> Vec<f64> {
     (0..BATCH)
         .flat_map(|b| {
-            let mut state = reference::State::new(p, 1);
+            let mut state = reference::State::new(p, 1).unwrap();
             for run in runs {
                 let inputs = run.streams[b].inputs();
                 reference::prefill(p, &inputs, &[0.0; HEADS], &mut state).unwrap();
@@ -362,7 +362,7 @@ fn maps_are_those_of_the_cpu() {
 fn what_does_not_fit_is_refused_as_on_the_cpu() {
     let p = problem(Update::Delta, [64, 64], DType::F16);
     let other = problem(Update::Linear, [64, 64], DType::F16);
-    let (host, device) = (KeySums::zero(&p, 2), KeySumsMirror::zero(&p, 2));
+    let (host, device) = (KeySums::zero(&p, 2).unwrap(), KeySumsMirror::zero(&p, 2));
     let data = vec![f16::ZERO; 4 * 8 * HEADS * 128];
     let options = PrefillOptions::default();
     let check = |k: &[usize], v: &[usize], host: &KeySums, device: &KeySumsMirror| {
@@ -379,8 +379,8 @@ fn what_does_not_fit_is_refused_as_on_the_cpu() {
     check(&[2, 8, 1, 64], &shape, &host, &device);
     check(&shape, &[2, 8, HEADS, 96], &host, &device);
     check(&shape, &[2, 7, HEADS, 64], &host, &device);
-    check(&shape, &shape, &KeySums::zero(&other, 2), &KeySumsMirror::zero(&other, 2));
-    check(&shape, &shape, &KeySums::zero(&p, 3), &KeySumsMirror::zero(&p, 3));
+    check(&shape, &shape, &KeySums::zero(&other, 2).unwrap(), &KeySumsMirror::zero(&other, 2));
+    check(&shape, &shape, &KeySums::zero(&p, 3).unwrap(), &KeySumsMirror::zero(&p, 3));
 
     let k = DeviceTensor::contiguous(DType::BF16, &shape).unwrap();
     let error = plan_key_sums(&p, &k).unwrap_err();

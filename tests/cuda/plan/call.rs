@@ -176,7 +176,7 @@ const REPLAY: Entry = |p, call, state| {
 
 /// States of two slots in the middle of their streams, 2 tokens open in each.
 fn states(p: &Problem) -> (State, Mirror) {
-    let (mut state, mut mirror) = (State::new(p, 2), mirror(p, 2));
+    let (mut state, mut mirror) = (State::new(p, 2).unwrap(), mirror(p, 2));
     let mut first = Arguments::new(p);
     first.lens = Some(vec![2, 2]);
     first.on_host(p, &mut state, false).expect("valid");
@@ -255,7 +255,7 @@ fn rotations_are_refused_as_on_the_host() {
     same_error(|_, a| a.rotated(20, 8));
     let p = problem(|b| b.segment_len(4).value_dim(64));
     let same = |spoilt: Arguments| {
-        let host = spoilt.on_host(&p, &mut State::new(&p, 2), false);
+        let host = spoilt.on_host(&p, &mut State::new(&p, 2).unwrap(), false);
         let host = host.expect_err("refused").to_string();
         for entry in [PREFILL, SEGMENT, DECODE, REPLAY] {
             let device = spoilt.plan(&p, &mirror(&p, 2), entry).expect_err("refused").to_string();
@@ -280,7 +280,7 @@ fn rotations_are_refused_as_on_the_host() {
         same(at(positions));
     }
     // Positions continue from the state.
-    let (mut state, mut mirror) = (State::new(&p, 2), mirror(&p, 2));
+    let (mut state, mut mirror) = (State::new(&p, 2).unwrap(), mirror(&p, 2));
     let first = a.clone().rotated(4, 3);
     first.on_host(&p, &mut state, false).expect("4 rows");
     mirror.advance(&first.plan(&p, &mirror, SEGMENT).expect("valid")).expect("as planned");
@@ -299,7 +299,7 @@ fn decode_flush_and_other_problems_are_refused_as_on_the_host() {
     (a.k, a.v) = (wide(2, 64), wide(2, 64));
     (a.lse, a.a_dot, a.a_mem) = (None, None, None);
     a.lens = Some(vec![17, 3]);
-    let (mut state, mirror) = (State::new(&p, 2), mirror(&p, 2));
+    let (mut state, mirror) = (State::new(&p, 2).unwrap(), mirror(&p, 2));
     let host = a.on_host(&p, &mut state, true).expect_err("17 tokens").to_string();
     for entry in [DECODE, REPLAY] {
         assert_eq!(a.plan(&p, &mirror, entry).expect_err("17 tokens").to_string(), host);
@@ -438,7 +438,7 @@ impl Draw {
 #[test]
 fn the_mirror_moves_as_the_state_of_the_host() {
     let p = problem(|b| b.heads(1).kv_heads(1).segment_len(8).value_dim(64));
-    let (mut state, mut mirror, mut draw) = (State::new(&p, 3), mirror(&p, 3), Draw(1));
+    let (mut state, mut mirror, mut draw) = (State::new(&p, 3).unwrap(), mirror(&p, 3), Draw(1));
     let mut entries = [0; 4];
     for _ in 0..200 {
         let slots: Vec<usize> = match draw.below(3) {

@@ -150,7 +150,8 @@ fn memories_that_do_not_add_are_refused_as_on_the_cpu() {
     );
     let smaller = Mirror::new(&StateLayout::new(&p, 1, false).unwrap());
     let want = {
-        let states = [infini_attn::State::new(&p, 1), infini_attn::State::new(&p, BATCH)];
+        let states =
+            [infini_attn::State::new(&p, 1).unwrap(), infini_attn::State::new(&p, BATCH).unwrap()];
         merge_memories(&[&states[0], &states[1]]).unwrap_err().to_string()
     };
     assert_eq!(plan_merge_memories(&[&smaller], &filled).unwrap_err().to_string(), want);
