@@ -13,6 +13,8 @@ mod merge;
 mod mistakes;
 mod oracles;
 mod reference;
+mod state_files;
 mod state_io;
+mod state_refusals;
 mod table;
 mod threads;

@@ -89,10 +89,19 @@ fn replace(target: &Path, found: Option<&Metadata>, contents: Contents) -> io::R
     }
 }
 
-/// Mode of a new file: any file's, which the umask narrows, or private until it has the old one's.
-#[cfg(unix)]
-fn first_mode(found: Option<&Metadata>) -> u32 {
-    if found.is_some() { 0o600 } else { 0o666 }
+/// How a new file is opened: with any file's mode, which the umask narrows, or private until it has
+/// the old one's.
+fn options(found: Option<&Metadata>) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(
+        &mut options,
+        if found.is_some() { 0o600 } else { 0o666 },
+    );
+    #[cfg(not(unix))]
+    let _ = found;
+    options
 }
 
 #[cfg(unix)]
@@ -109,29 +118,19 @@ fn keep_rights(file: &File, found: &Metadata) -> io::Result<()> {
 
 /// By way of a file with a name of its own, which stays if the process is killed.
 fn place_named(target: &Path, found: Option<&Metadata>, contents: Contents) -> io::Result<()> {
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(first_mode(found)));
-    let file = builder.prefix(".infini-attn-").suffix(".tmp").tempfile_in(folder(target));
-    let file = file.map_err(without_path)?;
+    let file = tempfile::Builder::new()
+        .prefix(".infini-attn-")
+        .suffix(".tmp")
+        .make_in(folder(target), |path| options(found).create_new(true).open(path))?;
     fill_new(file.as_file(), found, contents)?;
     file.persist(target).map_err(|e| e.error)?;
     Ok(())
 }
 
-/// The system's error, from one that names the temporary file.
-fn without_path(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|e| e.source()?.downcast_ref::<io::Error>());
-    match inner.and_then(io::Error::raw_os_error) {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => error,
-    }
-}
-
 /// By way of a file without a name, which goes with the process.
 #[cfg(target_os = "linux")]
 mod unnamed {
-    use std::fs::{self, File, Metadata, OpenOptions};
+    use std::fs::{self, File, Metadata};
     use std::io::{self, ErrorKind};
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::OpenOptionsExt;
@@ -139,7 +138,7 @@ mod unnamed {
 
     use rustix::fs::{AtFlags, CWD, OFlags, linkat};
 
-    use super::{Contents, fill_new, first_mode, folder};
+    use super::{Contents, fill_new, folder, options};
 
     /// False where the file system (or the want of `/proc`) bars this way.
     pub(super) fn place(
@@ -148,10 +147,10 @@ mod unnamed {
         contents: Contents,
     ) -> io::Result<bool> {
         let Some(name) = target.file_name() else { return Ok(false) };
-        let mut options = OpenOptions::new();
-        options.write(true).mode(first_mode(found));
-        options.custom_flags(OFlags::TMPFILE.bits() as i32);
-        let Ok(file) = options.open(folder(target)) else { return Ok(false) };
+        let flags = OFlags::TMPFILE.bits() as i32;
+        let Ok(file) = options(found).custom_flags(flags).open(folder(target)) else {
+            return Ok(false);
+        };
         fill_new(&file, found, contents)?;
 
         // A name cannot be linked over, so the file gets another first. All saves to `target` use
