@@ -64,10 +64,7 @@ fn fill(file: &File, contents: Contents) -> io::Result<()> {
 /// Fills a file that is to stand where `found` stood.
 fn fill_new(file: &File, found: Option<&Metadata>, contents: Contents) -> io::Result<()> {
     fill(file, contents)?;
-    #[cfg(unix)]
-    if let Some(found) = found {
-        keep_rights(file, found)?;
-    }
+    found.map_or(Ok(()), |found| keep_rights(file, found))?;
     file.sync_all()
 }
 
@@ -114,6 +111,11 @@ fn keep_rights(file: &File, found: &Metadata) -> io::Result<()> {
     // Another group gets what everybody has.
     let mode = if kept.is_ok() { mode } else { mode & !0o070 | (mode & 0o007) << 3 };
     file.set_permissions(fs::Permissions::from_mode(mode))
+}
+
+#[cfg(not(unix))]
+fn keep_rights(_: &File, _: &Metadata) -> io::Result<()> {
+    Ok(())
 }
 
 /// By way of a file with a name of its own, which stays if the process is killed.
