@@ -148,36 +148,46 @@ mod unnamed {
         found: Option<&Metadata>,
         contents: Contents,
     ) -> io::Result<bool> {
-        let Some(name) = target.file_name() else { return Ok(false) };
-        let flags = OFlags::TMPFILE.bits() as i32;
-        let Ok(file) = options(found).custom_flags(flags).open(folder(target)) else {
-            return Ok(false);
-        };
-        fill_new(&file, found, contents)?;
-
         // A name cannot be linked over, so the file gets another first. All saves to `target` use
         // the same one: what a killed save left there is removed by the next.
+        let Some(name) = target.file_name() else { return Ok(false) };
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(".infini-attn.tmp");
         let hidden = folder(target).join(hidden);
         loop {
-            match link(&file, &hidden) {
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::remove_file(&hidden) {
-                    Err(e) if e.kind() != ErrorKind::NotFound => return Ok(false),
-                    _ => continue,
-                },
-                Err(_) => return Ok(false),
-                Ok(()) => {}
+            let flags = OFlags::TMPFILE.bits() as i32;
+            let Ok(file) = options(found).custom_flags(flags).open(folder(target)) else {
+                return Ok(false);
+            };
+            fill_new(&file, found, contents)?;
+            if !link_over(&file, &hidden) {
+                return Ok(false);
             }
             match fs::rename(&hidden, target) {
                 Ok(()) => return Ok(true),
-                // Another save has removed it, or renamed it in the place of its own.
+                // Another save took the name in between. A file that was unlinked cannot be linked
+                // again: this is rare enough to write another.
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
                 Err(e) => {
                     let _ = fs::remove_file(&hidden);
                     return Err(e);
                 }
+            }
+        }
+    }
+
+    /// Gives a file a name, whether or not there is one that has it. False where that is barred.
+    fn link_over(file: &File, name: &Path) -> bool {
+        let free = |error: io::Error| error.kind() == ErrorKind::NotFound;
+        loop {
+            match link(file, name) {
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                    if !fs::remove_file(name).map_or_else(free, |()| true) {
+                        return false;
+                    }
+                }
+                linked => return linked.is_ok(),
             }
         }
     }
