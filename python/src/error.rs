@@ -2,6 +2,7 @@
 //! given and what is accepted.
 
 use std::fmt::Display;
+use std::io::ErrorKind;
 
 use infini_attn::Error;
 use pyo3::exceptions::{PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError};
@@ -20,12 +21,27 @@ pub fn python(error: Error) -> PyErr {
             PyTypeError::new_err(message)
         }
         Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
-        Error::Io { path, source } => match source.raw_os_error() {
-            // With an error number Python itself picks FileNotFoundError, PermissionError, …
-            Some(code) => PyOSError::new_err((code, source.to_string(), path)),
-            None => PyOSError::new_err(message),
-        },
+        Error::Io { .. } => PyOSError::new_err(message),
         _ => PyValueError::new_err(message),
+    }
+}
+
+/// The error of a call about a file, with the file's name as Python was given it.
+pub fn file(error: Error, name: Py<PyAny>) -> PyErr {
+    let Error::Io { source, .. } = &error else { return python(error) };
+    match source.raw_os_error() {
+        // Python picks FileNotFoundError, PermissionError, … by the number, which on Windows is the
+        // fourth argument and elsewhere the first. It shows the number itself.
+        Some(code) => {
+            let text = source.to_string();
+            let text = text.strip_suffix(&format!(" (os error {code})")).unwrap_or(&text);
+            PyOSError::new_err((code, text.to_owned(), name, code))
+        }
+        // A name with a NUL in it.
+        None if source.kind() == ErrorKind::InvalidInput => {
+            PyValueError::new_err(error.to_string())
+        }
+        None => python(error),
     }
 }
 

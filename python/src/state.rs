@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use infini_attn::State as Core;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -69,6 +69,19 @@ fn token_counts(argument: &str, object: &Bound<'_, PyAny>, batch: usize) -> PyRe
         return Err(error::shape(argument, &shape, format_args!("[B] = [{batch}]")));
     }
     tensor::narrow(argument, counts, "at least 0")
+}
+
+/// A file's name as Python shows it (a str or bytes), and the same for the system.
+fn file_name<'py>(path: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, PathBuf)> {
+    let os = path.py().import("os")?;
+    let name = os.call_method1("fspath", (path,)).map_err(|e| {
+        match (e.is_instance_of::<PyTypeError>(path.py()), path.get_type().fully_qualified_name()) {
+            (true, Ok(class)) => error::wrong_type("path", class, "a str, bytes or os.PathLike"),
+            _ => e,
+        }
+    })?;
+    let decoded = os.call_method1("fsdecode", (&name,))?.extract()?;
+    Ok((name, decoded))
 }
 
 #[pymethods]
@@ -223,21 +236,30 @@ impl State {
     }
 
     /// Writes the state to a file (safetensors, with the problem in its metadata).
-    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    ///
+    /// A file that is there is replaced in one step once the new one is complete and on the disk, also
+    /// where several save to it at once; after an error or a crash it is still whole. It keeps its mode
+    /// and, where the system permits, its owner. Symbolic links are followed; pipes and devices are
+    /// written into.
+    fn save(&self, path: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (name, path) = file_name(path)?;
         let state = &*self.read()?;
-        py.detach(|| state.save(&path)).map_err(error::python)
+        let saved = name.py().detach(|| state.save(&path));
+        saved.map_err(|e| error::file(e, name.unbind()))
     }
 
-    /// Reads a state from a file; with `problem`, refuses the state of another one.
+    /// Reads a state from a file; with `problem`, refuses the state of another one before more of the
+    /// file is read.
     #[staticmethod]
     #[pyo3(signature = (path, problem = None))]
-    fn load(py: Python<'_>, path: PathBuf, problem: Option<&Problem>) -> PyResult<Self> {
+    fn load(path: &Bound<'_, PyAny>, problem: Option<&Problem>) -> PyResult<Self> {
+        let (name, path) = file_name(path)?;
         let problem = problem.map(|p| p.0);
-        let state = py.detach(|| match problem {
+        let state = name.py().detach(|| match problem {
             Some(problem) => Core::load_for(&problem, &path),
             None => Core::load(&path),
         });
-        state.map(Self::new).map_err(error::python)
+        state.map(Self::new).map_err(|e| error::file(e, name.unbind()))
     }
 
     fn __reduce__<'py>(

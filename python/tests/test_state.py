@@ -1,6 +1,9 @@
 """State: what it shows, copies, files, forks."""
 
 import copy
+import errno
+import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -145,10 +148,75 @@ def test_files_that_are_refused(tmp_path):
         (tmp_path / "bad").write_bytes(bad)
         with pytest.raises(ValueError, match="bad: not a usable state"):
             State.load(tmp_path / "bad")
-    with pytest.raises(FileNotFoundError, match="nothing here"):
-        State.load(tmp_path / "nothing here")
-    with pytest.raises(OSError):
-        state.save(tmp_path / "no" / "directory")
+
+
+@pytest.mark.parametrize("form", [str, os.fsencode, pathlib.Path])
+def test_errors_of_files_are_python_s_own(tmp_path, form):
+    state = State(Problem(heads=1, key_dim=8))
+    (tmp_path / "file").write_bytes(b"no state")
+    os.symlink("loop", tmp_path / "loop")
+    for kind, code, name in [
+        (FileNotFoundError, errno.ENOENT, "no/folder"),
+        (NotADirectoryError, errno.ENOTDIR, "file/below"),
+        (IsADirectoryError, errno.EISDIR, "."),
+        (OSError, errno.ELOOP, "loop"),
+    ]:
+        path = form(os.path.join(tmp_path, name))
+        for call in (state.save, State.load):
+            with pytest.raises(OSError) as refused:
+                call(path)
+            error = refused.value
+            assert type(error) is kind and error.errno == code
+            assert error.filename == os.fspath(path) and error.strerror == os.strerror(code)
+            assert str(error) == f"[Errno {code}] {os.strerror(code)}: {os.fspath(path)!r}"
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+    for path in (None, 3, [b"x"]):
+        with pytest.raises(TypeError, match="^path: .* given, a str, bytes or os.PathLike expected"):
+            State.load(path)
+    with pytest.raises(ValueError, match="NUL"):
+        state.save("a\0b")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root can be somebody else")
+def test_files_of_others(tmp_path):
+    state = State(Problem(heads=1, key_dim=8))
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    for folder in (*list(tmp_path.parents)[:2], tmp_path):
+        folder.chmod(0o755)
+    shared.mkdir()
+    shared.chmod(0o777)
+    own.mkdir(0o700)
+    for path, mode in [(shared / "a", 0o660), (shared / "b", 0o664), (shared / "c", 0o600)]:
+        state.save(path)
+        path.chmod(mode)
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        for call in (state.save, State.load):
+            with pytest.raises(PermissionError) as refused:
+                call(own / "state")
+            assert refused.value.filename == str(own / "state")
+        for name in "abc":
+            state.save(shared / name)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+    # What the old file's group could do, the new one's may not unless all may.
+    for name, mode in [("a", 0o600), ("b", 0o644), ("c", 0o600)]:
+        found = (shared / name).stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, mode)
+
+
+def test_names_of_any_bytes(tmp_path):
+    state = State(Problem(heads=1, key_dim=8))
+    path = os.fsencode(tmp_path) + b"/\xff\xfe"
+    state.save(path)
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff\xfe"]
+    for name in (path, os.fsdecode(path), pathlib.Path(os.fsdecode(path))):
+        assert State.load(name).problem == state.problem
+    with pytest.raises(FileNotFoundError) as refused:
+        State.load(path + b"no")
+    assert refused.value.filename == path + b"no"
 
 
 def test_problem():

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod files;
 mod memory;
 #[cfg(target_os = "linux")]
 mod out_of_memory;

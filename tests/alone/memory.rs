@@ -7,7 +7,7 @@ use peak_alloc::PeakAlloc;
 use crate::alone;
 
 #[global_allocator]
-static ALLOCATED: PeakAlloc = PeakAlloc;
+pub(crate) static ALLOCATED: PeakAlloc = PeakAlloc;
 
 /// Bytes a prefill of `tokens` tokens allocates at its worst, beyond what it is given.
 fn peak(problem: &Problem, tokens: usize) -> usize {

@@ -178,10 +178,18 @@ fn a_library_that_is_not_the_driver_is_told() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    for (source, missing) in [("", "cuCtxGetCurrent"), ("int cuCtxGetCurrent;", "cuCtxSetCurrent")] {
+    for (source, missing) in [("", "cuCtxGetCurrent"), ("int cuCtxGetCurrent;", "cuCtxSetCurrent")]
+    {
         std::fs::write(folder.path().join("library.c"), source).unwrap();
         let mut compiler = Command::new("g++");
-        compiler.current_dir(&folder).args(["-shared", "-fPIC", "-xc", "library.c", "-o", "libcuda.so"]);
+        compiler.current_dir(&folder).args([
+            "-shared",
+            "-fPIC",
+            "-xc",
+            "library.c",
+            "-o",
+            "libcuda.so",
+        ]);
         assert!(compiler.status().expect("g++").success());
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["--exact", "build::a_library_that_is_not_the_driver_is_told", "--nocapture"]);

@@ -257,7 +257,8 @@ impl Device {
         // order the buffer's uses there with those here.
         let other = if theirs == ours { ", of another CudaContext object" } else { "" };
         let got = format!("a buffer of device {}{other}", theirs.ordinal());
-        let expected = format!("one of the CudaContext of the call's stream, device {}", self.ordinal());
+        let expected =
+            format!("one of the CudaContext of the call's stream, device {}", self.ordinal());
         Err(Error::value(operand.to_string(), got, expected))
     }
 }

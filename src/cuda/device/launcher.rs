@@ -6,9 +6,9 @@ use std::sync::MutexGuard;
 use cudarc::driver::sys::{self, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, DriverError, result};
 
-use super::{Device, Workspace};
 use super::error::{driver, reason};
 use super::observer::Event;
+use super::{Device, Workspace};
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Addresses, Operand};
 use crate::cuda::plan::kernel::Kernel;
@@ -40,20 +40,6 @@ pub(super) struct Stopped {
     pub midway: bool,
 }
 
-impl From<Error> for Stopped {
-    /// Before the first step.
-    fn from(error: Error) -> Self {
-        Self { error, midway: false }
-    }
-}
-
-impl From<Stopped> for Error {
-    /// For what is given up with the error.
-    fn from(stopped: Stopped) -> Self {
-        stopped.error
-    }
-}
-
 impl Device {
     /// The launcher for plans.
     pub fn launcher(&self) -> CudaLauncher<'_> {
@@ -80,13 +66,18 @@ impl Device {
     /// Runs a plan on the stream, in the shared workspace, once everything that can be refused before
     /// the first step was asked for. The other addresses and everything else in the contract of
     /// [`Plan::run`] are the caller's part: state, tensors, order.
-    pub(super) fn run(
+    pub(super) fn run(&self, plan: &Plan, addresses: Addresses) -> Result<()> {
+        self.try_run(plan, addresses).map_err(|stopped| stopped.error)
+    }
+
+    /// [`Self::run`] for what outlives a failure.
+    pub(super) fn try_run(
         &self,
         plan: &Plan,
         mut addresses: Addresses,
     ) -> std::result::Result<(), Stopped> {
         // Held to the end: steps of two calls from two threads must not alternate in one workspace.
-        let workspace = self.prepared(plan)?;
+        let workspace = self.prepared(plan).map_err(|error| Stopped { error, midway: false })?;
         if let Some(current) = &workspace.current {
             addresses.set(Operand::Workspace, current.address);
         }

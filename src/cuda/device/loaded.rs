@@ -119,7 +119,7 @@ impl Device {
     }
 
     /// Gives a module a record of its waits, if they give up.
-    fn watch(
+    pub(super) fn watch(
         &self,
         file: &'static str,
         module: &Arc<CudaModule>,

@@ -291,7 +291,6 @@ impl Device {
     fn encoded(&self, map: &TensorMap) -> std::result::Result<[u8; MAP_BYTES], DriverError> {
         self.loaded.maps.get(map)
     }
-
 }
 
 /// The context of a device, or why there is none.

@@ -225,13 +225,13 @@ impl State {
     /// Runs a plan that leaves the mirror where it is.
     fn run(&self, plan: &Plan) -> Result<()> {
         let addresses = Addresses::new().with(Operand::State, self.data.address);
-        Ok(self.device.run(plan, addresses)?)
+        self.device.run(plan, addresses)
     }
 
     /// Runs a plan, with the addresses of everything else, and moves the mirror with it.
     pub(super) fn advance_with(&mut self, plan: &Plan, others: Addresses) -> Result<()> {
         self.mirror.check(plan)?;
-        match self.device.run(plan, others.with(Operand::State, self.data.address)) {
+        match self.device.try_run(plan, others.with(Operand::State, self.data.address)) {
             Ok(()) => self.mirror.advance(plan),
             Err(Stopped { error, midway }) => {
                 if midway {

@@ -148,7 +148,8 @@ fn other_streams_wait_and_give_the_same_bits(device: &Device) -> Result<()> {
 /// twice, for equal bits.
 fn what_no_event_orders_is_refused(device: &Device) -> Result<()> {
     let context = device.stream().context();
-    let each = [Device::from_stream(context.per_thread_stream()), device.on(context.per_thread_stream())];
+    let each =
+        [Device::from_stream(context.per_thread_stream()), device.on(context.per_thread_stream())];
     for refused in each {
         let text = refused.expect_err("one stream per thread").to_string();
         let expected = "stream: the per-thread default stream given, one stream for all threads: \
@@ -169,7 +170,10 @@ fn what_no_event_orders_is_refused(device: &Device) -> Result<()> {
     let (inputs, outputs) = theirs.views();
     let refused = cuda::prefill(&p, &inputs, &gate, &mut state, outputs).expect_err("another");
     let text = refused.to_string();
-    assert!(text.starts_with("q: a buffer of device 0, of another CudaContext object given"), "{text}");
+    assert!(
+        text.starts_with("q: a buffer of device 0, of another CudaContext object given"),
+        "{text}"
+    );
     assert_eq!(state.tokens(0), 0);
 
     // Its kernels are those of the first.

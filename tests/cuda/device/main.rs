@@ -42,7 +42,9 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let golden = vec![Group::check("golden::record", record_golden)];
-    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden].into_iter().flatten();
+    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden]
+        .into_iter()
+        .flatten();
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,

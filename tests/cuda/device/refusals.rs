@@ -183,7 +183,8 @@ fn bear(update: Update, operation: Operation) -> Result<()> {
             let what = || format!("call {nth} of {function} refused: {first:?}");
             let stuck = settle(&mut scene, operation, &first, &expected, &from_empty);
             let stuck = stuck.with_context(what)?;
-            let early = ["cuModule", "cuFunc", "cuMemAlloc"].iter().any(|f| function.starts_with(f));
+            let early =
+                ["cuModule", "cuFunc", "cuMemAlloc"].iter().any(|f| function.starts_with(f));
             ensure!(!(stuck && early), "{}: after the first step", what());
             runs += 1;
             unfinished += usize::from(stuck);
