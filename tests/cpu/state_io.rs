@@ -143,7 +143,7 @@ fn every_policy_is_kept() {
         .denominator(Denominator::Clamp(1e-10));
     for denominator in [Denominator::Exact, Denominator::Clamp(1e-10), Denominator::Add(0.1)] {
         let p = p.denominator(denominator).build().unwrap();
-        let bytes = State::new(&p, 1).to_bytes().unwrap();
+        let bytes = State::new(&p, 1).unwrap().to_bytes().unwrap();
         assert_eq!(State::from_bytes(&bytes).unwrap().problem(), &p);
     }
 }

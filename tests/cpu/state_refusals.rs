@@ -199,7 +199,7 @@ fn extents_far_beyond_the_file_are_refused() {
     let parts = Parts::of(&State::new(&p, 1).unwrap());
     let bytes = parts.describe("segment_len=1", "segment_len=131072").bytes();
     let error = State::from_bytes(&bytes).unwrap_err();
-    assert!(matches!(error, Error::OutOfMemory { bytes: 1 << 41.., .. }), "{error:?}");
+    assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes >> 40 > 0), "{error:?}");
 
     // As many slots as lengths in bits can have, in a file of a header.
     let p = Problem::builder().head_dim(1).segment_len(1).build().unwrap();

@@ -159,7 +159,7 @@ fn bear(update: Update, operation: Operation) -> Result<()> {
     let b = Problem::builder().heads(2).kv_heads(1).head_dim(64).segment_len(64);
     let problem = b.dtype(DType::BF16).update(update).build()?;
     let stream = Stream::<bf16>::normal(&problem, TOKENS, 5);
-    let mut host = State::new(&problem, 1);
+    let mut host = State::new(&problem, 1)?;
     on_cpu(&stream.slice(0..80), &GATE, &mut host);
     let host = host.fork(&[0, 0])?;
     let run = |host: &State| -> Result<_> {
@@ -170,7 +170,7 @@ fn bear(update: Update, operation: Operation) -> Result<()> {
         Ok((scene.look(made.as_ref())?, calls))
     };
     let (expected, calls) = run(&host)?;
-    let (from_empty, _) = run(&State::new(&problem, 2))?;
+    let (from_empty, _) = run(&State::new(&problem, 2)?)?;
     let unknown = calls.keys().find(|function| !LIBRARY.contains(&format!("{function:?}")));
     ensure!(unknown.is_none(), "{unknown:?} is called, and not looked for before");
     let (mut runs, mut unfinished) = (0, 0);
