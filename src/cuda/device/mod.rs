@@ -11,6 +11,7 @@ mod host_tables;
 pub mod launcher;
 mod library;
 mod loaded;
+mod loading;
 pub mod maps;
 pub mod merge;
 pub mod observer;
