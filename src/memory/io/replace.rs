@@ -18,31 +18,17 @@ pub(super) fn write(path: &Path, contents: Contents) -> io::Result<()> {
     while let Ok(link) = fs::read_link(&target) {
         target = folder(&target).join(link);
     }
+    // Links of `/proc/self/fd` can lead to a file that has no name any more. That the name found is
+    // of the same file is not asked: another save may just have replaced it.
+    let nameless = target != path && fs::symlink_metadata(&target).is_err();
     match found {
-        Some(found) if !(found.is_file() && leads_to(&target, &found)) => {
-            write_into(path, contents)
-        }
+        Some(found) if nameless || !found.is_file() => write_into(path, contents),
         found => replace(&target, found.as_ref(), contents),
     }
 }
 
 fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Whether a name is that of the file found. `/dev/stdout` can lead to one that has none any more.
-fn leads_to(target: &Path, found: &Metadata) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        fs::symlink_metadata(target)
-            .is_ok_and(|target| (target.dev(), target.ino()) == (found.dev(), found.ino()))
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = (target, found);
-        true
-    }
 }
 
 fn write_into(path: &Path, contents: Contents) -> io::Result<()> {
