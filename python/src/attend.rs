@@ -197,6 +197,8 @@ impl<'py> Results<'py> {
 /// ValueError, TypeError
 ///     Naming the argument, what was given and what is accepted. Nothing has been changed then.
 ///     A tensor that requires grad (with grad enabled) or is not in CPU memory is refused.
+/// MemoryError
+///     Saying what there is no memory for. Nothing has been changed then.
 /// RuntimeError
 ///     When another thread is using `state`.
 ///

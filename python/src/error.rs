@@ -1,5 +1,5 @@
-//! Errors as Python sees them: ValueError, TypeError, MemoryError or OSError that name the argument, what was
-//! given and what is accepted.
+//! Errors as Python sees them: ValueError, TypeError or OSError that name the argument, what was given
+//! and what is accepted; MemoryError that says what for.
 
 use std::fmt::Display;
 use std::io::ErrorKind;

@@ -208,14 +208,20 @@ pub fn elements<T: Copy>(view: TensorView<'_, T>) -> PyResult<Vec<T>> {
 
 /// A list, or MemoryError where memory does not hold it.
 pub fn collect<T>(items: impl ExactSizeIterator<Item = T>) -> PyResult<Vec<T>> {
-    let mut list = Vec::new();
-    let bytes = items.len() as u128 * size_of::<T>() as u128;
-    list.try_reserve_exact(items.len()).map_err(|_| {
-        let what =
-            format!("a copy of an argument: {bytes} B asked for, the system has not so much");
-        PyMemoryError::new_err(what)
-    })?;
+    let mut list = reserved(items.len())?;
     list.extend(items);
+    Ok(list)
+}
+
+/// An empty list with room for so many items.
+fn reserved<T>(len: usize) -> PyResult<Vec<T>> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(len).map_err(|_| {
+        let bytes = len as u128 * size_of::<T>() as u128;
+        PyMemoryError::new_err(format!(
+            "a copy of an argument: {bytes} B asked for, the system has not so much"
+        ))
+    })?;
     Ok(list)
 }
 
@@ -232,12 +238,12 @@ pub fn narrow<T: TryFrom<i64>>(
     integers: Vec<i64>,
     expected: impl Display,
 ) -> PyResult<Vec<T>> {
-    (integers.into_iter().enumerate())
-        .map(|(i, n)| {
-            let refused = |_| error::value(&format!("{argument}[{i}]"), n, &expected);
-            T::try_from(n).map_err(refused)
-        })
-        .collect()
+    let mut narrowed = reserved(integers.len())?;
+    for (i, n) in integers.into_iter().enumerate() {
+        let refused = |_| error::value(&format!("{argument}[{i}]"), n, &expected);
+        narrowed.push(T::try_from(n).map_err(refused)?);
+    }
+    Ok(narrowed)
 }
 
 /// Floating-point numbers of any precision [n], as f32.

@@ -52,7 +52,11 @@ struct Call {
 impl Call {
     /// With `seen` tokens in the state, and outputs of `tokens`.
     fn new(update: Update, seen: usize, tokens: usize) -> Self {
-        let state = State::new(&problem(update), 1).expect("room");
+        Self::of(&problem(update), seen, tokens)
+    }
+
+    fn of(problem: &Problem, seen: usize, tokens: usize) -> Self {
+        let state = State::new(problem, 1).expect("room");
         let mut call = Self { state, rows: Rows(vec![0.1; DV]), out: vec![0.0; seen.max(1) * DV] };
         call.run(prefill, seen, false).expect("room");
         call.out = vec![7.0; tokens * DV];
@@ -141,6 +145,11 @@ const SITUATIONS: &[Situation] = &[
     // Rotated keys are made room for by the first call that rotates.
     ("the rotated keys of the open segments: ", || {
         starved(&mut Call::new(Update::Delta, 0, 1), |call| call.run(decode, 1, true))
+    }),
+    // There is room for them, but not for the rest of that call: they are gone again.
+    ("scratch of a task: ", || {
+        let p = problem(Update::Delta).to_builder().segment_len(1).build()?;
+        starved(&mut Call::of(&p, 0, 1), |call| call.run(decode, 1, true))
     }),
     ("scratch of a task: ", || {
         starved(&mut Call::new(Update::Delta, 5, 1), |call| call.run(decode, 1, false))
