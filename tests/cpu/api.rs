@@ -161,7 +161,7 @@ fn a_states_size_is_known_beforehand() {
 #[test]
 fn a_fork_takes_time_by_its_own_slots() {
     let p = Problem::builder().head_dim(1).segment_len(1).build().expect("valid");
-    let slots: Vec<usize> = (0..1 << 17).rev().collect();
+    let slots: Vec<usize> = (0..1 << 18).rev().collect();
     let state = State::new(&p, slots.len()).expect("room");
     let start = std::time::Instant::now();
     let fork = state.fork(&slots).expect("room");
