@@ -7,6 +7,7 @@ mod api;
 mod architecture;
 mod errors;
 mod extremes;
+mod fuzz;
 mod harness;
 mod maps;
 mod merge;
