@@ -3,7 +3,7 @@
 use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, check_slots};
+use crate::memory::{Counters, add_tokens, check_slots};
 use crate::problem::Problem;
 use crate::tensor::Layout;
 
@@ -88,7 +88,7 @@ impl RopeForm<'_> {
             return Err(Error::shape("rope.cos", cos, "[positions, R/2]"));
         }
         self.sin.check_shape("rope.sin", cos, "the shape of rope.cos")?;
-        if 2 * cos[1] > problem.key_dim() {
+        if cos[1] > problem.key_dim() / 2 {
             let expected = format!("[positions, R/2] with R ≤ Dk = {}", problem.key_dim());
             return Err(Error::shape("rope.cos", cos, expected));
         }
@@ -219,8 +219,10 @@ fn assign_slots(
             sequences.iter_mut().zip(slots).for_each(|(s, &slot)| s.slot = slot);
         }
     }
-    for s in sequences {
-        s.position = counters[s.slot].tokens as usize;
+    for (b, s) in sequences.iter_mut().enumerate() {
+        let tokens = counters[s.slot].tokens;
+        add_tokens(format!("q (sequence {b})"), tokens, s.len as u64)?;
+        s.position = tokens as usize;
     }
     Ok(())
 }

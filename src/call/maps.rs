@@ -4,7 +4,7 @@
 use super::check::dtype_is;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::memory::Counters;
+use crate::memory::{Counters, add_tokens};
 use crate::problem::Problem;
 use crate::tensor::Layout;
 
@@ -15,6 +15,14 @@ pub(crate) fn check_batch(argument: &'static str, got: usize, expected: usize) -
         return Err(Error::Length { argument, got, expected });
     }
     Ok(())
+}
+
+/// Tokens of two runs, sequence by sequence.
+pub(crate) fn sum_tokens(argument: &str, first: &[u64], second: &[u64]) -> Result<Vec<u64>> {
+    let sum = |(b, (&first, &second)): (usize, (&u64, &u64))| {
+        add_tokens(format!("{argument} (sequence {b})"), first, second)
+    };
+    first.iter().zip(second).enumerate().map(sum).collect()
 }
 
 /// Checks the keys [B, T, Hkv, Dk] of runs of tokens and returns (B, T).
@@ -38,6 +46,7 @@ pub(crate) fn check_map(
     }
     problem.check_same(before.0)?;
     check_batch("before", before.1.len(), batch)?;
+    sum_tokens("k", before.1, &vec![tokens as u64; batch])?;
     Ok((batch, tokens))
 }
 
@@ -73,7 +82,7 @@ impl MapTokens<'_> {
     pub fn check_followed_by(&self, second: &MapTokens<'_>) -> Result<()> {
         self.problem.check_same(second.problem)?;
         check_batch("second", second.tokens.len(), self.tokens.len())?;
-        let after: Vec<u64> = self.before.iter().zip(self.tokens).map(|(a, b)| a + b).collect();
+        let after = sum_tokens("first", self.before, self.tokens)?;
         check_follows("second", &after, second.before)
     }
 
@@ -89,12 +98,11 @@ impl MapTokens<'_> {
         }
         let committed: Vec<u64> = counters.iter().map(|c| c.committed).collect();
         check_follows("map", &committed, self.before)?;
-        let after = |(c, tokens): (&Counters, &u64)| Counters {
-            tokens: c.tokens + tokens,
-            committed: c.committed + tokens,
-            ..*c
-        };
-        Ok(counters.iter().zip(self.tokens).map(after).collect())
+        let seen: Vec<u64> = counters.iter().map(|c| c.tokens).collect();
+        let tokens = sum_tokens("map", &seen, self.tokens)?;
+        let committed = sum_tokens("map", &committed, self.tokens)?;
+        let after = tokens.into_iter().zip(committed).zip(counters);
+        Ok(after.map(|((tokens, committed), c)| Counters { tokens, committed, ..*c }).collect())
     }
 }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::matmul::{Into, Mat, matmul};
 use super::segment::{CHUNK, Scratch};
 use super::{segment, simd};
-use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
+use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, sum_tokens};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
@@ -44,14 +44,15 @@ impl KeySums {
     ///
     /// # Errors
     /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when
-    /// they belong to different problems or batches.
+    /// they belong to different problems or batches, [`Error::Value`](crate::Error::Value) for more
+    /// than 2^62 tokens.
     pub fn add(&self, other: &KeySums) -> Result<KeySums> {
         self.problem.check_same(&other.problem)?;
         check_batch("other", other.tokens.len(), self.tokens.len())?;
         Ok(KeySums {
             problem: self.problem,
             sums: self.sums.iter().zip(&other.sums).map(|(a, b)| a + b).collect(),
-            tokens: self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b).collect(),
+            tokens: sum_tokens("other", &self.tokens, &other.tokens)?,
         })
     }
 

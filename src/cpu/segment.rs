@@ -2,7 +2,7 @@
 //!
 //! Keys are σ-mapped in chunks of [`CHUNK`] tokens, so that scratch does not grow with N.
 
-use super::matmul::{Into, Mat, matmul};
+use super::matmul::{Into, Mat, matmul, matmul_scaled};
 use super::simd;
 use crate::call::form::Piece;
 use crate::problem::{Problem, Update};
@@ -86,17 +86,18 @@ pub(crate) fn transition(
     let dk = p.key_dim();
     g.fill(0.0);
     chunks(p, tokens, x, |_, n, x| {
-        weigh(p, n, z, x);
+        let unit = weigh(p, n, z, x);
         simd::feature_map(&mut x.k[..n * dk]);
-        matmul(g, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
+        let (k, w) = (Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
+        matmul_scaled(g, Into::Add, unit, k, w);
     });
 }
 
-/// w ← the retrieval weights of the `n` keys in k.
-fn weigh(p: &Problem, n: usize, z: &[f32], x: &mut Scratch) {
+/// w ← the retrieval weights of the `n` keys in k, in the unit returned.
+fn weigh(p: &Problem, n: usize, z: &[f32], x: &mut Scratch) -> f32 {
     let w = &mut x.w[..n * p.key_dim()];
     w.copy_from_slice(&x.k[..n * p.key_dim()]);
-    simd::retrieval_weights(w, z, p.denominator());
+    simd::retrieval_weights(w, z, p.denominator())
 }
 
 /// Writes a segment into (m, z): eq. (8) or (9) as they stand, with f32 residuals.
@@ -114,9 +115,9 @@ pub(crate) fn commit(
     chunks(p, tokens, x, |first, n, x| {
         load_values(p, tokens, first, n, &mut x.v);
         if let Some((m, z)) = &before {
-            weigh(p, n, z, x);
-            let v = &mut x.v[..n * dv];
-            matmul(v, Into::Subtract, Mat::rows(&x.w, n, dk, dk), Mat::rows(m, dk, dv, dv));
+            let unit = weigh(p, n, z, x);
+            let (w, m) = (Mat::rows(&x.w, n, dk, dk), Mat::rows(m, dk, dv, dv));
+            matmul_scaled(&mut x.v[..n * dv], Into::Subtract, unit, w, m);
         }
         simd::feature_map(&mut x.k[..n * dk]);
         simd::add_rows(&x.k[..n * dk], z);

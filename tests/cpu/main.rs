@@ -8,6 +8,7 @@ mod architecture;
 mod errors;
 mod extremes;
 mod harness;
+mod magnitudes;
 mod maps;
 mod merge;
 mod mistakes;
