@@ -375,7 +375,7 @@ impl ProblemBuilder {
         p.scale = self.scale.unwrap_or_else(|| (p.key_dim as f64).powf(-0.5));
         // Every backend multiplies in f32.
         if !(p.scale as f32).is_finite() {
-            let expected = format!("a number of at most {:e} either way (f32)", f32::MAX);
+            let expected = format!("a finite f32, at most {:e} either way", f32::MAX);
             return Err(Error::value("scale", p.scale, expected));
         }
         if let Denominator::Clamp(eps) | Denominator::Add(eps) = p.denominator

@@ -135,3 +135,25 @@ fn every_size_under_every_denominator() {
         }
     }
 }
+
+#[test]
+fn rows_of_scores_at_minus_infinity_are_nan() {
+    // Infinite inputs here as in the reference; products below f32 here alone.
+    for (q, k, finite) in [(1.0, f32::NEG_INFINITY, false), (1e30, -1e30, true)] {
+        let p = problem(|b| b);
+        let stream = Stream::<f32>::from_fn(&p, 5, 6, |which, x| match which {
+            'q' => q,
+            'k' => k,
+            _ => x,
+        });
+        let want = Oracle::new(&p).run(&stream, &GATE);
+        for entry in [Entry::Prefill, Entry::Decode] {
+            let got = run_entry(entry, 5, &stream.inputs(), &GATE, &mut Fast::new(&p).0);
+            for (got, want) in [(&got.o, &want.o), (&got.a_dot, &want.a_dot), (&got.lse, &want.lse)]
+            {
+                assert!(got.iter().all(|x| x.is_nan()), "{got:?}");
+                assert!(want.iter().all(|x| x.is_finite() == finite), "{want:?}");
+            }
+        }
+    }
+}

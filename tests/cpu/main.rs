@@ -8,6 +8,7 @@ mod architecture;
 mod errors;
 mod extremes;
 mod harness;
+mod limits;
 mod magnitudes;
 mod maps;
 mod merge;
