@@ -43,15 +43,13 @@ pub enum Denominator {
 }
 
 impl Denominator {
-    /// 1 / denominator, or 0 where the denominator is 0 (or so small that its reciprocal is not
-    /// finite).
-    pub(crate) fn reciprocal(self, dot: f32) -> f32 {
-        let den = match self {
+    /// The denominator of a row whose σ(q)·z is `dot`.
+    pub(crate) fn of(self, dot: f64) -> f64 {
+        match self {
             Denominator::Exact => dot,
-            Denominator::Clamp(eps) => dot.max(eps),
-            Denominator::Add(eps) => dot + eps,
-        };
-        if den.abs() < f32::MIN_POSITIVE { 0.0 } else { 1.0 / den }
+            Denominator::Clamp(eps) => dot.max(eps.into()),
+            Denominator::Add(eps) => dot + f64::from(eps),
+        }
     }
 }
 
@@ -331,7 +329,7 @@ impl ProblemBuilder {
         self
     }
 
-    /// Factor on q·k in the local softmax (default Dk^-½).
+    /// Factor on q·k in the local softmax, inside f32's range (default Dk^-½).
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
         self
@@ -347,8 +345,8 @@ impl ProblemBuilder {
     ///
     /// # Errors
     /// [`Error::Value`] naming the field: an extent of 0 or above 2^24, Hkv that does not divide
-    /// Hq, a state of more than 2^40 floats per sequence, a scale that is not finite, an ε that is
-    /// not positive and finite.
+    /// Hq, a state of more than 2^40 floats per sequence, a scale that is not finite or beyond f32, an ε
+    /// that is not positive and finite.
     pub fn build(self) -> Result<Problem> {
         let mut p = self.problem;
         p.kv_heads = self.kv_heads.unwrap_or(p.heads);
@@ -375,8 +373,10 @@ impl ProblemBuilder {
             return Err(Error::value("floats of state per sequence", floats, expected));
         }
         p.scale = self.scale.unwrap_or_else(|| (p.key_dim as f64).powf(-0.5));
-        if !p.scale.is_finite() {
-            return Err(Error::value("scale", p.scale, "a finite number"));
+        // Every backend multiplies in f32.
+        if !(p.scale as f32).is_finite() {
+            let expected = format!("a finite f32, at most {:e} either way", f32::MAX);
+            return Err(Error::value("scale", p.scale, expected));
         }
         if let Denominator::Clamp(eps) | Denominator::Add(eps) = p.denominator
             && !(eps > 0.0 && eps.is_finite())

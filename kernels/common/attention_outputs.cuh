@@ -43,9 +43,18 @@ struct AttentionOutputs {
     // Rows that retrieve nothing must not meet the memory at all: it may hold NaN.
     store(local, [&](int r) -> T* { return weight[r] == 0.0f ? out(r) : nullptr; });
     __syncthreads();
+    float top = 0.0f;  // of all rows: one for each would not fit the registers
+#pragma unroll
+    for (const auto& tiles : block.o) {
+#pragma unroll
+      for (const auto& tile : tiles) {
+#pragma unroll
+        for (float x : tile) top = fmaxf(top, fabsf(x));
+      }
+    }
     const auto retrieved = [&](int i, int h, int slice) {
       const int r = Block::row(i, h);
-      return retrieved_share(weight[r], memory.scale[slice], share[r]);
+      return retrieved_share(weight[r], memory.scale[slice], least_share(share[r], top));
     };
     retrieval.add(local, retrieved);
     store(retrieved, [&](int r) -> T* { return weight[r] == 0.0f ? nullptr : out(r); });

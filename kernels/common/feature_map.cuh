@@ -8,6 +8,8 @@
 namespace infini {
 
 constexpr float kSmallestNormal = 1.17549435e-38f;
+// From where on the reciprocal of a denominator is no normal number.
+constexpr float kLargestDenominator = 0x1p126f;
 constexpr float kLog2E = 1.44269504f;
 
 // x + 1 for x > 0, e^x otherwise; below f32's smallest normal number 0 (ex2 flushes). NaN stays.
@@ -15,15 +17,39 @@ __device__ __forceinline__ float sigma(float x) {
   return x > 0.0f ? x + 1.0f : ptx::ex2_approx_ftz(x * kLog2E);
 }
 
-// The denominator under the problem's policy, of a row scaled by e^-shift (shift <= 0), and 0 where
-// it counts as 0.
-__device__ __forceinline__ float denominator(const InfiniProblem& p, float dot, float shift) {
+// What a row is scaled by, e^-shift (shift <= 0) and a power of two: a retrieval is invariant to it.
+struct RowScale {
+  float shift = 0.0f, factor = 1.0f;
+};
+
+// That of a row of queries with this largest channel: nothing underflows, and what is huge comes near
+// 2^16, above all of f16.
+__device__ __forceinline__ RowScale row_scale(float top) {
+  // A row of -inf alone is weightless, as in the limit of ever smaller channels.
+  return {top == -INFINITY ? 0.0f : fminf(top, 0.0f),
+          top < 0x1p16f ? 1.0f : unit_scale<0>(top) * 0x1p16f};
+}
+
+// Whether a row's product with z, for z is huge, calls for another scale: one that suffices.
+__device__ __forceinline__ bool rescale(RowScale& scale, float dot) {
+  const bool huge = dot > 0x1p96f;
+  if (huge) scale.factor *= 0x1p-32f;
+  return huge;
+}
+
+// The denominator under the problem's policy, of a row so scaled, and 0 where it counts as 0; NaN
+// where it leaves the numbers that have a reciprocal.
+__device__ __forceinline__ float denominator(const InfiniProblem& p, float dot, RowScale scale) {
   float den = dot;
   if (p.denominator != INFINI_DENOMINATOR_EXACT) {
-    const float epsilon = p.epsilon * ptx::ex2_approx_ftz(-shift * kLog2E);
+    const float unit = scale.factor * ptx::ex2_approx_ftz(-scale.shift * kLog2E);
+    const float epsilon = p.epsilon * unit;
+    // Of a row as small as that nothing is left.
+    if (epsilon > kLargestDenominator) return 0.0f;
     den = p.denominator == INFINI_DENOMINATOR_CLAMP ? fmaxf(dot, epsilon) : dot + epsilon;
   }
-  return fabsf(den) < kSmallestNormal ? 0.0f : den;
+  if (fabsf(den) < kSmallestNormal * fminf(scale.factor, 1.0f)) return 0.0f;
+  return den <= kLargestDenominator ? den : NAN;
 }
 
 // How many lanes share a row of `Columns` elements in map_keys: a power of two that divides its
@@ -101,13 +127,7 @@ __device__ __forceinline__ float normaliser_scale(const float* z) {
   float top = 0.0f;
 #pragma unroll
   for (int i = threadIdx.x % 32; i < Dk; i += 32) top = fmaxf(top, fabsf(z[i]));
-  return snapshot_scale(lanes_max<32>(top));
-}
-
-// The same for updates: only z that is too small is scaled, and where no epsilon has its units.
-template <int Dk>
-__device__ __forceinline__ float retrieval_scale(const InfiniProblem& p, const float* z) {
-  return p.denominator == INFINI_DENOMINATOR_EXACT ? fmaxf(1.0f, normaliser_scale<Dk>(z)) : 1.0f;
+  return unit_scale<126>(lanes_max<32>(top));
 }
 
 // The channels of z at a chunk; z [Columns] lies in shared memory in the order of z_channel.
@@ -117,14 +137,14 @@ __device__ __forceinline__ void z_chunk(const float* z, int chunk, float (&x)[8]
   for (int c = 0; c < 8; ++c) x[c] = z[chunk * 4 + c % 4 + c / 4 * (Columns / 2)];
 }
 
-// σ of a chunk, of e^-shift of it, rounded; adds its product with z to `dot`.
+// σ of a chunk, scaled and rounded; adds its product with z to `dot`.
 template <class T>
-__device__ __forceinline__ Chunk map_chunk(const Chunk& chunk, const float (&z)[8], float shift,
+__device__ __forceinline__ Chunk map_chunk(const Chunk& chunk, const float (&z)[8], RowScale scale,
                                            float& dot) {
   float x[8];
   widen<T>(chunk, x);
 #pragma unroll
-  for (float& value : x) value = sigma(value - shift);
+  for (float& value : x) value = sigma(value - scale.shift) * scale.factor;
   const Chunk mapped = narrow<T>(x);
   widen<T>(mapped, x);
 #pragma unroll
@@ -135,20 +155,20 @@ __device__ __forceinline__ Chunk map_chunk(const Chunk& chunk, const float (&z)[
 // The same of a chunk of a tile.
 template <class Tile>
 __device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int row, int chunk,
-                                           float shift, float& dot) {
+                                           RowScale scale, float& dot) {
   const Chunk raw = load_chunk(tile.at(row, chunk));
   float x[8];
   z_chunk<Tile::columns>(z, chunk, x);
-  return map_chunk<typename Tile::Element>(raw, x, shift, dot);
+  return map_chunk<typename Tile::Element>(raw, x, scale, dot);
 }
 
 // σ of every row of a tile, in place and rounded; rows from `end` on become 0. `each(row, den,
-// first)` gets the denominator of the rounded row in all lanes of the row, `first` true in one of
-// them. `Threads` threads take part, from the block's first on; the caller synchronises before and
+// first)` gets the denominator of the rounded row in all lanes of the row, in the unit by which z was
+// multiplied, `first` true in one of them. `Threads` threads take part, from the block's first on; the caller synchronises before and
 // after.
 template <int Threads, class Tile, class Each>
 __device__ __forceinline__ void map_keys(const InfiniProblem& p, const Tile& tile, const float* z,
-                                         int end, Each each) {
+                                         float unit, int end, Each each) {
   constexpr int lanes = kRowLanes<Tile::columns>;
   const int lane = threadIdx.x % lanes;
 #pragma unroll 1
@@ -156,16 +176,14 @@ __device__ __forceinline__ void map_keys(const InfiniProblem& p, const Tile& til
     float dot = 0.0f;
 #pragma unroll 2
     for (int chunk = lane; chunk < Tile::columns / 8; chunk += lanes) {
-      const Chunk mapped = map_chunk(tile, z, row, chunk, 0.0f, dot);
+      const Chunk mapped = map_chunk(tile, z, row, chunk, RowScale{}, dot);
       store_chunk(tile.at(row, chunk), row < end ? mapped : Chunk{});
     }
-    each(row, denominator(p, lanes_sum<lanes>(dot), 0.0f), lane == 0);
+    each(row, denominator(p, lanes_sum<lanes>(dot), {0.0f, unit}), lane == 0);
   }
 }
 
-// The same of queries: of rows scaled by e^-shift, shift = min(row maximum, 0), so that nothing
-// underflows. A retrieval is invariant to its row's scale. (Keys are written, and not scaled.)
-// `each` returns whether the row counts: one that does not becomes 0.
+// The same of queries, of scaled rows. (Keys are written, and not scaled.) `each` returns whether the row counts: one that does not becomes 0.
 template <int Threads, class Tile, class Each>
 __device__ __forceinline__ void map_queries(const InfiniProblem& p, const Tile& tile,
                                             const float* z, int end, Each each) {
@@ -173,16 +191,20 @@ __device__ __forceinline__ void map_queries(const InfiniProblem& p, const Tile& 
   const int lane = threadIdx.x % lanes;
 #pragma unroll 1
   for (int row = threadIdx.x / lanes; row < Tile::rows; row += Threads / lanes) {
-    const float top = row_max<lanes>(tile, row, lane);
-    // A row of -inf alone is weightless, as in the limit of ever smaller channels.
-    const float shift = top == -INFINITY ? 0.0f : fminf(top, 0.0f);
+    RowScale scale = row_scale(row_max<lanes>(tile, row, lane));
     Chunk mapped[each_lane];
-    float dot = 0.0f;
+    float dot;
+#pragma unroll 1
+    for (int run = 0;; ++run) {
+      dot = 0.0f;
 #pragma unroll
-    for (int i = 0; i < each_lane; ++i) {
-      mapped[i] = map_chunk(tile, z, row, lane + i * lanes, shift, dot);
+      for (int i = 0; i < each_lane; ++i) {
+        mapped[i] = map_chunk(tile, z, row, lane + i * lanes, scale, dot);
+      }
+      dot = lanes_sum<lanes>(dot);
+      if (run == 1 || !__any_sync(0xffffffff, rescale(scale, dot))) break;
     }
-    const float den = denominator(p, lanes_sum<lanes>(dot), shift);
+    const float den = denominator(p, dot, scale);
     const bool counts = each(row, den, lane == 0) && row < end;
 #pragma unroll
     for (int i = 0; i < each_lane; ++i) {

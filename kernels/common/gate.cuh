@@ -15,7 +15,9 @@ struct Gate {
 
 __device__ __forceinline__ Gate gate_of(const InfiniProblem& p, float logit, bool empty) {
   if (empty && p.bypass) return {0.0f, 1.0f};
-  return {__fdividef(1.0f, 1.0f + expf(-logit)), __fdividef(1.0f, 1.0f + expf(logit))};
+  // Where 1 + e^|logit| would leave the numbers whose reciprocal is one.
+  const float ratio = expf(-fabsf(logit)), more = __fdividef(1.0f, 1.0f + ratio);
+  return logit > 0.0f ? Gate{more, ratio * more} : Gate{ratio * more, more};
 }
 
 // A branch of weight 0 is absent, whatever it holds.
@@ -23,23 +25,27 @@ __device__ __forceinline__ float weighed(float x, float weight) {
   return weight == 0.0f ? 0.0f : x * weight;
 }
 
-// `weight` over a sum of exponentials; 0 where nothing was attended.
+// `weight` over a sum of exponentials. A row sees at least its own key: where the sum is 0 all scores
+// are -inf, and the infinite weight turns outputs of 0 into NaN.
 __device__ __forceinline__ float over_total(float weight, float total) {
-  return weight == 0.0f || total == 0.0f ? 0.0f : __fdividef(weight, total);
+  return weight == 0.0f ? 0.0f : __fdividef(weight, total);
 }
 
-// Natural log-sum-exp of scores whose exponentials, relative to 2^top, sum to `total`; -inf where
-// nothing was attended.
+// Natural log-sum-exp of scores whose exponentials, relative to 2^top, sum to `total`; NaN as above.
 __device__ __forceinline__ float log_sum_exp(float top, float total) {
-  return total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
+  return total == 0.0f ? NAN : (top + log2f(total)) * kLn2;
 }
 
 // Both branches in the registers of one output, O <- f O, O += sigma(Q) snapshot, O <- e O: e of a
-// row, where `weight` is its gate over the denominator. f = share / e: e is bounded away from 0 so
-// that f stays finite; what that adds is below rounding.
-__device__ __forceinline__ float retrieved_share(float weight, float scale, float share) {
+// row, where `weight` is its gate over the denominator. f = share / e. Where the memory weighs so little that f would
+// take O out of f32, whose largest magnitude is `top`, e is raised to `least`: what that adds is
+// below rounding.
+__device__ __forceinline__ float least_share(float share, float top) {
+  return share * (0x1p-120f * fmaxf(top, 0x1p-5f));
+}
+
+__device__ __forceinline__ float retrieved_share(float weight, float scale, float least) {
   const float e = weight * inverse_scale(scale);
-  const float least = share * 1e-30f;
   return fabsf(e) < least ? least : e;
 }
 

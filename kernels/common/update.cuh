@@ -94,12 +94,12 @@ struct Update {
   }
 
   // Adds the tokens `first` to `end`. `load(stage, token)` copies the values of a tile (or
-  // nothing), `prepare(stage)` may turn the mapped tile further, between barriers. `p` is the
-  // problem, whose epsilon is in units of `z`; `inverse(den)` the factor of a token.
+  // nothing), `prepare(stage)` may turn the mapped tile further, between barriers; `inverse(den)` is
+  // the factor of a token. `unit`: by what z was multiplied.
   template <bool kDelta, class Load, class Inverse, class Prepare>
   __device__ __forceinline__ void run(const InfiniProblem& p, const SegmentRows<T>& k, int first,
-                                      const int& end, bool delta, bool sum, Load load,
-                                      Inverse inverse, Prepare prepare) {
+                                      const int& end, const float& unit, bool delta, bool sum,
+                                      Load load, Inverse inverse, Prepare prepare) {
     if (first >= end) return;
     load_tile<Threads>(key_tile(0), k, first, end);
     load(0, first);
@@ -114,7 +114,7 @@ struct Update {
         load(stage ^ 1, start + kTokens);
       }
       ptx::cp_async_commit_group();
-      map_keys<Threads>(p, key_tile(stage), z, end - start,
+      map_keys<Threads>(p, key_tile(stage), z, unit, end - start,
                         [&](int row, float den, bool first_lane) {
                           if (first_lane) factor[row] = inverse(den);
                         });

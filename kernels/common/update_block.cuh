@@ -19,26 +19,28 @@ struct UpdateTask {
   int column;      // first column of V
   int key;         // first column of K that is accumulated
   bool empty;
+  float unit;  // by which z is multiplied
 };
 
 template <int Threads, class T, int Dk, int Dv, int Columns, int Accumulated = Dk>
 __device__ __forceinline__ void update_block(const InfiniProblem& p, const InfiniState& state,
-                                             const UpdateTask<T>& task, unsigned char* shared) {
+                                             UpdateTask<T>& task, unsigned char* shared) {
   Update<T, Dk, Columns, Threads, Accumulated> update(shared, task.key);
   const bool delta = p.delta && !task.empty;
   const float* z = pointer<const float>(state.normalizer) + task.matrix * Dk;
-  const float scale = delta ? retrieval_scale<Dk>(p, z) : 0.0f;
+  const float unit = delta ? normaliser_scale<Dk>(z) : 1.0f;
+  if (threadIdx.x == 0) task.unit = unit;
   for (int i = threadIdx.x; i < Dk; i += Threads) {
-    update.z[i] = delta ? z[z_channel<Dk>(i)] * scale : 0.0f;
+    update.z[i] = delta ? z[z_channel<Dk>(i)] * unit : 0.0f;
   }
   if (delta) {
     update.load_memory(pointer<const T>(state.snapshot) + task.matrix * (Dk * Dv),
                        pointer<const float>(state.snapshot_scale) + task.matrix * (Dv / 32), Dv,
                        task.column);
-    update.memory_scale *= scale;
+    update.memory_scale *= unit;
   }
   update.template run<true>(
-      p, task.source.k, task.first, task.end, delta, task.column == 0 && task.key == 0,
+      p, task.source.k, task.first, task.end, task.unit, delta, task.column == 0 && task.key == 0,
       [&](int stage, int token) {
         load_tile<Threads>(update.value_tile(stage), task.source.v, token, task.end, task.column);
       },

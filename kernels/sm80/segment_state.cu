@@ -30,7 +30,7 @@ __device__ __forceinline__ void segment_state(const InfiniSegmentState& p, unsig
   Update<T, Dk, kColumns, kThreads> update(shared);
   for (int i = threadIdx.x; i < Dk; i += kThreads) update.z[i] = 0.0f;
   update.template run<false>(
-      p.problem, k, first, end, false, slice == 0,
+      p.problem, k, first, end, 1.0f, false, slice == 0,
       [&](int stage, int token) {
         // Without values the products run on zeros.
         load_tile<kThreads>(update.value_tile(stage), v, token, values ? end : 0, slice * kColumns);

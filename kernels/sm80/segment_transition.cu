@@ -86,22 +86,21 @@ __device__ __forceinline__ void segment_transition(const InfiniSegmentTransition
   const int64_t record = int64_t{blockIdx.z} * p.problem.kv_heads + kv_head;
   const float* z = pointer<const float>(p.z) + record * Dk;
   typename Block::Product update(shared);
-  const float shrink = normaliser_scale<Dk>(z);
+  const float unit = normaliser_scale<Dk>(z);
   for (int i = threadIdx.x; i < Dk; i += kThreads) {
-    update.z[i] = z[z_channel<Dk>(i)] * shrink;
+    update.z[i] = z[z_channel<Dk>(i)] * unit;
   }
 
-  InfiniProblem problem = p.problem;
-  problem.epsilon *= shrink;
   const SegmentRows<T> k = keys_of<T>(p.problem, p.k, p.state, piece, kv_head);
   update.template run<false>(
-      problem, k, 0, piece.cached + piece.len, false, false, [](int, int) {},
+      p.problem, k, 0, piece.cached + piece.len, unit, false, false, [](int, int) {},
       [](float den) { return den == 0.0f ? 0.0f : 1.0f / den; },
       [&](int stage) { Block::weigh(update, stage, column); });
 
   const float scale = Block::store(update, pointer<T>(p.g) + record * (Dk * Dk), column);
   if (threadIdx.x % 32 == 0) {
-    pointer<float>(p.g_scale)[record * (Dk / 16) + column / 16 + threadIdx.x / 32] = shrink / scale;
+    const float g_scale = unit / scale;
+    pointer<float>(p.g_scale)[record * (Dk / 16) + column / 16 + threadIdx.x / 32] = g_scale;
   }
 }
 

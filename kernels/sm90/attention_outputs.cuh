@@ -40,17 +40,18 @@ struct GroupOutputs {
     }
   }
 
-  // O <- share O, or where the memory takes part weight (share / weight O + sigma(Q) M), staged.
+  // O <- share O, or where the memory takes part e (share / e O + sigma(Q) M), staged.
   // Requires reduced totals and the raw queries.
   static __device__ __forceinline__ void gate_and_stage(const InfiniProblem& p, Group& group,
                                                         const AttentionJob& job) {
-    float share[2], weight[2] = {0.0f, 0.0f}, shift[2];
+    float share[2], weight[2] = {0.0f, 0.0f}, least[2];
+    RowScale scale[2];
     typename Retrieval::Mapped mapped;
 #pragma unroll
     for (int h = 0; h < 2; ++h) share[h] = over_total(job.gate.local, group.softmax.total[h]);
     if (job.retrieves) {
-      Retrieval::shift_of(group, shift);
-      Retrieval::denominators(p, group, job.z, shift, weight, mapped);
+      Retrieval::scale_of(group, scale);
+      Retrieval::denominators(p, group, job.z, scale, weight, mapped);
 #pragma unroll
       for (float& w : weight) w = w == 0.0f ? 0.0f : __fdividef(job.gate.memory, w);
       __syncwarp();  // all lanes have read the queries of rows that are staged now
@@ -62,8 +63,17 @@ struct GroupOutputs {
                        {!local[0], !local[1]});
     }
     if (!job.retrieves) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = 0.0f;
+#pragma unroll
+      for (int i = 2 * h; i < Dv / 2; i += 4) {
+        top = fmaxf(top, fmaxf(fabsf(group.o[i]), fabsf(group.o[i + 1])));
+      }
+      least[h] = least_share(share[h], top);
+    }
     const auto retrieved = [&](int h, int slice) {
-      return retrieved_share(weight[h], ptx::ld_global(job.scale + slice), share[h]);
+      return retrieved_share(weight[h], ptx::ld_global(job.scale + slice), least[h]);
     };
 #pragma unroll
     for (int i = 0; i < Dv / 2; i += 16) {
@@ -77,7 +87,7 @@ struct GroupOutputs {
         }
       }
     }
-    Retrieval::add(group, shift, mapped);
+    Retrieval::add(group, scale, mapped);
 #pragma unroll
     for (int i = 0; i < Dv / 2; i += 16) {
 #pragma unroll

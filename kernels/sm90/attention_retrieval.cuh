@@ -16,8 +16,8 @@ struct GroupRetrieval {
   static_assert(!kKeeps || kMemoryRows == Dk);
   using Mapped = uint32_t[kKeeps ? Dk / 16 : 1][4];
 
-  // min(largest channel, 0) of each row: what a retrieval may divide its row by.
-  static __device__ __forceinline__ void shift_of(const Group& group, float (&shift)[2]) {
+  // What each row is scaled by.
+  static __device__ __forceinline__ void scale_of(const Group& group, RowScale (&scale)[2]) {
     float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll 4
     for (int column = 0; column < Dk; column += 16) {
@@ -30,46 +30,53 @@ struct GroupRetrieval {
       }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      most[h] = lanes_max<4>(most[h]);
-      // A row of -inf alone is weightless, as in the limit of ever smaller channels.
-      shift[h] = most[h] == -INFINITY ? 0.0f : fminf(most[h], 0.0f);
-    }
+    for (int h = 0; h < 2; ++h) scale[h] = row_scale(lanes_max<4>(most[h]));
   }
 
-  // A fragment of sigma(Q), of rows scaled by e^-shift.
+  // A fragment of sigma(Q), of scaled rows.
   static __device__ __forceinline__ void map_queries(const Group& group, uint32_t (&a)[4],
-                                                     int column, const float (&shift)[2]) {
+                                                     int column, const RowScale (&scale)[2]) {
     group.queries().a(a, group.warp_row(), column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack<T>(a[i]);
-      a[i] = pack<T>(sigma(x.x - shift[i % 2]), sigma(x.y - shift[i % 2]));
+      const RowScale& s = scale[i % 2];
+      a[i] = pack<T>(sigma(x.x - s.shift) * s.factor, sigma(x.y - s.shift) * s.factor);
     }
   }
 
   // sigma(Q) z of each row; 0 for rows that retrieve nothing.
   static __device__ __forceinline__ void denominators(const InfiniProblem& p, const Group& group,
-                                                      const float* z, const float (&shift)[2],
+                                                      const float* z, RowScale (&scale)[2],
                                                       float (&den)[2], Mapped& mapped) {
     const float2* pairs = reinterpret_cast<const float2*>(z) + ptx::tid_x() % 4;
-    den[0] = den[1] = 0.0f;
+#pragma unroll 1
+    for (int run = 0;; ++run) {
+      den[0] = den[1] = 0.0f;
 #pragma unroll (kKeeps ? Dk / 16 : 4)
-    for (int column = 0; column < Dk; column += 16) {
-      uint32_t(&a)[4] = mapped[kKeeps ? column / 16 : 0];
-      map_queries(group, a, column, shift);
+      for (int column = 0; column < Dk; column += 16) {
+        uint32_t(&a)[4] = mapped[kKeeps ? column / 16 : 0];
+        map_queries(group, a, column, scale);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<T>(a[i]), weight = ptx::ld_global(pairs + column / 2 + i / 2 * 4);
-        den[i % 2] += x.x * weight.x + x.y * weight.y;
+        for (int i = 0; i < 4; ++i) {
+          const float2 x = unpack<T>(a[i]), weight = ptx::ld_global(pairs + column / 2 + i / 2 * 4);
+          den[i % 2] += x.x * weight.x + x.y * weight.y;
+        }
       }
+      bool huge = false;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        den[h] = lanes_sum<4>(den[h]);
+        huge |= run == 0 && rescale(scale[h], den[h]);
+      }
+      if (!__any_sync(0xffffffff, huge)) break;
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) den[h] = denominator(p, lanes_sum<4>(den[h]), shift[h]);
+    for (int h = 0; h < 2; ++h) den[h] = denominator(p, den[h], scale[h]);
   }
 
   // O += sigma(Q) snapshot.
-  static __device__ __forceinline__ void add(Group& group, const float (&shift)[2],
+  static __device__ __forceinline__ void add(Group& group, const RowScale (&scale)[2],
                                              const Mapped& mapped) {
 #pragma unroll 1
     for (int first = 0; first < Dk; first += kMemoryRows) {
@@ -80,7 +87,7 @@ struct GroupRetrieval {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[kk][i] = mapped[kk][i];
         } else {
-          map_queries(group, a[kk], first + kk * 16, shift);
+          map_queries(group, a[kk], first + kk * 16, scale);
         }
       }
       const auto m = group.shared.memory(group.value.stage());

@@ -26,7 +26,7 @@ struct UpdateChunk {
   int kv_head, first, end;  // tokens of the segment
   bool delta;               // there is a memory to correct
   int64_t matrix;           // slot and head of M
-  float scale;              // of z in shared memory
+  float unit;               // by which z in shared memory was multiplied
 };
 
 template <class T, int Dk, int Dv>
@@ -100,9 +100,8 @@ struct MemoryUpdate {
     const auto keys = shared.keys(at.stage());
     float* factor = shared.factors(at.stage());
     shared.key_ring().wait(at);
-    infini::map_keys<kThreads>(p.problem, keys, shared.z(), valid,
+    infini::map_keys<kThreads>(p.problem, keys, shared.z(), shared.chunk().unit, valid,
                                [&](int row, float den, bool first) {
-                                 // 0 above 2^126, where the key is as good as absent.
                                  const bool absent = den == 0.0f || row >= valid;
                                  if (first) factor[row] = absent ? 0.0f : __fdividef(1.0f, den);
                                });
@@ -208,7 +207,7 @@ struct MemoryUpdate {
     const int64_t scale = shared.chunk().matrix * (Dv / 32) +
                           (pass * kColumns + strip() * 64 + warp_row()) / INFINI_SCALE_COLUMNS;
     const float memory_scale =
-        -inverse_scale(pointer<const float>(p.state.snapshot_scale)[scale]) * shared.chunk().scale;
+        -inverse_scale(pointer<const float>(p.state.snapshot_scale)[scale]) * shared.chunk().unit;
     int rows = valid(0);
     map_keys(key, rows);
 #pragma unroll 1

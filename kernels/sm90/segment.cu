@@ -197,11 +197,11 @@ struct Segment {
   __device__ __forceinline__ void update(MemoryUpdate<T, Dk, Dv> update) const {
     const UpdateChunk& part = Shared::chunk();
     const float* z = pointer<const float>(p.state.normalizer) + part.matrix * Dk;
-    const float scale = part.delta ? retrieval_scale<Dk>(p.problem, z) : 0.0f;
+    const float unit = part.delta ? normaliser_scale<Dk>(z) : 1.0f;
     for (int i = threadIdx.x; i < Dk; i += kThreads) {
-      Shared::z()[i] = part.delta ? z[z_channel<Dk>(i)] * scale : 0.0f;
+      Shared::z()[i] = part.delta ? z[z_channel<Dk>(i)] * unit : 0.0f;
     }
-    if (threadIdx.x == 0) Shared::chunk().scale = scale;
+    if (threadIdx.x == 0) Shared::chunk().unit = unit;
     update.meet();
 #pragma unroll 1
     for (int pass = 0; pass < Shared::kPasses; ++pass) {

@@ -55,7 +55,7 @@ struct SegmentTransition {
 
   // sigma of the tile in place, 0 from row `valid` on; a factor per token. Eight lanes share a row;
   // all rows of a thread are under way together.
-  __device__ __forceinline__ void map_tile(const InfiniProblem& problem, int valid) const {
+  __device__ __forceinline__ void map_tile(float shrink, int valid) const {
     constexpr int kStep = kThreads / 8, kEach = Shape::tokens / kStep, kChunks = Dk / 64;
     const KeyTile tile = keys(ring.stage());
     const int lane = threadIdx.x % 8, first = threadIdx.x / 8;
@@ -74,7 +74,7 @@ struct SegmentTransition {
       z_chunk<Dk>(z(), lane + c * 8, channels);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        mapped[i][c] = map_chunk<T>(mapped[i][c], channels, 0.0f, dot[i]);
+        mapped[i][c] = map_chunk<T>(mapped[i][c], channels, RowScale{}, dot[i]);
       }
     }
 #pragma unroll
@@ -84,8 +84,7 @@ struct SegmentTransition {
       for (int c = 0; c < kChunks; ++c) {
         store_chunk(tile.at(r, lane + c * 8), r < valid ? mapped[i][c] : Chunk{});
       }
-      const float den = denominator(problem, lanes_sum<8>(dot[i]), 0.0f);
-      // 0 above 2^126, where the key is as good as absent.
+      const float den = denominator(p.problem, lanes_sum<8>(dot[i]), {0.0f, shrink});
       const bool absent = den == 0.0f || r >= valid;
       if (lane == 0) factors()[r] = absent ? 0.0f : __fdividef(1.0f, den);
     }
@@ -118,12 +117,10 @@ struct SegmentTransition {
   }
 
   __device__ __forceinline__ void consume(float shrink) {
-    InfiniProblem problem = p.problem;
-    problem.epsilon *= shrink;
     float d[Dk / 2];
     const int warp_row = threadIdx.x / 32 * 16;
     ring.wait();
-    map_tile(problem, ring.valid());
+    map_tile(shrink, ring.valid());
 #pragma unroll 1
     do {
       ptx::fence_proxy_async_shared();
@@ -133,7 +130,7 @@ struct SegmentTransition {
       ++ring.at;
       if (!ring.ends()) {
         ring.wait();
-        map_tile(problem, ring.valid());
+        map_tile(shrink, ring.valid());
       }
       ptx::wgmma_wait_group<0>(d);
     } while (!ring.ends());

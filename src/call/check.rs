@@ -4,7 +4,7 @@ use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence
 use crate::alloc;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, check_slots};
+use crate::memory::{Counters, add_tokens, check_slots};
 use crate::problem::Problem;
 use crate::tensor::Layout;
 
@@ -34,6 +34,9 @@ impl Form<'_> {
             sequence(&self.lengths, lead, i, slot(i), position)
         });
         let sequences = alloc::collected(sequences, "the table of sequences")?;
+        for (i, s) in sequences.iter().enumerate() {
+            add_tokens(format_args!("q (sequence {i})"), s.position as u64, s.len as u64)?;
+        }
         self.check_rope(problem, &sequences, counters)?;
         Ok(sequences)
     }
@@ -96,7 +99,7 @@ impl RopeForm<'_> {
             return Err(Error::shape("rope.cos", cos, "[positions, R/2]"));
         }
         self.sin.check_shape("rope.sin", cos, "the shape of rope.cos")?;
-        if 2 * cos[1] > problem.key_dim() {
+        if cos[1] > problem.key_dim() / 2 {
             let expected = format!("[positions, R/2] with R ≤ Dk = {}", problem.key_dim());
             return Err(Error::shape("rope.cos", cos, expected));
         }

@@ -5,7 +5,7 @@ use super::check::dtype_is;
 use crate::alloc;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::memory::Counters;
+use crate::memory::{Counters, add_tokens};
 use crate::problem::Problem;
 use crate::tensor::Layout;
 
@@ -16,6 +16,15 @@ pub(crate) fn check_batch(argument: &'static str, got: usize, expected: usize) -
         return Err(Error::Length { argument, got, expected });
     }
     Ok(())
+}
+
+/// Tokens of two runs, sequence by sequence.
+pub(crate) fn sum_tokens(argument: &str, first: &[u64], second: &[u64]) -> Result<Vec<u64>> {
+    let mut sums = alloc::copied(first, "the tokens of a run")?;
+    for (b, (sum, &second)) in sums.iter_mut().zip(second).enumerate() {
+        *sum = add_tokens(format_args!("{argument} (sequence {b})"), *sum, second)?;
+    }
+    Ok(sums)
 }
 
 /// Checks the keys [B, T, Hkv, Dk] of runs of tokens and returns (B, T).
@@ -39,6 +48,9 @@ pub(crate) fn check_map(
     }
     problem.check_same(before.0)?;
     check_batch("before", before.1.len(), batch)?;
+    for (b, &before) in before.1.iter().enumerate() {
+        add_tokens(format_args!("k (sequence {b})"), before, tokens as u64)?;
+    }
     Ok((batch, tokens))
 }
 
@@ -74,7 +86,7 @@ impl MapTokens<'_> {
     pub fn check_followed_by(&self, second: &MapTokens<'_>) -> Result<()> {
         self.problem.check_same(second.problem)?;
         check_batch("second", second.tokens.len(), self.tokens.len())?;
-        let after = self.before.iter().zip(self.tokens).map(|(a, b)| a + b);
+        let after = sum_tokens("first", self.before, self.tokens)?;
         check_follows("second", after, second.before)
     }
 
@@ -89,22 +101,23 @@ impl MapTokens<'_> {
             }
         }
         check_follows("map", counters.iter().map(|c| c.committed), self.before)?;
-        let after = |(c, tokens): (&Counters, &u64)| Counters {
-            tokens: c.tokens + tokens,
-            committed: c.committed + tokens,
-            ..*c
-        };
-        alloc::collected(counters.iter().zip(self.tokens).map(after), "the counters of a state")
+        let mut after = alloc::copied(counters, "the counters of a state")?;
+        for (b, (c, &tokens)) in after.iter_mut().zip(self.tokens).enumerate() {
+            let argument = format_args!("map (sequence {b})");
+            c.tokens = add_tokens(argument, c.tokens, tokens)?;
+            c.committed = add_tokens(argument, c.committed, tokens)?;
+        }
+        Ok(after)
     }
 }
 
 /// A map may only follow the number of tokens it was made for.
 fn check_follows(
     argument: &'static str,
-    found: impl Iterator<Item = u64>,
+    found: impl IntoIterator<Item = u64>,
     made_for: &[u64],
 ) -> Result<()> {
-    for (b, (found, made_for)) in found.zip(made_for).enumerate() {
+    for (b, (found, made_for)) in found.into_iter().zip(made_for).enumerate() {
         if found != *made_for {
             return Err(Error::value(
                 format!("{argument} (sequence {b})"),

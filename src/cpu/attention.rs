@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::call::Call;
-use super::matmul::{Into, Mat, matmul};
+use super::matmul::{Into, Mat, matmul, matmul_scaled};
 use super::segment::SCRATCH;
 use super::simd;
 use super::simd::Running;
@@ -210,9 +210,9 @@ impl<T: Element> Call<'_, T> {
     fn retrieve(&self, rows: usize, segment: Segment<'_>, x: &mut Scratch) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         let q = &mut x.q[..rows * dk];
-        simd::retrieval_weights(q, segment.z, self.problem.denominator());
-        let m = Mat::rows(segment.m, dk, dv, dv);
-        matmul(&mut x.mem[..rows * dv], Into::Store, Mat::rows(q, rows, dk, dk), m);
+        let unit = simd::retrieval_weights(q, segment.z, self.problem.denominator());
+        let (q, m) = (Mat::rows(q, rows, dk, dk), Mat::rows(segment.m, dk, dv, dv));
+        matmul_scaled(&mut x.mem[..rows * dv], Into::Store, unit, q, m);
     }
 
     /// Normalises, gates and writes the rows of a tile.
@@ -222,12 +222,14 @@ impl<T: Element> Call<'_, T> {
         for ((row, t, h), (o, mem)) in tile.each().zip(rows) {
             let (b, token) = (piece.seq.batch, piece.seq.first + t);
             let (out, run) = (&self.outputs, x.running[row]);
-            let mut normalise = if run.sum == 0.0 { 0.0 } else { 1.0 / run.sum };
+            // A row sees at least its own key: a sum of 0 is of scores that are −∞, and gives NaN.
+            let mut normalise = 1.0 / run.sum;
             // SAFETY: inside the shapes `check_outputs` compared; every (sequence, token, head) is
             // written by exactly one task.
             unsafe {
                 if let Some(lse) = &out.lse {
-                    lse.part([b, 0, h], token..token + 1)[0] = run.max + run.sum.ln();
+                    let sum = if run.sum == 0.0 { f32::NAN } else { run.sum };
+                    lse.part([b, 0, h], token..token + 1)[0] = run.max + sum.ln();
                 }
                 if let Some(a_dot) = &out.a_dot {
                     simd::scale(o, std::mem::replace(&mut normalise, 1.0));

@@ -11,7 +11,7 @@ use super::pool::Pool;
 use super::segment::{CHUNK, SCRATCH, Scratch};
 use super::{segment, simd};
 use crate::alloc;
-use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
+use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, sum_tokens};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
@@ -55,16 +55,16 @@ impl KeySums {
     ///
     /// # Errors
     /// [`Error::Problem`](crate::Error::Problem) or [`Error::Length`](crate::Error::Length) when
-    /// they belong to different problems or batches.
+    /// they belong to different problems or batches, [`Error::Value`](crate::Error::Value) for more
+    /// than 2^62 tokens.
     pub fn add(&self, other: &KeySums) -> Result<KeySums> {
         self.problem.check_same(&other.problem)?;
         check_batch("other", other.tokens.len(), self.tokens.len())?;
         let sums = self.sums.iter().zip(&other.sums).map(|(a, b)| a + b);
-        let tokens = self.tokens.iter().zip(&other.tokens).map(|(a, b)| a + b);
         Ok(KeySums {
             problem: self.problem,
             sums: alloc::collected(sums, KEY_SUMS)?,
-            tokens: alloc::collected(tokens, KEY_SUMS)?,
+            tokens: sum_tokens("other", &self.tokens, &other.tokens)?,
         })
     }
 

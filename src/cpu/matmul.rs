@@ -38,6 +38,11 @@ pub(crate) enum Into {
 
 /// dst ← a·b, dst + a·b or dst − a·b; dst is row-major without gaps.
 pub(crate) fn matmul(dst: &mut [f32], mode: Into, a: Mat<'_>, b: Mat<'_>) {
+    matmul_scaled(dst, mode, 1.0, a, b);
+}
+
+/// [`matmul`] of `factor`·a·b.
+pub(crate) fn matmul_scaled(dst: &mut [f32], mode: Into, factor: f32, a: Mat<'_>, b: Mat<'_>) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner extents");
     assert!(m * n <= dst.len(), "destination bounds");
@@ -47,7 +52,7 @@ pub(crate) fn matmul(dst: &mut [f32], mode: Into, a: Mat<'_>, b: Mat<'_>) {
     if m * n * k == 0 {
         return;
     }
-    let beta = if mode == Into::Subtract { -1.0 } else { 1.0 };
+    let beta = if mode == Into::Subtract { -factor } else { factor };
     let [ar, ac, br, bc] = [a.row, a.col, b.row, b.col].map(|s| s as isize);
     // SAFETY: all three matrices lie inside their slices (`Mat::rows`, the assertion above), and
     // `dst` is a unique borrow.

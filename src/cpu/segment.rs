@@ -2,7 +2,7 @@
 //!
 //! Keys are σ-mapped in chunks of [`CHUNK`] tokens, so that scratch does not grow with N.
 
-use super::matmul::{Into, Mat, matmul};
+use super::matmul::{Into, Mat, matmul, matmul_scaled};
 use super::simd;
 use crate::alloc;
 use crate::call::form::Piece;
@@ -118,17 +118,18 @@ pub(crate) fn transition(
     let dk = p.key_dim();
     g.fill(0.0);
     chunks(p, tokens, x, |_, n, x| {
-        weigh(p, n, z, &x.k, &mut x.w);
+        let unit = weigh(p, n, z, &x.k, &mut x.w);
         simd::feature_map(&mut x.k[..n * dk]);
-        matmul(g, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
+        let (k, w) = (Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
+        matmul_scaled(g, Into::Add, unit, k, w);
     });
 }
 
-/// w ← the retrieval weights of the first `n` keys in k.
-fn weigh(p: &Problem, n: usize, z: &[f32], k: &[f32], w: &mut [f32]) {
+/// w ← the retrieval weights of the first `n` keys in k, in the unit returned.
+fn weigh(p: &Problem, n: usize, z: &[f32], k: &[f32], w: &mut [f32]) -> f32 {
     let w = &mut w[..n * p.key_dim()];
     w.copy_from_slice(&k[..n * p.key_dim()]);
-    simd::retrieval_weights(w, z, p.denominator());
+    simd::retrieval_weights(w, z, p.denominator())
 }
 
 /// A buffer with the room of `new` comes to hold it.
@@ -155,9 +156,9 @@ pub(crate) fn commit(
     chunks(p, tokens, x, |first, n, x| {
         load_values(p, tokens, first, n, &mut x.v);
         if delta {
-            weigh(p, n, &x.z, &x.k, &mut x.w);
-            let v = &mut x.v[..n * dv];
-            matmul(v, Into::Subtract, Mat::rows(&x.w, n, dk, dk), Mat::rows(&x.m, dk, dv, dv));
+            let unit = weigh(p, n, &x.z, &x.k, &mut x.w);
+            let (w, m) = (Mat::rows(&x.w, n, dk, dk), Mat::rows(&x.m, dk, dv, dv));
+            matmul_scaled(&mut x.v[..n * dv], Into::Subtract, unit, w, m);
         }
         simd::feature_map(&mut x.k[..n * dk]);
         simd::add_rows(&x.k[..n * dk], z);

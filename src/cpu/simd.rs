@@ -81,6 +81,34 @@ fn max(row: &[f32]) -> f32 {
     rest.iter().copied().fold(fold(acc, pick), pick)
 }
 
+/// From where on z is huge, and the unit that its weights then have.
+const HUGE: f32 = 7.9e28; // 2⁹⁶
+const HUGE_UNIT: f32 = 2.328_306_4e-10; // 2⁻³²
+
+/// 1 / denominator, or 0 where that is so small that its reciprocal would be no f32. NaN where it is
+/// infinite: z left f32, and what was written is lost.
+#[inline(always)]
+fn reciprocal(den: f64) -> f64 {
+    if den.abs() < f64::from(f32::MIN_POSITIVE) {
+        0.0
+    } else if den.is_infinite() {
+        f64::NAN
+    } else {
+        1.0 / den
+    }
+}
+
+/// [`retrieval_weights`] of one row of σ(x) whose product with z leaves f32, or may.
+#[cold]
+fn weigh_wide(row: &mut [f32], z: &[f32], policy: Denominator, unit: f32) {
+    let wide = || row.iter().zip(z).map(|(&x, &z)| f64::from(x) * f64::from(z));
+    let factor = reciprocal(policy.of(wide().sum())) / f64::from(unit);
+    let weights = row.iter_mut().zip(z);
+    weights.for_each(|(x, z)| {
+        *x = if *z == 0.0 { 0.0 } else { (f64::from(*x) * factor) as f32 };
+    });
+}
+
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((ac, ar), (bc, br)) = (chunked(a), chunked(b));
@@ -171,9 +199,11 @@ pub(crate) fn add_rows(x: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Turns every row x (as long as `z`) into its retrieval weights σ(x) / σ(x)·z, so that the
-/// retrieval is one product with M.
-pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) {
+/// Turns every row x (as long as `z`) into its retrieval weights σ(x) / σ(x)·z over the unit of z,
+/// so that the retrieval is one product with M, times that unit, which is returned.
+pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) -> f32 {
+    // Where z is huge the weights, of the order of 1 / z, would leave f32's normal numbers.
+    let unit = if max(z) < HUGE { 1.0 } else { HUGE_UNIT };
     for row in x.chunks_exact_mut(z.len()) {
         // Exact is invariant to the row's scale: shifted so that nothing underflows.
         let top = max(row);
@@ -181,10 +211,17 @@ pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) {
         // A row of −∞ only: weightless, as in the limit of ever smaller channels.
         let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
         row.iter_mut().for_each(|x| *x = sigma(*x - shift));
-        let factor = policy.reciprocal(dot(row, z));
-        // Where z = 0 the memory holds nothing, but the weight may overflow, and ∞ · 0 is NaN.
-        row.iter_mut().zip(z).for_each(|(x, z)| *x = if *z == 0.0 { 0.0 } else { *x * factor });
+        let sum = dot(row, z);
+        let factor = reciprocal(policy.of(sum.into()));
+        if unit == 1.0 && sum.is_finite() {
+            let factor = factor as f32;
+            // Where z = 0 the memory holds nothing, but the weight may overflow, and ∞ · 0 is NaN.
+            row.iter_mut().zip(z).for_each(|(x, z)| *x = if *z == 0.0 { 0.0 } else { *x * factor });
+        } else {
+            weigh_wide(row, z, policy, unit);
+        }
     }
+    unit
 }
 
 /// x ← x · factor.

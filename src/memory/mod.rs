@@ -5,12 +5,28 @@ pub(crate) mod heads;
 mod io;
 mod parts;
 
+use std::fmt::Display;
+
 use blocks::KeyBlocks;
 
 use crate::alloc;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
 use crate::tensor::TensorView;
+
+/// Most tokens that a stream may have seen: positions stay inside i64.
+const MAX_TOKENS: u64 = 1 << 62;
+
+/// Tokens of a stream, a run or their sums after `added` more.
+///
+/// # Errors
+/// [`Error::Value`] naming `argument` beyond [`MAX_TOKENS`].
+pub(crate) fn add_tokens(argument: impl Display, tokens: u64, added: u64) -> Result<u64> {
+    tokens.checked_add(added).filter(|&sum| sum <= MAX_TOKENS).ok_or_else(|| {
+        let expected = format!("at most {MAX_TOKENS} in all");
+        Error::value(argument.to_string(), format!("{added} tokens after {tokens}"), expected)
+    })
+}
 
 /// Counters of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,12 +1,9 @@
 //! A state put together from parts that come from outside: the caller's arrays, or a file.
 
-use super::{Counters, OpenSegments, State, too_large};
+use super::{Counters, MAX_TOKENS, OpenSegments, State, too_large};
 use crate::alloc;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
-
-/// Most tokens a stream may have seen: positions stay inside i64, with room for any call.
-const MAX_TOKENS: u64 = 1 << 62;
 
 impl Counters {
     /// Refuses counters that no sequence of calls leads to.

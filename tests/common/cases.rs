@@ -69,14 +69,14 @@ pub enum Gate {
     Of(&'static [f32]),
 }
 
-/// Distribution of the inputs: N(0, 1) times `scale`, plus a shift each for q, k and v.
+/// Distribution of the inputs: N(0, 1) times a scale plus a shift, each for q, k and v.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Values {
-    pub scale: f32,
+    pub scale: [f32; 3],
     pub shift: [f32; 3],
 }
 
-pub const NORMAL: Values = Values { scale: 1.0, shift: [0.0; 3] };
+pub const NORMAL: Values = Values { scale: [1.0; 3], shift: [0.0; 3] };
 
 /// (Dk, Dv) that the table covers.
 pub const DIMS: [(usize, usize); 10] = [
@@ -469,7 +469,7 @@ fn values() -> Vec<Case> {
             for dtype in DTYPES {
                 let mut case = Case::base(format!("values {name} {update} {dtype}"))
                     .with(|b| b.update(update).dtype(dtype));
-                case.values = Values { scale, shift };
+                case.values = Values { scale: [scale; 3], shift };
                 case.calls = vec![vec![50], vec![4]];
                 out.push(case);
             }

@@ -505,8 +505,8 @@ fn stream<T: Element>(case: &Case, sequence: usize) -> Stream<T> {
     let values = case.values;
     let seed = case.seed * 16 + sequence as u64;
     Stream::from_fn(&case.problem, case.tokens(sequence), seed, |which, x| {
-        let shift = values.shift["qkv".find(which).expect("one of q, k, v")];
-        values.scale * x + shift
+        let i = "qkv".find(which).expect("one of q, k, v");
+        values.scale[i] * x + values.shift[i]
     })
 }
 

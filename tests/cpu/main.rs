@@ -9,6 +9,8 @@ mod errors;
 mod extremes;
 mod fuzz;
 mod harness;
+mod limits;
+mod magnitudes;
 mod maps;
 mod merge;
 mod mistakes;

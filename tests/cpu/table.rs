@@ -3,7 +3,7 @@
 use crate::common::backend::Cpu;
 use crate::common::cases::{Case, cases};
 use crate::common::driver::{Summary, run_cases};
-use crate::common::extremes::extremes;
+use crate::common::extremes::{extremes, magnitudes};
 use infini_attn::DType;
 
 fn run(backend: Cpu, wanted: impl Fn(&Case) -> bool) -> Summary {
@@ -39,7 +39,8 @@ fn decode_runs_the_table_in_short_calls() {
 
 #[test]
 fn beyond_the_table() {
-    let cases = [DType::F32, DType::BF16].map(|dtype| extremes((dtype, 64, 64))).concat();
+    let cases = |dtype| [&extremes((dtype, 64, 64))[..], &magnitudes((dtype, 64, 64))].concat();
+    let cases = [DType::F32, DType::BF16].map(cases).concat();
     let summary = run_cases(&Cpu::Prefill, &cases).finish("prefill beyond the table");
     assert_eq!(summary.ran, cases.len());
 }

@@ -20,7 +20,7 @@ use bytemuck::Zeroable;
 use super::merge::add_up;
 use super::phases::{Arrays, Phases, Run, Splits};
 use super::prefill::PrefillOptions;
-use crate::call::maps::{MapTokens, check_batch, check_keys, check_map};
+use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, sum_tokens};
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Operand, Requirement};
 use crate::cuda::plan::allocation::{Allocation, PART_ALIGN};
@@ -187,7 +187,7 @@ pub fn plan_add_key_sums(
 ) -> Result<(Plan, KeySumsMirror)> {
     first.problem.check_same(&second.problem)?;
     check_batch("other", second.tokens.len(), first.tokens.len())?;
-    let tokens = first.tokens.iter().zip(&second.tokens).map(|(a, b)| a + b).collect();
+    let tokens = sum_tokens("other", &first.tokens, &second.tokens)?;
     let sums = KeySumsMirror { problem: first.problem, tokens };
     let mut plan = Plan::stateless(format!("add key sums; {}", shapes(&first.problem)));
     let mut workspace = Allocation::new(Operand::Workspace);
@@ -328,7 +328,7 @@ pub fn plan_compose(
     second: &SegmentMapMirror,
 ) -> Result<(Plan, SegmentMapMirror)> {
     first.run().check_followed_by(&second.run())?;
-    let tokens = first.tokens.iter().zip(&second.tokens).map(|(a, b)| a + b).collect();
+    let tokens = sum_tokens("second", &first.tokens, &second.tokens)?;
     let map = SegmentMapMirror { tokens, ..first.clone() };
     let p = &map.problem;
     let title = format!("compose {} maps; {}", map.tokens.len(), shapes(p));

@@ -6,7 +6,7 @@ use super::layout::StateLayout;
 use crate::call::check::check_continued;
 use crate::call::form::{Sequence, pieces};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, check_slots};
+use crate::memory::{Counters, add_tokens, check_slots};
 use crate::problem::Problem;
 
 /// The host's copy of a state's counters: what plans are made from. [`Self::advance`] keeps it in
@@ -82,9 +82,9 @@ impl Mirror {
     ///
     /// # Errors
     /// Nothing changes then. [`Error::Problem`] or [`Error::Length`] for a plan of another state;
-    /// [`Error::Value`] when positions continued from the state leave the rotation tables, or when
-    /// the plan runs once and the state has moved since it was made; [`Error::RotationChanged`];
-    /// [`Error::Unfinished`] after [`Self::break_off`].
+    /// [`Error::Value`] when positions continued from the state leave the rotation tables, when a
+    /// stream would pass 2^62 tokens, or when the plan runs once and the state has moved since it was
+    /// made; [`Error::RotationChanged`]; [`Error::Unfinished`] after [`Self::break_off`].
     pub fn advance(&mut self, plan: &Plan) -> Result<()> {
         self.counters = self.after(plan, None)?;
         if let Effect::Reset(slots) = &plan.effect {
@@ -187,12 +187,13 @@ impl Mirror {
         }
         let slots = table.unwrap_or(&tokens.sequences).iter().map(|(slot, _)| *slot);
         self.check_finished(slots)?;
-        let sequences: Vec<_> = (table.unwrap_or(&tokens.sequences).iter())
-            .map(|&(slot, len)| {
-                let position = counters[slot].tokens as usize;
-                Sequence { slot, batch: 0, first: 0, len, position }
+        let sequences: Vec<_> = (table.unwrap_or(&tokens.sequences).iter().enumerate())
+            .map(|(b, &(slot, len))| {
+                let seen = counters[slot].tokens;
+                add_tokens(format_args!("q (sequence {b})"), seen, len as u64)?;
+                Ok(Sequence { slot, batch: 0, first: 0, len, position: seen as usize })
             })
-            .collect();
+            .collect::<Result<_>>()?;
         for s in sequences.iter().filter(|s| s.len > 0) {
             counters[s.slot].check_rotation(s.slot, tokens.rotation.is_some())?;
         }

@@ -24,7 +24,6 @@ pub(crate) fn problem_params(p: &Problem) -> InfiniProblem {
         Denominator::Clamp(epsilon) => (INFINI_DENOMINATOR_CLAMP, epsilon),
         Denominator::Add(epsilon) => (INFINI_DENOMINATOR_ADD, epsilon),
     };
-    // The kernels multiply masked scores, −∞, by it.
     let scale_log2 = (p.scale().abs() * std::f64::consts::LOG2_E) as f32;
     InfiniProblem {
         key_dim: p.key_dim() as i32,
@@ -37,7 +36,8 @@ pub(crate) fn problem_params(p: &Problem) -> InfiniProblem {
         bypass: (p.empty_memory() == EmptyMemory::Bypass).into(),
         denominator: denominator as i32,
         epsilon,
-        scale_log2: scale_log2.clamp(1e-30, f32::MAX),
+        // The kernels multiply masked scores, −∞, by it: not 0, but what no finite score notices.
+        scale_log2: scale_log2.max(f32::from_bits(1)),
         negative: (p.scale() < 0.0).into(),
     }
 }

@@ -4,7 +4,7 @@ use crate::common::backend::entry::Entry;
 use crate::common::backend::simulated::Simulated;
 use crate::common::cases::Case;
 use crate::common::driver::{Summary, run_cases};
-use crate::common::extremes::{extremes, long_segments, short_segments};
+use crate::common::extremes::{extremes, long_segments, magnitudes, short_segments};
 use crate::common::simulator::Simulator;
 use crate::common::tensor_cases::{Shape, every_level, every_nth, full, pairwise, work};
 use infini_attn::cuda::params::{INFINI_STATUS_LENGTH, InfiniCounters};
@@ -79,6 +79,16 @@ fn beyond_the_table() {
         run_on(arch, Entry::Prefill, cases.clone());
         run_on(arch, Entry::Segment, cases.into_iter().map(Case::within_segments).collect());
     }
+}
+
+#[test]
+fn magnitudes_beyond_f32() {
+    let cases = magnitudes((DType::BF16, 64, 64));
+    for arch in [Arch::Sm80, Arch::Sm90] {
+        run_on(arch, Entry::Prefill, cases.clone());
+        run_on(arch, Entry::Segment, cases.iter().cloned().map(Case::within_segments).collect());
+    }
+    run(Entry::Decode, short(cases));
 }
 
 /// One in `nth` of the pairwise cases at the smaller dimensions, without the longest; at the largest,
