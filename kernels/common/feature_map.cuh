@@ -27,7 +27,7 @@ struct RowScale {
 __device__ __forceinline__ RowScale row_scale(float top) {
   // A row of -inf alone is weightless, as in the limit of ever smaller channels.
   return {top == -INFINITY ? 0.0f : fminf(top, 0.0f),
-          top < 0x1p16f ? 1.0f : unit_scale<0>(top) * 0x1p16f};
+          top < 0x1p16f ? 1.0f : snapshot_scale(top) * 0x1p16f};
 }
 
 // Whether a row's product with z, for z is huge, calls for another scale: one that suffices.
@@ -127,7 +127,7 @@ __device__ __forceinline__ float normaliser_scale(const float* z) {
   float top = 0.0f;
 #pragma unroll
   for (int i = threadIdx.x % 32; i < Dk; i += 32) top = fmaxf(top, fabsf(z[i]));
-  return unit_scale<126>(lanes_max<32>(top));
+  return snapshot_scale(lanes_max<32>(top));
 }
 
 // The channels of z at a chunk; z [Columns] lies in shared memory in the order of z_channel.

@@ -380,10 +380,7 @@ impl WithType for Snapshots<'_> {
                 let max = m.chunks_exact(dv).flat_map(|row| &row[32 * block..][..32]);
                 let max = max.fold(0.0f32, |max, x| max.max(x.abs()));
                 let good = match max > 0.0 && max.is_finite() {
-                    true => {
-                        let fits = (1.0..2.0).contains(&(max * s));
-                        s.log2().fract() == 0.0 && (fits || s == 64f32.exp2() && max * s < 1.0)
-                    }
+                    true => s.log2().fract() == 0.0 && (1.0..2.0).contains(&(max * s)),
                     false => s == 1.0,
                 };
                 if !good {
