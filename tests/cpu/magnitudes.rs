@@ -79,7 +79,9 @@ impl WithType for Sized<'_> {
             for start in (0..TOKENS).step_by(chunk) {
                 let part = stream.slice(start..(start + chunk).min(TOKENS));
                 let out = run_entry(entry, part.tokens, &part.inputs(), &GATE, &mut model.0);
-                (o.extend(out.o), a_dot.extend(out.a_dot), a_mem.extend(out.a_mem));
+                o.extend(out.o);
+                a_dot.extend(out.a_dot);
+                a_mem.extend(out.a_mem);
                 for (all, part) in lse.iter_mut().zip(out.lse.chunks(part.tokens)) {
                     all.extend_from_slice(part);
                 }
