@@ -163,9 +163,9 @@ __device__ __forceinline__ Chunk map_chunk(const Tile& tile, const float* z, int
 }
 
 // σ of every row of a tile, in place and rounded; rows from `end` on become 0. `each(row, den,
-// first)` gets the denominator of the rounded row in all lanes of the row, in the unit by which z was
-// multiplied, `first` true in one of them. `Threads` threads take part, from the block's first on; the caller synchronises before and
-// after.
+// first)` gets the denominator of the rounded row in all lanes of the row, in the unit by which z
+// was multiplied, `first` true in one of them. `Threads` threads take part, from the block's first
+// on; the caller synchronises before and after.
 template <int Threads, class Tile, class Each>
 __device__ __forceinline__ void map_keys(const InfiniProblem& p, const Tile& tile, const float* z,
                                          float unit, int end, Each each) {
@@ -183,7 +183,8 @@ __device__ __forceinline__ void map_keys(const InfiniProblem& p, const Tile& til
   }
 }
 
-// The same of queries, of scaled rows. (Keys are written, and not scaled.) `each` returns whether the row counts: one that does not becomes 0.
+// The same of queries, of scaled rows. (Keys are written, and not scaled.) `each` returns whether
+// the row counts: one that does not becomes 0.
 template <int Threads, class Tile, class Each>
 __device__ __forceinline__ void map_queries(const InfiniProblem& p, const Tile& tile,
                                             const float* z, int end, Each each) {

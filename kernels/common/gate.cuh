@@ -37,9 +37,9 @@ __device__ __forceinline__ float log_sum_exp(float top, float total) {
 }
 
 // Both branches in the registers of one output, O <- f O, O += sigma(Q) snapshot, O <- e O: e of a
-// row, where `weight` is its gate over the denominator. f = share / e. Where the memory weighs so little that f would
-// take O out of f32, whose largest magnitude is `top`, e is raised to `least`: what that adds is
-// below rounding.
+// row, where `weight` is its gate over the denominator. f = share / e. Where the memory weighs so
+// little that f would take O, whose largest magnitude is `top`, out of f32, e is raised to `least`:
+// what that adds is below rounding.
 __device__ __forceinline__ float least_share(float share, float top) {
   return share * (0x1p-120f * fmaxf(top, 0x1p-5f));
 }

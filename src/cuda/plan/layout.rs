@@ -88,7 +88,8 @@ impl StateLayout {
         self.rotation
     }
 
-    /// Bytes of the allocation ([`Problem::state_bytes`] is that of the host); its address must be a multiple of 256.
+    /// Bytes of the allocation ([`Problem::state_bytes`] is that of the host); its address must be a
+    /// multiple of 256.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
