@@ -173,7 +173,7 @@ impl<'py> Memory<'py> {
             Some(data) if !empty => data,
             // Nothing to point to: producers may give null, which a view must not hold.
             _ if empty => NonNull::<u128>::dangling().cast(),
-            _ => return Err(PyBufferError::new_err(format!("{argument}: no memory given"))),
+            _ => return Err(PyBufferError::new_err("it has no memory")),
         };
         Ok(Self {
             argument: argument.to_owned(),

@@ -5,7 +5,9 @@ use std::fmt::Display;
 use std::io::ErrorKind;
 
 use infini_attn::Error;
-use pyo3::exceptions::{PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{
+    PyException, PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError,
+};
 use pyo3::prelude::*;
 
 /// The core's error as an exception.
@@ -73,12 +75,45 @@ pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
 ) -> PyResult<T> {
     object.extract().map_err(|e: T::Error| {
         let e: PyErr = e.into();
+        if !replaceable(&e, object.py()) {
+            return e;
+        }
         match (e.is_instance_of::<PyOverflowError>(object.py()), object.repr()) {
-            (true, Ok(repr)) => value(argument, repr, format_args!("{expected} of 64 bits")),
+            (true, repr) => {
+                // Python prints no integer of more than some thousand digits.
+                let got = repr.map_or("a huge number".into(), |repr| repr.to_string());
+                value(argument, got, format_args!("{expected} of 64 bits"))
+            }
             _ => match object.get_type().fully_qualified_name() {
                 Ok(class) => wrong_type(argument, class, expected),
                 Err(e) => e,
             },
         }
     })
+}
+
+/// The items of a list or another collection, each taken by `item` with its name. The length that the
+/// collection claims only tells it from an iterator, which may have no end: nothing is reserved by it.
+pub fn items<'py, T>(
+    argument: &str,
+    object: &Bound<'py, PyAny>,
+    item: impl Fn(&str, &Bound<'py, PyAny>) -> PyResult<T>,
+) -> PyResult<Vec<T>> {
+    let iterator = object.len().and_then(|_| object.try_iter()).map_err(|e| {
+        match (replaceable(&e, object.py()), object.get_type().fully_qualified_name()) {
+            (true, Ok(class)) => wrong_type(argument, class, "a list"),
+            _ => e,
+        }
+    })?;
+    let mut items = Vec::new();
+    for (i, object) in iterator.enumerate() {
+        items.push(item(&format!("{argument}[{i}]"), &object?)?);
+    }
+    Ok(items)
+}
+
+/// Whether an error of the argument's own code is one of the argument: an interrupt is not, and must
+/// reach the caller as it is.
+pub fn replaceable(e: &PyErr, py: Python<'_>) -> bool {
+    e.is_instance_of::<PyException>(py)
 }

@@ -28,15 +28,12 @@ use crate::{error, threads};
 #[pyo3(signature = (a_dot, lse, *, return_lse = false))]
 pub fn merge_partials<'py>(
     py: Python<'py>,
-    a_dot: Vec<Bound<'py, PyAny>>,
-    lse: Vec<Bound<'py, PyAny>>,
+    a_dot: &Bound<'py, PyAny>,
+    lse: &Bound<'py, PyAny>,
     return_lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let borrow = |name: &str, list: &[Bound<'py, PyAny>]| -> PyResult<Vec<(Kind, Memory<'py>)>> {
-        let one = |(i, object)| tensor::borrow(&format!("{name}[{i}]"), object);
-        list.iter().enumerate().map(one).collect()
-    };
-    let (a_dot, lse) = (borrow("a_dot", &a_dot)?, borrow("lse", &lse)?);
+    let a_dot = error::items("a_dot", a_dot, tensor::borrow)?;
+    let lse = error::items("lse", lse, tensor::borrow)?;
     let Some((kind, first)) = a_dot.first() else {
         return Err(error::value("a_dot", "an empty list", "at least one partial result"));
     };
@@ -73,7 +70,10 @@ fn merge_typed<'py, T: Element + Scalar>(
 ///
 /// Finished delta-rule memories do not add (ValueError): see segment_map and compose.
 #[pyfunction]
-pub fn merge_memories(py: Python<'_>, states: Vec<Bound<'_, State>>) -> PyResult<State> {
+pub fn merge_memories(py: Python<'_>, states: &Bound<'_, PyAny>) -> PyResult<State> {
+    let states: Vec<Bound<'_, State>> = error::items("states", states, |name, state| {
+        error::typed(name, state, "an infini_attn.State")
+    })?;
     let guards = states.iter().map(|s| s.get().read()).collect::<PyResult<Vec<_>>>()?;
     let states: Vec<_> = guards.iter().map(|g| &**g).collect();
     threads::run(py, || infini_attn::merge_memories(&states)).map(State::new)

@@ -88,20 +88,24 @@ fn parse<T>(argument: &str, name: &Bound<'_, PyAny>) -> PyResult<T>
 where
     T: FromStr<Err = infini_attn::Error>,
 {
-    let name: String = error::typed(argument, name, "a string")?;
-    name.parse().map_err(error::python)
+    let name: Bound<'_, PyString> = error::typed(argument, name, "a string")?;
+    // Lossy: half a surrogate pair is in no name, but the string should be shown.
+    name.to_string_lossy().parse().map_err(error::python)
 }
 
 fn denominator(policy: &Bound<'_, PyAny>) -> PyResult<Denominator> {
     const EXPECTED: &str = r#""exact", ("clamp", eps) or ("add", eps)"#;
-    if let Ok((name, eps)) = policy.extract::<(String, f32)>() {
-        match name.as_str() {
+    match policy.extract::<(String, f32)>() {
+        Ok((name, eps)) => match name.as_str() {
             "clamp" => return Ok(Denominator::Clamp(eps)),
             "add" => return Ok(Denominator::Add(eps)),
             _ => {}
+        },
+        Err(e) if !error::replaceable(&e, policy.py()) => return Err(e),
+        Err(_) if policy.extract::<&str>().is_ok_and(|name| name == "exact") => {
+            return Ok(Denominator::Exact);
         }
-    } else if policy.extract::<&str>().is_ok_and(|name| name == "exact") {
-        return Ok(Denominator::Exact);
+        Err(_) => {}
     }
     Err(error::value("denominator", policy.repr()?, EXPECTED))
 }

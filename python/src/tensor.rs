@@ -4,7 +4,7 @@
 use std::fmt::Display;
 
 use infini_attn::TensorView;
-use pyo3::exceptions::{PyBufferError, PyMemoryError};
+use pyo3::exceptions::{PyBufferError, PyMemoryError, PyRuntimeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -110,18 +110,28 @@ fn admit<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Bou
 /// The memory of an argument, and its kind.
 pub fn borrow<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Memory<'py>)> {
     let (kind, object) = admit(argument, object)?;
-    match Memory::borrow(argument, &object) {
-        Ok(memory) => Ok((kind, memory)),
-        // What DLPack cannot describe: the element type, the byte order or the layout.
-        Err(e) if e.is_instance_of::<PyBufferError>(object.py()) => {
+    lend(argument, kind, &object, "f32, f16 or bf16").map(|memory| (kind, memory))
+}
+
+/// The memory of what was admitted; where it cannot be shared, `expected` is what errors ask for.
+fn lend<'py>(
+    argument: &str,
+    kind: Kind,
+    object: &Bound<'py, PyAny>,
+    expected: &str,
+) -> PyResult<Memory<'py>> {
+    match Memory::borrow(argument, object) {
+        // What DLPack cannot describe: the element type, the byte order or the layout. PyTorch's nested
+        // tensors say so by RuntimeError.
+        Err(e)
+            if e.is_instance_of::<PyBufferError>(object.py())
+                || e.is_instance_of::<PyRuntimeError>(object.py()) =>
+        {
             let reason = e.value(object.py());
-            Err(error::wrong_type(
-                argument,
-                format!("{kind} that cannot be shared ({reason})"),
-                "f32, f16 or bf16",
-            ))
+            let got = format!("{kind} that cannot be shared ({reason})");
+            Err(error::wrong_type(argument, got, expected))
         }
-        Err(e) => Err(e),
+        other => other,
     }
 }
 
@@ -254,6 +264,18 @@ pub fn floats(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
     elements(memory.view()?)
 }
 
+/// Why an argument is no array, `e` being what NumPy says.
+fn not_an_array(argument: &str, object: &Bound<'_, PyAny>, e: PyErr, expected: &str) -> PyErr {
+    let py = object.py();
+    if e.is_instance_of::<PyMemoryError>(py) {
+        return PyMemoryError::new_err(format!("{argument}: no memory for a copy as an array"));
+    }
+    match (error::replaceable(&e, py), object.get_type().fully_qualified_name()) {
+        (true, Ok(class)) => error::wrong_type(argument, format_args!("{class} ({e})"), expected),
+        _ => e,
+    }
+}
+
 /// A small argument as a NumPy array of `dtype`, if it is of one of the `kinds` (`dtype.kind`).
 fn to_numpy<'py>(
     argument: &str,
@@ -265,7 +287,10 @@ fn to_numpy<'py>(
     let py = object.py();
     let mut object = object.clone();
     if is_torch(&object)? {
-        object = admit(argument, &object)?.1;
+        let (kind, admitted) = admit(argument, &object)?;
+        // Of a tensor whose storage was freed NumPy makes an array of what lies anywhere.
+        lend(argument, kind, &admitted, expected)?;
+        object = admitted;
         let torch_dtype = object.getattr("dtype")?;
         if kinds == "f" && torch_dtype.getattr("is_floating_point")?.is_truthy()? {
             // NumPy has no bfloat16.
@@ -274,7 +299,7 @@ fn to_numpy<'py>(
     }
     let array = numpy(py)?
         .call_method1("asarray", (&object,))
-        .map_err(|e| error::wrong_type(argument, e.value(py), expected))?;
+        .map_err(|e| not_an_array(argument, &object, e, expected))?;
     let kind: String = array.getattr("dtype")?.getattr("kind")?.extract()?;
     // An empty list has no type of its own.
     if !kinds.contains(&kind) && array.getattr("size")?.extract::<usize>()? > 0 {

@@ -17,6 +17,14 @@ def attend(q=Q, k=K, v=V, beta=BETA, **options):
 
 
 STATE = attend(segment_len=8)[1]
+
+
+def freed(dtype, *shape):
+    tensor = torch.ones(shape, dtype=dtype)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 CONJUGATE = torch.complex(Q, Q).conj().imag
 
 OPERATOR = [
@@ -38,6 +46,12 @@ OPERATOR = [
     (ValueError, "k: device meta given, cpu", dict(k=K.to("meta"))),
     (ValueError, "beta: device meta given, cpu", dict(beta=BETA.to("meta"))),
     (ValueError, "q: a tensor with the negative bit given", dict(q=CONJUGATE)),
+    # Storage that was freed, as sharded training does with parameters: NumPy would make an array of
+    # what lies anywhere.
+    (TypeError, r"q: a PyTorch tensor .*no memory\) given", dict(q=freed(torch.float32, 2, 20, 4, 8))),
+    (TypeError, r"beta: a PyTorch tensor .*no memory\) given, floating-point", dict(beta=freed(torch.float32, 4))),
+    (TypeError, r"beta: a PyTorch tensor .*no memory\) given, floating-point", dict(beta=freed(torch.bfloat16, 4))),
+    (TypeError, r"seq_lens: a PyTorch tensor .*no memory\) given, integers", dict(seq_lens=freed(torch.int64, 2))),
     # Shapes and strides.
     (ValueError, r"q: shape \[20, 4, 8\] given, rank 4", dict(q=Q[0])),
     (ValueError, r"q: shape \[\] given, rank 4", dict(q=torch.tensor(1.0))),
@@ -61,7 +75,9 @@ OPERATOR = [
     (ValueError, "segment_len: 0 given, 1 to", dict(segment_len=0)),
     (ValueError, "segment_len: -5 given, at least 1", dict(segment_len=-5)),
     (ValueError, f"segment_len: {2**80} given, an integer of 64 bits", dict(segment_len=2**80)),
+    (ValueError, "segment_len: a huge number given, an integer of 64 bits", dict(segment_len=10**5000)),
     (TypeError, "segment_len: float given, an integer", dict(segment_len=16.0)),
+    (ValueError, "update: \ufffd+ given, linear or delta", dict(update="\ud800")),
     (ValueError, "update: sum given, linear or delta", dict(update="sum")),
     (TypeError, "update: int given, a string", dict(update=1)),
     (ValueError, "scale: NaN given, a finite number", dict(scale=float("nan"))),
@@ -165,6 +181,13 @@ OTHERS = [
     (ValueError, r"tokens\[0\]: -3 given, at least 0", lambda: State.from_arrays(M, Z, [-3])),
     (ValueError, r"committed\[0\]: 9 given", lambda: State.from_arrays(M, Z, [8], [9])),
     (ValueError, "a divisor of heads = 3", lambda: State.from_arrays(M, Z, [0], heads=3)),
+    (MemoryError, "slots: no memory for a copy", lambda: STATE.fork(range(2**45))),
+    # A length that is only claimed.
+    (TypeError, r"a_dot\[0\]: int given, a NumPy array", lambda: merge_partials(range(2**60), [LSE])),
+    (TypeError, r"lse\[0\]: int given, a NumPy array", lambda: merge_partials([Q], range(2**60))),
+    (TypeError, r"states\[0\]: int given, an infini_attn.State", lambda: merge_memories(range(2**60))),
+    (TypeError, "states: list_iterator given, a list", lambda: merge_memories(iter([STATE]))),
+    (TypeError, r"states\[1\]: NoneType given", lambda: merge_memories([STATE, None])),
     (ValueError, "a_dot: an empty list given", lambda: merge_partials([], [])),
     (ValueError, "lse: 1 elements given, 2", lambda: merge_partials([Q, Q], [LSE])),
     (ValueError, "lse.*shape", lambda: merge_partials([Q], [LSE[:, 1:]])),
@@ -194,3 +217,37 @@ OTHERS = [
 def test_the_rest_refuses(exception, message, call):
     with pytest.raises(exception, match=message):
         call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_by_name():
+    with pytest.raises(TypeError, match="q: a PyTorch tensor .*Nested.* given"):
+        attend(q=torch.nested.nested_tensor([Q[0], Q[1]]))
+
+
+class Interrupted:
+    """Ctrl-C while a call asks an argument for its value."""
+
+    def __index__(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    __array__ = __float__ = __fspath__ = __index__
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: attend(segment_len=x), lambda x: attend(scale=x), lambda x: attend(denominator=("add", x)),
+    lambda x: attend(beta=x), lambda x: attend(seq_lens=x), lambda x: STATE.fork(x), lambda x: STATE.save(x),
+    lambda x: set_num_threads(x),
+])
+def test_an_interrupt_stays_one(call):
+    with pytest.raises(KeyboardInterrupt):
+        call(Interrupted())
+
+
+def test_an_interrupt_stays_one_while_a_list_is_asked_for():
+    class States(list):
+        def __len__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_memories(States())
