@@ -23,8 +23,10 @@ PROGRAM = pathlib.Path(__file__).with_name("fuzz.py")
 def fuzz(folder):
     """The fuzzer in a process of its own, which a crash ends and memory is measured in."""
     command = [sys.executable, PROGRAM, str(SEED), "0", str(COUNT), folder]
+    # Python's traceback says more than Rust's.
+    options = dict(env={**os.environ, "RUST_BACKTRACE": "0"}, timeout=120 + COUNT // 50)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120 + COUNT // 50)
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         status, words = done.returncode, done.stderr
     except subprocess.TimeoutExpired:
         status, words = "none: it takes too long", ""
