@@ -1,7 +1,7 @@
 //! The operator on typed tensors: what the CPU functions are for the host, argument by argument.
 //!
 //! Every argument is checked before anything is enqueued, with the CPU functions' errors. A call
-//! goes to the stream of its state's [`Device`](super::Device) and returns when it is enqueued. A
+//! goes to the stream of its state's [`Device`] and returns when it is enqueued. A
 //! call into a graph is recorded by [`record_decode`] or, for anything else, by the plans themselves.
 
 use cudarc::driver::{DevicePtr, DeviceRepr};
