@@ -34,7 +34,7 @@ FAULTS = {
     "sm80/clear_padding.cu": {"  if (token >= ": "  if (p.sequences.tokens > 0) return;\n"},
     "sm90/segment_transition.cu": {
         "#include": "#define INFINI_WAIT_POLLS 40\n",
-        "    map_tile(problem, ring.valid());":
+        "    map_tile(shrink, ring.valid());":
             "    ptx::mbarrier_wait_parity(ring.full(0), 1);\n"},
 }
 
