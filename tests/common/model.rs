@@ -69,6 +69,30 @@ pub enum Entry {
     Decode,
 }
 
+/// A stream of one sequence through an entry, `chunk` tokens at a time: the outputs of all calls together.
+pub fn run_in_chunks<T: Element>(
+    entry: Entry,
+    chunk: usize,
+    stream: &Stream<T>,
+    gate: &[f32],
+    state: &mut State,
+) -> Output {
+    let mut all = Output { o: vec![], a_dot: vec![], a_mem: vec![], lse: vec![] };
+    let mut lse = vec![vec![]; stream.problem.heads()];
+    for start in (0..stream.tokens).step_by(chunk) {
+        let part = stream.slice(start..(start + chunk).min(stream.tokens));
+        let out = run_entry(entry, part.tokens, &part.inputs(), gate, state);
+        all.o.extend(out.o);
+        all.a_dot.extend(out.a_dot);
+        all.a_mem.extend(out.a_mem);
+        for (all, part) in lse.iter_mut().zip(out.lse.chunks(part.tokens)) {
+            all.extend_from_slice(part);
+        }
+    }
+    all.lse = lse.concat();
+    all
+}
+
 /// A batch of one of `tokens` tokens through an entry, with every output asked for.
 pub fn run_entry<T: Element>(
     entry: Entry,

@@ -2,7 +2,7 @@
 
 use crate::common::buffers::{Arrangement, Asked, OutputBuffers};
 use crate::common::metric::{log_rms, relative_rms};
-use crate::common::model::{Entry, Fast, Model, Oracle, run_entry};
+use crate::common::model::{Entry, Fast, Model, Oracle, run_entry, run_in_chunks};
 use crate::common::stream::Stream;
 use crate::common::tolerance::{STATE_TOLERANCE, output_tolerance};
 use crate::common::{WithType, bits, scalar, widen, with_type};
@@ -31,31 +31,20 @@ fn assert_as_reference<T: Element>(what: &str, stream: &Stream<T>) {
     let shape = [stream.tokens, p.heads(), p.value_dim()];
     for (entry, chunk) in [(Entry::Prefill, stream.tokens), (Entry::Decode, 5)] {
         let mut model = Fast::new(p);
-        let [mut o, mut a_dot, mut a_mem] = [vec![], vec![], vec![]];
-        let mut lse = vec![vec![]; p.heads()];
-        for start in (0..stream.tokens).step_by(chunk) {
-            let part = stream.slice(start..(start + chunk).min(stream.tokens));
-            let out = run_entry(entry, part.tokens, &part.inputs(), &GATE, &mut model.0);
-            o.extend(out.o);
-            a_dot.extend(out.a_dot);
-            a_mem.extend(out.a_mem);
-            for (all, part) in lse.iter_mut().zip(out.lse.chunks(part.tokens)) {
-                all.extend_from_slice(part);
-            }
-        }
+        let got = run_in_chunks(entry, chunk, stream, &GATE, &mut model.0);
         let tolerance = output_tolerance(p.dtype());
         let check = |name: &str, got: &[f64], want: &[f64], shape: &[usize], tolerance| {
             let label = format!("{what}, {entry:?}, {} {}: {name}", p.dtype(), p.update());
             relative_rms(&label, got, want, shape, tolerance).unwrap_or_else(|e| panic!("{e}"));
         };
-        check("o", &o, &want.o, &shape, tolerance);
-        check("a_dot", &a_dot, &want.a_dot, &shape, tolerance);
-        check("a_mem", &a_mem, &want.a_mem, &shape, tolerance);
+        check("o", &got.o, &want.o, &shape, tolerance);
+        check("a_dot", &got.a_dot, &want.a_dot, &shape, tolerance);
+        check("a_mem", &got.a_mem, &want.a_mem, &shape, tolerance);
         let memory = [p.kv_heads(), p.key_dim(), p.value_dim()];
         check("M", &model.memory(), &oracle.memory(), &memory, STATE_TOLERANCE);
         check("z", &model.normalizer(), &oracle.normalizer(), &memory[..2], STATE_TOLERANCE);
         let shape = [p.heads(), stream.tokens];
-        log_rms(what, &lse.concat(), &want.lse, &shape, STATE_TOLERANCE)
+        log_rms(what, &got.lse, &want.lse, &shape, STATE_TOLERANCE)
             .unwrap_or_else(|e| panic!("{e}"));
     }
 }

@@ -2,7 +2,7 @@
 //! the way left f32; it is never finite and wrong.
 
 use crate::common::cases::RULES;
-use crate::common::model::{Entry, Fast, Model, Oracle, run_entry};
+use crate::common::model::{Entry, Fast, Model, Oracle, run_entry, run_in_chunks};
 use crate::common::stream::Stream;
 use crate::common::tolerance::{STATE_TOLERANCE, output_tolerance};
 use crate::common::{WithType, with_type};
@@ -74,18 +74,7 @@ impl WithType for Sized<'_> {
         let want = oracle.run(&stream, &GATE);
         for (entry, chunk) in [(Entry::Prefill, TOKENS), (Entry::Decode, 5)] {
             let mut model = Fast::new(p);
-            let [mut o, mut a_dot, mut a_mem] = [vec![], vec![], vec![]];
-            let mut lse = vec![vec![]; p.heads()];
-            for start in (0..TOKENS).step_by(chunk) {
-                let part = stream.slice(start..(start + chunk).min(TOKENS));
-                let out = run_entry(entry, part.tokens, &part.inputs(), &GATE, &mut model.0);
-                o.extend(out.o);
-                a_dot.extend(out.a_dot);
-                a_mem.extend(out.a_mem);
-                for (all, part) in lse.iter_mut().zip(out.lse.chunks(part.tokens)) {
-                    all.extend_from_slice(part);
-                }
-            }
+            let got = run_in_chunks(entry, chunk, &stream, &GATE, &mut model.0);
             let smallest = if p.dtype() == DType::F32 { 1e-44 } else { 1e-40 };
             let outputs = (output_tolerance(p.dtype()), smallest);
             let check = |name: &str, got: &[f64], want: &[f64], width, tolerance, right| {
@@ -96,10 +85,10 @@ impl WithType for Sized<'_> {
             let (right, state) = (self.right, (STATE_TOLERANCE, 1e-44));
             check("z", &model.normalizer(), &oracle.normalizer(), 1, state, right.memory);
             check("M", &model.memory(), &oracle.memory(), 1, state, right.memory);
-            check("a_mem", &a_mem, &want.a_mem, 8, outputs, right.memory);
-            check("lse", &lse.concat(), &want.lse, 1, state, right.local);
-            check("a_dot", &a_dot, &want.a_dot, 8, outputs, right.local);
-            check("o", &o, &want.o, 8, outputs, right.outputs);
+            check("a_mem", &got.a_mem, &want.a_mem, 8, outputs, right.memory);
+            check("lse", &got.lse, &want.lse, 1, state, right.local);
+            check("a_dot", &got.a_dot, &want.a_dot, 8, outputs, right.local);
+            check("o", &got.o, &want.o, 8, outputs, right.outputs);
         }
     }
 }

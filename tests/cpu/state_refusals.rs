@@ -6,6 +6,7 @@ use infini_attn::{DType, Error, Problem, State, Update};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView as Stored};
 
+use crate::fuzz::targets::state_file::NAMES;
 use crate::state_io::{assert_same, problem, varied};
 
 fn refused(bytes: &[u8]) -> String {
@@ -55,18 +56,6 @@ struct Parts {
     description: String,
     tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
 }
-
-const NAMES: [&str; 9] = [
-    "memory",
-    "normalizer",
-    "tokens",
-    "committed",
-    "open_len",
-    "rotated",
-    "open_keys",
-    "open_values",
-    "open_keys_rotated",
-];
 
 impl Parts {
     fn of(state: &State) -> Self {

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 const NAMES: &[&str] =
     if cfg!(windows) { &["cuda.dll", "nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
-/// What the crate calls, itself or through cudarc. (A test in the simulator's driver compares.)
+/// What the crate calls, itself or through cudarc (tests/cuda/device/refusals.rs compares).
 pub(super) const FUNCTIONS: &[&str] = &[
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",

@@ -82,7 +82,7 @@ pub(super) fn stream(
 ) -> std::result::Result<State, Fault> {
     let (header, crc) = read_header(&mut input)?;
     accept(&header.problem)?;
-    let mut data = Vec::new();
+    let mut data = alloc::reserved(&[header.data_len()], "the tensors of a state file")?;
     input.take((header.data_len() as u64).saturating_add(1)).read_to_end(&mut data)?;
     check_len(&header, data.len() as u64)?;
     Tensors { input: Cursor::new(data), start: 0, header, sums: Default::default() }.state(crc)
@@ -212,7 +212,7 @@ impl<R: Read + Seek> Tensors<R> {
         self.read(Tensor::OpenLen, |input| {
             counts(all, |c, n| c.open_len = usize::try_from(n).unwrap_or(usize::MAX), input)
         })?;
-        let mut rotated = Vec::new();
+        let mut rotated = alloc::reserved(&[slots], format!("counters of {slots} slots"))?;
         self.read(Tensor::Rotated, |input| input.read_to_end(&mut rotated).map(drop))?;
 
         for (slot, (c, &rotated)) in counters.iter_mut().zip(&rotated).enumerate() {

@@ -74,19 +74,21 @@ fn step<T: infini_attn::Element>(state: &mut State) {
     _ = prefill(&p, &inputs, &gate, state, outputs);
 }
 
+/// Tensors of a state file, in the order of the checksum.
+pub const NAMES: [&str; 9] = [
+    "memory",
+    "normalizer",
+    "tokens",
+    "committed",
+    "open_len",
+    "rotated",
+    "open_keys",
+    "open_values",
+    "open_keys_rotated",
+];
+
 /// The same file with the checksum that it should have; none for what is no such file.
 pub fn right_checksum(bytes: &[u8]) -> Option<Vec<u8>> {
-    const NAMES: [&str; 9] = [
-        "memory",
-        "normalizer",
-        "tokens",
-        "committed",
-        "open_len",
-        "rotated",
-        "open_keys",
-        "open_values",
-        "open_keys_rotated",
-    ];
     let (length, rest) = bytes.split_first_chunk::<8>()?;
     let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
     let (header, data) = rest.split_at_checked(length)?;
