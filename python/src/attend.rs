@@ -8,7 +8,7 @@ use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::problem::Policies;
 use crate::state::State;
 use crate::tensor::{self, Kind};
-use crate::{error, threads};
+use crate::{error, rope, threads};
 
 /// One call's arguments, their memory borrowed.
 pub struct Arguments<'py> {
@@ -37,7 +37,7 @@ pub struct Tokens<'a, 'py> {
 impl<'py> Arguments<'py> {
     pub fn new([q, k, v, beta]: Tensors<'_, 'py>, tokens: Tokens<'_, 'py>) -> PyResult<Self> {
         let (kind, q) = tensor::borrow("q", q)?;
-        let [b, t, _, _] = q.extents("[B, T, Hq, Dk]")?;
+        let [b, t, heads, key_dim] = q.extents("[B, T, Hq, Dk]")?;
         let same_kind = |argument, object| {
             let (got, memory) = tensor::borrow(argument, object)?;
             tensor::check_kind(argument, got, "q", kind)?;
@@ -50,18 +50,14 @@ impl<'py> Arguments<'py> {
         if tokens.rope.is_none() && tokens.positions.is_some() {
             return Err(error::value("positions", "without rope", "rope=(cos, sin) with them"));
         }
-        let rope = tokens.rope.map(|tables| -> PyResult<_> {
-            let (cos, sin): (Bound<'py, PyAny>, Bound<'py, PyAny>) =
-                error::typed("rope", tables, "a tuple (cos, sin)")?;
-            Ok((tensor::borrow("rope.cos", &cos)?.1, tensor::borrow("rope.sin", &sin)?.1))
-        });
+        let rope = tokens.rope.map(|tables| rope::tables(tables, [b, t, key_dim])).transpose()?;
         Ok(Self {
             kind,
             k,
             v,
-            beta: tensor::floats("beta", beta)?,
+            beta: gate(beta, heads)?,
             seq_lens: tokens.seq_lens.map(seq_lens).transpose()?,
-            rope: rope.transpose()?,
+            rope,
             positions: tokens.positions.map(|p| positions(p, b, t)).transpose()?,
             interleaved: tokens.interleaved,
             q,
@@ -111,6 +107,20 @@ impl<'py> Arguments<'py> {
     }
 }
 
+/// The gate's logits, one per head: as many numbers along one dimension, or one for all heads.
+fn gate(object: &Bound<'_, PyAny>, heads: usize) -> PyResult<Vec<f32>> {
+    let (shape, logits) = tensor::floats("beta", object)?;
+    let mut longer = shape.iter().filter(|&&extent| extent != 1);
+    match (longer.next(), longer.next()) {
+        (None, _) => tensor::collect(std::iter::repeat_n(logits[0], heads)),
+        (Some(&extent), None) if extent == heads => Ok(logits),
+        _ => {
+            let expected = format_args!("[Hq] = [{heads}], extents of 1 besides, or one number");
+            Err(error::shape("beta", &shape, expected))
+        }
+    }
+}
+
 fn seq_lens(object: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
     let (shape, lens) = tensor::integers("seq_lens", object)?;
     if shape.len() != 1 {
@@ -125,7 +135,7 @@ fn positions(object: &Bound<'_, PyAny>, b: usize, t: usize) -> PyResult<Vec<i64>
         let expected = format_args!("[T] = [{t}] or [B, T] = [{b}, {t}]");
         return Err(error::shape("positions", &shape, expected));
     }
-    Ok(positions)
+    tensor::narrow("positions", positions, "an integer of 64 bits")
 }
 
 /// The arrays of one call's results: `out`, and what is asked for.

@@ -9,6 +9,7 @@ use pyo3::exceptions::{
     PyException, PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 /// The core's error as an exception.
 pub fn python(error: Error) -> PyErr {
@@ -67,12 +68,15 @@ pub fn shape(argument: &str, got: &[usize], expected: impl Display) -> PyErr {
     value(argument, format_args!("shape {got:?}"), expected)
 }
 
-/// A scalar argument as a Rust value, or an error that names it.
+/// A scalar argument as a Rust value, or an error that names it. True and False are no numbers.
 pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
     argument: &str,
     object: &'a Bound<'py, PyAny>,
     expected: &str,
 ) -> PyResult<T> {
+    if object.is_instance_of::<PyBool>() {
+        return Err(wrong_type(argument, "bool", expected));
+    }
     object.extract().map_err(|e: T::Error| {
         let e: PyErr = e.into();
         if !replaceable(&e, object.py()) {

@@ -7,9 +7,11 @@ mod error;
 mod merge;
 mod problem;
 mod reference;
+mod rope;
 mod state;
 mod tensor;
 mod threads;
+mod torch;
 
 use pyo3::prelude::*;
 

@@ -58,7 +58,10 @@ pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
 /// All slots, or those given.
 fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
     let Some(given) = given else { return tensor::collect(0..sequences) };
-    let (_, slots) = tensor::integers("slots", given)?;
+    let (shape, slots) = tensor::integers("slots", given)?;
+    if shape.len() > 1 {
+        return Err(error::shape("slots", &shape, "one slot or a list [n]"));
+    }
     tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }
 
