@@ -13,8 +13,8 @@ use std::fmt::Display;
 use std::ptr::{NonNull, null_mut};
 
 use dlpack_ffi::{
-    DLDataType, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned, DLPACK_FLAG_BITMASK_READ_ONLY,
-    DLPackExchangeAPI, DLTensor,
+    DLDataType, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned,
+    DLPACK_FLAG_BITMASK_READ_ONLY, DLPackExchangeAPI, DLTensor,
 };
 use half::{bf16, f16};
 use infini_attn::{MAX_RANK, TensorView, TensorViewMut};
@@ -315,7 +315,8 @@ pub struct Exchange(ExportFn);
 impl Exchange {
     /// That of a class, if it has a table of this version.
     pub fn of(class: &Bound<'_, PyAny>) -> Option<Self> {
-        let table = class.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
+        let table =
+            class.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
         let table = table.pointer_checked(Some(c"dlpack_exchange_api")).ok()?;
         let mut table: *const DLPackExchangeAPI = table.as_ptr().cast();
         // SAFETY: the capsule's name promises the table, or null at the end of the chain of older ones;
@@ -367,7 +368,8 @@ unsafe fn versioned(
 fn layout(raw: &DLTensor) -> (Vec<usize>, Vec<i64>) {
     let rank = usize::try_from(raw.ndim).unwrap_or(0);
     // SAFETY: shape and strides hold one entry per dimension; shape may be null only at rank 0.
-    let list = |ptr: *mut i64| unsafe { std::slice::from_raw_parts(ptr.cast_const(), rank) }.to_vec();
+    let list =
+        |ptr: *mut i64| unsafe { std::slice::from_raw_parts(ptr.cast_const(), rank) }.to_vec();
     if rank == 0 {
         return (vec![], vec![]);
     }

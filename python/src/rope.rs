@@ -56,9 +56,8 @@ fn conversion(
         return Ok(None);
     }
     let (cos_rows, sin_rows) = (tensor::as_f32(cos)?, tensor::as_f32(sin)?);
-    let all = |twice: fn(&[f32]) -> bool| {
-        cos_rows.chunks(width).chain(sin_rows.chunks(width)).all(twice)
-    };
+    let all =
+        |twice: fn(&[f32]) -> bool| cos_rows.chunks(width).chain(sin_rows.chunks(width)).all(twice);
     let (columns, interleaved) = if all(|row| row[..row.len() / 2] == row[row.len() / 2..]) {
         (format!(":{}", width / 2), "")
     } else if all(|row| row.chunks(2).all(|pair| pair[0] == pair[1])) {
@@ -73,7 +72,8 @@ fn conversion(
         _ => ".astype('float32')",
     };
     let table = |name| format!("{name}[{select}, {columns}]{flat}{converted}");
-    let positions = if positions.is_empty() { positions } else { format!(", positions={positions}") };
+    let positions =
+        if positions.is_empty() { positions } else { format!(", positions={positions}") };
     let (cos, sin) = (table("cos"), table("sin"));
     Ok(Some(format!("rope=({cos}, {sin}){positions}{interleaved}")))
 }

@@ -120,12 +120,7 @@ fn lend<'py>(
 }
 
 /// Why the memory of a NumPy array cannot be had, `e` being what NumPy says.
-fn why_not(
-    argument: &str,
-    array: &Bound<'_, PyAny>,
-    e: &PyErr,
-    expected: &str,
-) -> PyResult<PyErr> {
+fn why_not(argument: &str, array: &Bound<'_, PyAny>, e: &PyErr, expected: &str) -> PyResult<PyErr> {
     let size: i64 = array.getattr("itemsize")?.extract()?;
     let strides = array.getattr("strides")?;
     if size > 0 && strides.extract::<Vec<i64>>()?.iter().any(|bytes| bytes % size != 0) {

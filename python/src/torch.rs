@@ -143,8 +143,7 @@ impl Torch {
     }
 
     fn has_tangent(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let unpacked =
-            self.forward_ad.bind(tensor.py()).call_method1("unpack_dual", (tensor,))?;
+        let unpacked = self.forward_ad.bind(tensor.py()).call_method1("unpack_dual", (tensor,))?;
         Ok(!unpacked.getattr("tangent")?.is_none())
     }
 

@@ -3,7 +3,7 @@
 pub(crate) mod blocks;
 pub(crate) mod heads;
 mod io;
-mod parts;
+pub(crate) mod parts;
 
 use std::fmt::Display;
 
