@@ -1,10 +1,12 @@
 //! Errors as Python sees them: ValueError, TypeError or OSError that name the argument, what was given
 //! and what is accepted; MemoryError that says what for.
 
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::io::ErrorKind;
 
 use infini_attn::Error;
+use pyo3::Borrowed;
 use pyo3::exceptions::{
     PyException, PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError,
 };
@@ -94,6 +96,31 @@ pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
             },
         }
     })
+}
+
+/// A flag as given, if it was: only where its name is known can it be refused by it.
+pub struct Flag<'py>(Option<Bound<'py, PyAny>>);
+
+impl<'py> FromPyObject<'_, 'py> for Flag<'py> {
+    type Error = Infallible;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> Result<Self, Infallible> {
+        Ok(Self(Some(object.to_owned())))
+    }
+}
+
+impl Flag<'_> {
+    /// What a signature says by False or True.
+    pub const DEFAULT: Self = Self(None);
+
+    /// True or False, NumPy's as well.
+    pub fn or(self, default: bool, argument: &str) -> PyResult<bool> {
+        let Some(flag) = self.0 else { return Ok(default) };
+        match (flag.extract(), flag.get_type().fully_qualified_name()) {
+            (Ok(flag), _) => Ok(flag),
+            (Err(_), class) => Err(wrong_type(argument, class?, "True or False")),
+        }
+    }
 }
 
 /// The items of a list or another collection, each taken by `item` with its name. The length that the

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use crate::dlpack::{Memory, Scalar, by_dtype};
+use crate::error::Flag;
 use crate::problem::{Problem, extent};
 use crate::state::State;
 use crate::tensor::{self, Kind};
@@ -26,13 +27,17 @@ use crate::{error, threads};
 /// out, or (out, lse)
 ///     Of the inputs' kind; `out` in their dtype, lse in float32.
 #[pyfunction]
-#[pyo3(signature = (a_dot, lse, *, return_lse = false))]
+#[pyo3(
+    signature = (a_dot, lse, *, return_lse = Flag::DEFAULT),
+    text_signature = "(a_dot, lse, *, return_lse=False)"
+)]
 pub fn merge_partials<'py>(
     py: Python<'py>,
     a_dot: &Bound<'py, PyAny>,
     lse: &Bound<'py, PyAny>,
-    return_lse: bool,
+    return_lse: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let return_lse = return_lse.or(false, "return_lse")?;
     let a_dot = error::items("a_dot", a_dot, tensor::borrow)?;
     let lse = error::items("lse", lse, tensor::borrow)?;
     let Some((kind, first)) = a_dot.first() else {
@@ -409,13 +414,17 @@ pub fn compose(py: Python<'_>, first: &SegmentMap, second: &SegmentMap) -> PyRes
 /// The state after the run of `map`, as if its tokens had been attended and flushed. `state` holds
 /// no open segment; it stays as it is unless inplace=True.
 #[pyfunction]
-#[pyo3(signature = (map, state, *, inplace = false))]
+#[pyo3(
+    signature = (map, state, *, inplace = Flag::DEFAULT),
+    text_signature = "(map, state, *, inplace=False)"
+)]
 pub fn apply<'py>(
     py: Python<'py>,
     map: &SegmentMap,
     state: &Bound<'py, State>,
-    inplace: bool,
+    inplace: Flag<'py>,
 ) -> PyResult<Bound<'py, State>> {
+    let inplace = inplace.or(false, "inplace")?;
     let state = State::to_advance(state, inplace)?;
     let mut guard = state.get().write()?;
     let target = &mut *guard;

@@ -6,7 +6,7 @@ use infini_attn::{DType, Denominator, Error, ProblemBuilder};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple};
 
-use crate::error;
+use crate::error::{self, Flag};
 
 /// What is to be computed: heads, dimensions, segment length and policies, validated once.
 ///
@@ -216,8 +216,16 @@ impl Problem {
 
     /// Bytes of a State of that many sequences, before it is made; rotation=True with the rotated keys
     /// that calls with rope add to it.
-    #[pyo3(signature = (sequences = None, *, rotation = false))]
-    fn state_bytes(&self, sequences: Option<&Bound<'_, PyAny>>, rotation: bool) -> PyResult<u64> {
+    #[pyo3(
+    signature = (sequences = None, *, rotation = Flag::DEFAULT),
+    text_signature = "($self, sequences=None, *, rotation=False)"
+)]
+    fn state_bytes(
+        &self,
+        sequences: Option<&Bound<'_, PyAny>>,
+        rotation: Flag<'_>,
+    ) -> PyResult<u64> {
+        let rotation = rotation.or(false, "rotation")?;
         let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
         self.0.state_bytes(sequences, rotation).map_err(error::python)
     }

@@ -26,6 +26,8 @@ pub struct Torch {
     transforms: Option<Py<PyAny>>,
 }
 
+const IN_MEMORY: &str = "a tensor whose elements are in memory";
+
 /// PyTorch, if the program has imported it.
 pub fn loaded(py: Python<'_>) -> PyResult<Option<&Torch>> {
     static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
@@ -84,6 +86,9 @@ impl Torch {
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = tensor.py();
         self.check_eager(argument, py)?;
+        if !self.is_plain(tensor) && tensor.hasattr(intern!(py, "fake_mode"))? {
+            return Err(error::wrong_type(argument, "a FakeTensor", IN_MEMORY));
+        }
         // A lazily negated tensor (the imaginary part of a conjugate) does not hold its values.
         if tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
             let got = "a tensor with the negative bit";
@@ -164,10 +169,9 @@ impl Torch {
             Err(e) => Err(e),
         };
         let refuse = |got: &str, wanted: &str| Ok(error::wrong_type(argument, got, wanted));
-        let memory = "a tensor whose elements are in memory";
         if !self.is_plain(tensor) {
             let class = tensor.get_type().fully_qualified_name()?;
-            return refuse(&class.to_string(), memory);
+            return refuse(&class.to_string(), IN_MEMORY);
         }
         if is("is_nested")? {
             return refuse("a nested tensor", "a padded tensor (tensor.to_padded_tensor)");
@@ -194,12 +198,12 @@ impl Torch {
         };
         for name in ["is_batchedtensor", "is_gradtrackingtensor", "is_functionaltensor"] {
             if wrapped(name).unwrap_or(false) {
-                return refuse("a tensor that a transform of torch.func has left", memory);
+                return refuse("a tensor that a transform of torch.func has left", IN_MEMORY);
             }
         }
         let freed = tensor.call_method0("untyped_storage")?.call_method0("nbytes")?;
         if !freed.is_truthy()? {
-            return refuse("a tensor whose memory was freed", memory);
+            return refuse("a tensor whose memory was freed", IN_MEMORY);
         }
         let dtype = tensor.getattr("dtype")?;
         Ok(error::dtype(argument, format_args!("{dtype} ({})", e.value(py)), expected))
