@@ -7,11 +7,12 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::dlpack::{Memory, Scalar, by_dtype};
+use crate::error::Flag;
 use crate::problem::Policies;
 use crate::state::State;
 use crate::tensor::{self, Kind};
 use crate::threads::{Computed, Lane};
-use crate::{error, threads};
+use crate::{error, rope, threads};
 
 /// One call's arguments, their memory borrowed.
 pub struct Arguments<'py> {
@@ -40,7 +41,7 @@ pub struct Tokens<'a, 'py> {
 impl<'py> Arguments<'py> {
     pub fn new([q, k, v, beta]: Tensors<'_, 'py>, tokens: Tokens<'_, 'py>) -> PyResult<Self> {
         let (kind, q) = tensor::borrow("q", q)?;
-        let [b, t, _, _] = q.extents("[B, T, Hq, Dk]")?;
+        let [b, t, heads, key_dim] = q.extents("[B, T, Hq, Dk]")?;
         let same_kind = |argument, object| {
             let (got, memory) = tensor::borrow(argument, object)?;
             tensor::check_kind(argument, got, "q", kind)?;
@@ -53,18 +54,14 @@ impl<'py> Arguments<'py> {
         if tokens.rope.is_none() && tokens.positions.is_some() {
             return Err(error::value("positions", "without rope", "rope=(cos, sin) with them"));
         }
-        let rope = tokens.rope.map(|tables| -> PyResult<_> {
-            let (cos, sin): (Bound<'py, PyAny>, Bound<'py, PyAny>) =
-                error::typed("rope", tables, "a tuple (cos, sin)")?;
-            Ok((tensor::borrow("rope.cos", &cos)?.1, tensor::borrow("rope.sin", &sin)?.1))
-        });
+        let rope = tokens.rope.map(|tables| rope::tables(tables, [b, t, key_dim])).transpose()?;
         Ok(Self {
             kind,
             k,
             v,
-            beta: tensor::floats("beta", beta)?,
+            beta: gate(beta, heads)?,
             seq_lens: tokens.seq_lens.map(seq_lens).transpose()?,
-            rope: rope.transpose()?,
+            rope,
             positions: tokens.positions.map(|p| positions(p, b, t)).transpose()?,
             interleaved: tokens.interleaved,
             q,
@@ -123,6 +120,20 @@ impl<'py> Arguments<'py> {
     }
 }
 
+/// The gate's logits, one per head: as many numbers along one dimension, or one for all heads.
+fn gate(object: &Bound<'_, PyAny>, heads: usize) -> PyResult<Vec<f32>> {
+    let (shape, logits) = tensor::floats("beta", object)?;
+    let mut longer = shape.iter().filter(|&&extent| extent != 1);
+    match (longer.next(), longer.next()) {
+        (None, _) => tensor::collect(std::iter::repeat_n(logits[0], heads)),
+        (Some(&extent), None) if extent == heads => Ok(logits),
+        _ => {
+            let expected = format_args!("[Hq] = [{heads}], extents of 1 besides, or one number");
+            Err(error::shape("beta", &shape, expected))
+        }
+    }
+}
+
 fn seq_lens(object: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
     let (shape, lens) = tensor::integers("seq_lens", object)?;
     if shape.len() != 1 {
@@ -137,7 +148,7 @@ fn positions(object: &Bound<'_, PyAny>, b: usize, t: usize) -> PyResult<Vec<i64>
         let expected = format_args!("[T] = [{t}] or [B, T] = [{b}, {t}]");
         return Err(error::shape("positions", &shape, expected));
     }
-    Ok(positions)
+    tensor::narrow("positions", positions, "an integer of 64 bits")
 }
 
 /// The arrays of one call's results: `out`, and what is asked for.
@@ -221,7 +232,10 @@ impl<'py> Results<'py> {
 ///
 /// Other Python threads run while it computes; they must not write to the inputs meanwhile.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = false, inplace = false, return_state = true, return_lse = false, return_parts = false))]
+#[pyo3(
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, seq_lens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, return_state=True, return_lse=False, return_parts=False)"
+)]
 #[allow(clippy::too_many_arguments)]
 pub fn infini_attention<'py>(
     py: Python<'py>,
@@ -238,12 +252,17 @@ pub fn infini_attention<'py>(
     seq_lens: Option<&Bound<'py, PyAny>>,
     rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
-    rope_interleaved: bool,
-    inplace: bool,
-    return_state: bool,
-    return_lse: bool,
-    return_parts: bool,
+    rope_interleaved: Flag<'py>,
+    inplace: Flag<'py>,
+    return_state: Flag<'py>,
+    return_lse: Flag<'py>,
+    return_parts: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let rope_interleaved = rope_interleaved.or(false, "rope_interleaved")?;
+    let inplace = inplace.or(false, "inplace")?;
+    let return_state = return_state.or(true, "return_state")?;
+    let return_lse = return_lse.or(false, "return_lse")?;
+    let return_parts = return_parts.or(false, "return_parts")?;
     let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };

@@ -2,29 +2,33 @@
 //!
 //! A capsule from `__dlpack__` is borrowed, never consumed: it keeps its name, so its own
 //! destructor hands the memory back to the producer when [`Memory`], which holds the only reference
-//! to it, is dropped.
+//! to it, is dropped. PyTorch hands out the same structure by a table of C functions ([`Exchange`]),
+//! in a tenth of the time.
+//!
+//! The structures are those of `dlpack-ffi`. The crate `dlpark` has more, but consumes capsules, takes
+//! `__dlpack__` and the table in an order of its own and brings its own errors.
 
 use std::ffi::c_void;
 use std::fmt::Display;
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 
+use dlpack_ffi::{
+    DLDataType, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned,
+    DLPACK_FLAG_BITMASK_READ_ONLY, DLPackExchangeAPI, DLTensor,
+};
 use half::{bf16, f16};
 use infini_attn::{MAX_RANK, TensorView, TensorViewMut};
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyCapsule};
 
 use crate::error;
 
-/// `DLDevice` of dlpack.h.
-#[repr(C)]
-struct Device {
-    kind: i32,
-    index: i32,
-}
+/// The major version of the structures that is read here.
+const MAJOR: u32 = 1;
 
 /// `DLDataType` of dlpack.h.
-#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DataType {
     code: u8,
@@ -32,36 +36,17 @@ pub struct DataType {
     lanes: u16,
 }
 
-/// `DLTensor` of dlpack.h, which is also how `DLManagedTensor` begins.
-#[repr(C)]
-struct RawTensor {
-    data: *mut c_void,
-    device: Device,
-    rank: i32,
-    dtype: DataType,
-    /// Extents, one per dimension.
-    shape: *const i64,
-    /// Strides in elements, one per dimension; null when row-major.
-    strides: *const i64,
-    /// From `data` to element (0, …, 0).
-    byte_offset: u64,
+impl From<DLDataType> for DataType {
+    fn from(raw: DLDataType) -> Self {
+        Self { code: raw.code, bits: raw.bits, lanes: raw.lanes }
+    }
 }
 
-/// `DLManagedTensorVersioned` of dlpack.h, major version 1.
-#[repr(C)]
-struct Versioned {
-    major: u32,
-    minor: u32,
-    manager: *mut c_void,
-    deleter: *mut c_void,
-    flags: u64,
-    tensor: RawTensor,
+/// Whether memory of a kind of device is read as the processor's own.
+pub fn in_host_memory(device: u32) -> bool {
+    let host = [DLDeviceType::kDLCPU, DLDeviceType::kDLCUDAHost, DLDeviceType::kDLROCMHost];
+    host.contains(&DLDeviceType(device))
 }
-
-/// `kDLCPU`.
-const CPU: i32 = 1;
-/// `DLPACK_FLAG_BITMASK_READ_ONLY`.
-const READ_ONLY: u64 = 1;
 
 /// An element type that can be read from or written to Python's memory.
 ///
@@ -75,7 +60,7 @@ pub unsafe trait Scalar: Copy + 'static {
 
 macro_rules! scalars {
     ($($type:ty: $name:literal, $code:literal, $bits:literal;)+) => {$(
-        // SAFETY: kDLInt is 0, kDLFloat 2, kDLBfloat 4; plain numbers.
+        // SAFETY: kDLInt is 0, kDLUInt 1, kDLFloat 2, kDLBfloat 4; plain numbers.
         unsafe impl Scalar for $type {
             const DATA_TYPE: DataType = DataType { code: $code, bits: $bits, lanes: 1 };
             const NAME: &str = $name;
@@ -88,7 +73,14 @@ scalars! {
     f64: "float64", 2, 64;
     f16: "float16", 2, 16;
     bf16: "bfloat16", 4, 16;
+    i8: "int8", 0, 8;
+    i16: "int16", 0, 16;
+    i32: "int32", 0, 32;
     i64: "int64", 0, 64;
+    u8: "uint8", 1, 8;
+    u16: "uint16", 1, 16;
+    u32: "uint32", 1, 32;
+    u64: "uint64", 1, 64;
 }
 
 /// Calls a generic function for the element type of an argument, one of those the operator takes.
@@ -112,7 +104,7 @@ impl Display for DataType {
             2 => "f",
             4 => "bf",
             5 => "complex",
-            6 => "bool",
+            6 => return f.write_str("bool"),
             code => return write!(f, "DLPack type {code} of {} bits", self.bits),
         };
         write!(f, "{name}{}", self.bits)?;
@@ -120,11 +112,17 @@ impl Display for DataType {
     }
 }
 
+/// What keeps a producer's memory alive.
+#[expect(dead_code, reason = "held for what dropping it does")]
+enum Owner<'py> {
+    Capsule(Bound<'py, PyCapsule>),
+    Tensor(Exported),
+}
+
 /// The borrowed memory of one array or tensor.
 pub struct Memory<'py> {
     argument: String,
-    /// Keeps the producer's memory alive.
-    _capsule: Bound<'py, PyCapsule>,
+    _owner: Owner<'py>,
     data: NonNull<u8>,
     data_type: DataType,
     shape: Vec<usize>,
@@ -136,37 +134,46 @@ impl<'py> Memory<'py> {
     /// Borrows the memory of an object that has `__dlpack__`; `argument` is what errors call it.
     pub fn borrow(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
-        let kwargs = [("max_version", (1, 0))].into_py_dict(py)?;
-        let capsule = match object.call_method("__dlpack__", (), Some(&kwargs)) {
+        let export = intern!(py, "__dlpack__");
+        let kwargs = [(intern!(py, "max_version"), (MAJOR, 0))].into_py_dict(py)?;
+        let capsule = match object.call_method(export, (), Some(&kwargs)) {
             // Producers older than DLPack 1.0 do not know the keyword.
-            Err(e) if e.is_instance_of::<PyTypeError>(py) => object.call_method0("__dlpack__")?,
+            Err(e) if e.is_instance_of::<PyTypeError>(py) => object.call_method0(export)?,
             other => other?,
         };
         let capsule = capsule.cast_into::<PyCapsule>().map_err(PyErr::from)?;
         let (raw, read_only) = if capsule.is_valid_checked(Some(c"dltensor_versioned")) {
-            let managed: NonNull<Versioned> =
-                capsule.pointer_checked(Some(c"dltensor_versioned"))?.cast();
-            // SAFETY: the name promises a DLManagedTensorVersioned, whose first two fields stand in
-            // every version.
-            let (major, minor) = unsafe { ((*managed.as_ptr()).major, (*managed.as_ptr()).minor) };
-            if major != 1 {
-                let message =
-                    format!("{argument}: DLPack version {major}.{minor} given, 1.x expected");
-                return Err(PyBufferError::new_err(message));
-            }
-            // SAFETY: of major version 1, so it has this layout, and it lives while the capsule does.
-            let managed = unsafe { managed.as_ref() };
-            (&managed.tensor, managed.flags & READ_ONLY != 0)
+            let managed = capsule.pointer_checked(Some(c"dltensor_versioned"))?;
+            // SAFETY: the name promises a DLManagedTensorVersioned, which lives while the capsule does.
+            unsafe { versioned(argument, managed.cast()) }?
         } else {
-            let managed: NonNull<RawTensor> = capsule.pointer_checked(Some(c"dltensor"))?.cast();
-            // SAFETY: the name promises a DLManagedTensor, which begins with the tensor.
-            (unsafe { managed.as_ref() }, false)
+            let managed: NonNull<DLManagedTensor> =
+                capsule.pointer_checked(Some(c"dltensor"))?.cast();
+            // SAFETY: the name promises a DLManagedTensor, which lives while the capsule does.
+            (unsafe { managed.as_ref() }.dl_tensor, false)
         };
-        if raw.device.kind != CPU {
-            let device = format!("DLPack device {}:{}", raw.device.kind, raw.device.index);
+        Self::new(argument, raw, read_only, Owner::Capsule(capsule))
+    }
+
+    /// The memory of a tensor of the class that `exchange` belongs to.
+    pub fn exchange(
+        argument: &str,
+        object: &Bound<'py, PyAny>,
+        exchange: Exchange,
+    ) -> PyResult<Self> {
+        let exported = exchange.export(object)?;
+        // SAFETY: the structure lives while `exported` does.
+        let (raw, read_only) = unsafe { versioned(argument, exported.0) }?;
+        Self::new(argument, raw, read_only, Owner::Tensor(exported))
+    }
+
+    fn new(argument: &str, raw: DLTensor, read_only: bool, owner: Owner<'py>) -> PyResult<Self> {
+        if !in_host_memory(raw.device.device_type.0) {
+            let device =
+                format!("DLPack device {}:{}", raw.device.device_type.0, raw.device.device_id);
             return Err(error::value(argument, device, "a tensor in CPU memory"));
         }
-        let (shape, strides) = layout(raw);
+        let (shape, strides) = layout(&raw);
         let empty = shape.contains(&0);
         let data = raw.data.cast::<u8>().wrapping_add(raw.byte_offset as usize);
         let data = match NonNull::new(data) {
@@ -177,13 +184,34 @@ impl<'py> Memory<'py> {
         };
         Ok(Self {
             argument: argument.to_owned(),
-            data_type: raw.dtype,
-            _capsule: capsule.clone(),
+            data_type: raw.dtype.into(),
+            _owner: owner,
             data,
             shape,
             strides,
             read_only,
         })
+    }
+
+    /// Whether the elements lie at addresses that their type permits.
+    pub fn is_aligned(&self) -> bool {
+        let bytes = (usize::from(self.data_type.bits) / 8).max(1);
+        self.data.as_ptr().addr().is_multiple_of(bytes)
+    }
+
+    /// The same bits as numbers of another type of the same size.
+    pub fn reinterpret<T: Scalar>(mut self) -> Self {
+        debug_assert_eq!(usize::from(self.data_type.bits), 8 * size_of::<T>());
+        self.data_type = T::DATA_TYPE;
+        self
+    }
+
+    /// A single number as a list of one.
+    pub fn listed(mut self) -> Self {
+        if self.shape.is_empty() {
+            (self.shape, self.strides) = (vec![1], vec![1]);
+        }
+        self
     }
 
     /// Extents, outermost first.
@@ -263,11 +291,85 @@ impl<'py> Memory<'py> {
     }
 }
 
+/// A tensor that a producer has handed out by its table.
+struct Exported(NonNull<DLManagedTensorVersioned>);
+
+impl Drop for Exported {
+    fn drop(&mut self) {
+        // SAFETY: the structure was handed over to us, and is given back this once.
+        unsafe {
+            if let Some(delete) = self.0.as_ref().deleter {
+                delete(self.0.as_ptr());
+            }
+        }
+    }
+}
+
+type ExportFn = unsafe extern "C" fn(*mut c_void, *mut *mut DLManagedTensorVersioned) -> i32;
+
+/// The function of a class's `__dlpack_c_exchange_api__` that hands out its tensors, which it checks for
+/// nothing: neither `requires_grad` nor the negative bit.
+#[derive(Clone, Copy)]
+pub struct Exchange(ExportFn);
+
+impl Exchange {
+    /// That of a class, if it has a table of this version.
+    pub fn of(class: &Bound<'_, PyAny>) -> Option<Self> {
+        let table =
+            class.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
+        let table = table.pointer_checked(Some(c"dlpack_exchange_api")).ok()?;
+        let mut table: *const DLPackExchangeAPI = table.as_ptr().cast();
+        // SAFETY: the capsule's name promises the table, or null at the end of the chain of older ones;
+        // they live as long as the process, and the header is the same in all versions.
+        unsafe {
+            while !table.is_null() && (*table).header.version.major != MAJOR {
+                table = (*table).header.prev_api.cast();
+            }
+            // The owning form: a tensor whose storage another thread replaces (`x.data = y`) meanwhile
+            // must keep the memory that is being read.
+            table.as_ref()?.managed_tensor_from_py_object_no_sync.map(Self)
+        }
+    }
+
+    fn export(self, object: &Bound<'_, PyAny>) -> PyResult<Exported> {
+        let mut managed = null_mut();
+        // SAFETY: the caller vouches for the object's class, and this thread is attached.
+        let status = unsafe { self.0(object.as_ptr().cast(), &mut managed) };
+        match NonNull::new(managed) {
+            Some(managed) if status == 0 => Ok(Exported(managed)),
+            _ => Err(PyErr::take(object.py())
+                .unwrap_or_else(|| PyBufferError::new_err("it cannot be shared"))),
+        }
+    }
+}
+
+/// The tensor in a managed one, and whether it may only be read.
+///
+/// # Safety
+/// `managed` points to a `DLManagedTensorVersioned` of any version.
+unsafe fn versioned(
+    argument: &str,
+    managed: NonNull<DLManagedTensorVersioned>,
+) -> PyResult<(DLTensor, bool)> {
+    // SAFETY: the first field stands in every version.
+    let version = unsafe { (*managed.as_ptr()).version };
+    if version.major != MAJOR {
+        let (major, minor) = (version.major, version.minor);
+        let message = format!("{argument}: DLPack version {major}.{minor} given, 1.x expected");
+        return Err(PyBufferError::new_err(message));
+    }
+    // SAFETY: of this version, so it has this layout.
+    let managed = unsafe { managed.as_ref() };
+    let read_only = managed.flags & u64::from(DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
+    Ok((managed.dl_tensor, read_only))
+}
+
 /// Shape, and strides in elements, of a tensor.
-fn layout(raw: &RawTensor) -> (Vec<usize>, Vec<i64>) {
-    let rank = usize::try_from(raw.rank).unwrap_or(0);
+fn layout(raw: &DLTensor) -> (Vec<usize>, Vec<i64>) {
+    let rank = usize::try_from(raw.ndim).unwrap_or(0);
     // SAFETY: shape and strides hold one entry per dimension; shape may be null only at rank 0.
-    let list = |ptr: *const i64| unsafe { std::slice::from_raw_parts(ptr, rank) }.to_vec();
+    let list =
+        |ptr: *mut i64| unsafe { std::slice::from_raw_parts(ptr.cast_const(), rank) }.to_vec();
     if rank == 0 {
         return (vec![], vec![]);
     }

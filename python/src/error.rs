@@ -1,14 +1,17 @@
 //! Errors as Python sees them: ValueError, TypeError or OSError that name the argument, what was given
 //! and what is accepted; MemoryError that says what for.
 
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::io::ErrorKind;
 
 use infini_attn::Error;
+use pyo3::Borrowed;
 use pyo3::exceptions::{
     PyException, PyMemoryError, PyOSError, PyOverflowError, PyTypeError, PyValueError,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 /// The core's error as an exception.
 pub fn python(error: Error) -> PyErr {
@@ -67,12 +70,15 @@ pub fn shape(argument: &str, got: &[usize], expected: impl Display) -> PyErr {
     value(argument, format_args!("shape {got:?}"), expected)
 }
 
-/// A scalar argument as a Rust value, or an error that names it.
+/// A scalar argument as a Rust value, or an error that names it. True and False are no numbers.
 pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
     argument: &str,
     object: &'a Bound<'py, PyAny>,
     expected: &str,
 ) -> PyResult<T> {
+    if object.is_instance_of::<PyBool>() {
+        return Err(wrong_type(argument, "bool", expected));
+    }
     object.extract().map_err(|e: T::Error| {
         let e: PyErr = e.into();
         if !replaceable(&e, object.py()) {
@@ -90,6 +96,31 @@ pub fn typed<'a, 'py, T: FromPyObject<'a, 'py>>(
             },
         }
     })
+}
+
+/// A flag as given, if it was: only where its name is known can it be refused by it.
+pub struct Flag<'py>(Option<Bound<'py, PyAny>>);
+
+impl<'py> FromPyObject<'_, 'py> for Flag<'py> {
+    type Error = Infallible;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> Result<Self, Infallible> {
+        Ok(Self(Some(object.to_owned())))
+    }
+}
+
+impl Flag<'_> {
+    /// What a signature says by False or True.
+    pub const DEFAULT: Self = Self(None);
+
+    /// True or False, NumPy's as well.
+    pub fn or(self, default: bool, argument: &str) -> PyResult<bool> {
+        let Some(flag) = self.0 else { return Ok(default) };
+        match (flag.extract(), flag.get_type().fully_qualified_name()) {
+            (Ok(flag), _) => Ok(flag),
+            (Err(_), class) => Err(wrong_type(argument, class?, "True or False")),
+        }
+    }
 }
 
 /// The items of a list or another collection, each taken by `item` with its name. The length that the

@@ -7,9 +7,11 @@ mod error;
 mod merge;
 mod problem;
 mod reference;
+mod rope;
 mod state;
 mod tensor;
 mod threads;
+mod torch;
 
 use pyo3::prelude::*;
 
@@ -19,10 +21,11 @@ mod _core {
     use crate::attend::infini_attention;
     #[pymodule_export]
     use crate::merge::{
-        KeySums, SegmentMap, apply, compose, key_sums, merge_memories, merge_partials, segment_map,
+        _key_sums_from_bytes, _segment_map_from_bytes, KeySums, SegmentMap, apply, compose,
+        key_sums, merge_memories, merge_partials, segment_map,
     };
     #[pymodule_export]
-    use crate::problem::Problem;
+    use crate::problem::{_problem_from_fields, Problem};
     #[pymodule_export]
     use crate::reference::{ReferenceState, reference_infini_attention};
     #[pymodule_export]

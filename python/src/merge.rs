@@ -2,8 +2,10 @@
 
 use infini_attn::Element;
 use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyTuple};
 
 use crate::dlpack::{Memory, Scalar, by_dtype};
+use crate::error::Flag;
 use crate::problem::{Problem, extent};
 use crate::state::State;
 use crate::tensor::{self, Kind};
@@ -25,13 +27,17 @@ use crate::{error, threads};
 /// out, or (out, lse)
 ///     Of the inputs' kind; `out` in their dtype, lse in float32.
 #[pyfunction]
-#[pyo3(signature = (a_dot, lse, *, return_lse = false))]
+#[pyo3(
+    signature = (a_dot, lse, *, return_lse = Flag::DEFAULT),
+    text_signature = "(a_dot, lse, *, return_lse=False)"
+)]
 pub fn merge_partials<'py>(
     py: Python<'py>,
     a_dot: &Bound<'py, PyAny>,
     lse: &Bound<'py, PyAny>,
-    return_lse: bool,
+    return_lse: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let return_lse = return_lse.or(false, "return_lse")?;
     let a_dot = error::items("a_dot", a_dot, tensor::borrow)?;
     let lse = error::items("lse", lse, tensor::borrow)?;
     let Some((kind, first)) = a_dot.first() else {
@@ -80,11 +86,36 @@ pub fn merge_memories(py: Python<'_>, states: &Bound<'_, PyAny>) -> PyResult<Sta
 }
 
 /// Sums of sigma(k) over a run of tokens, per sequence and key/value head. `+` adds two runs.
-#[pyclass(frozen, module = "infini_attn")]
+///
+/// key_sums makes them, KeySums(problem, sums=..., tokens=...) puts them together again. They can be
+/// pickled, and are equal when problem, sums and tokens are.
+///
+/// Parameters
+/// ----------
+/// problem : Problem
+/// sums : [B, Hkv, Dk]
+///     The sums, as float32.
+/// tokens : int [B]
+///     Tokens summed; sums over none are 0.
+#[pyclass(frozen, eq, module = "infini_attn")]
+#[derive(PartialEq)]
 pub struct KeySums(infini_attn::KeySums);
 
 #[pymethods]
 impl KeySums {
+    #[new]
+    #[pyo3(signature = (problem, *, sums, tokens))]
+    fn new(
+        problem: &Problem,
+        sums: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let p = &problem.0;
+        let tokens = token_counts(tokens)?;
+        let sums = part("sums", sums, &[tokens.len(), p.kv_heads(), p.key_dim()])?;
+        infini_attn::KeySums::from_parts(p, &sums, &tokens).map(Self).map_err(error::python)
+    }
+
     /// The sums over no tokens, for `batch` sequences.
     #[staticmethod]
     #[pyo3(signature = (problem, batch = None))]
@@ -98,6 +129,12 @@ impl KeySums {
     fn from_state(state: &Bound<'_, State>) -> PyResult<Self> {
         let state = &*state.get().read()?;
         infini_attn::KeySums::from_state(state).map(Self).map_err(error::python)
+    }
+
+    /// The problem whose keys were summed.
+    #[getter]
+    fn problem(&self) -> Problem {
+        Problem(*self.0.problem())
     }
 
     /// The sums, a copy: float32 [B, Hkv, Dk].
@@ -116,17 +153,76 @@ impl KeySums {
         self.0.add(&other.get().0).map(Self).map_err(error::python)
     }
 
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Reduced<'py>> {
+        let parts = (self.problem(), bytes(self.sums(py)?, F4)?, bytes(self.tokens(py)?, I8)?);
+        reduced(py, "_key_sums_from_bytes", parts.into_pyobject(py)?)
+    }
+
     fn __repr__(&self) -> String {
         format!("KeySums(tokens={:?}, shape={:?})", self.0.tokens(), self.0.sums().shape())
     }
 }
 
 /// What a run of segments does to the memory it finds: M -> A M + B, z -> z + dz.
-#[pyclass(frozen, module = "infini_attn")]
+///
+/// segment_map makes it, SegmentMap(before, A=..., B=..., dz=..., tokens=...) puts it together again.
+/// It can be pickled, and is equal to another when all its parts are.
+///
+/// Parameters
+/// ----------
+/// before : KeySums
+///     What the run finds.
+/// A : [B, Hkv, Dk, Dk], B : [B, Hkv, Dk, Dv], dz : [B, Hkv, Dk]
+///     As float32.
+/// tokens : int [B]
+///     Tokens of the run.
+#[pyclass(frozen, eq, module = "infini_attn")]
+#[derive(PartialEq)]
 pub struct SegmentMap(infini_attn::SegmentMap);
 
 #[pymethods]
 impl SegmentMap {
+    #[new]
+    #[pyo3(signature = (before, *, A, B, dz, tokens))]
+    #[allow(non_snake_case)]
+    fn new(
+        before: &KeySums,
+        A: &Bound<'_, PyAny>,
+        B: &Bound<'_, PyAny>,
+        dz: &Bound<'_, PyAny>,
+        tokens: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let p = before.0.problem();
+        let tokens = token_counts(tokens)?;
+        let [batch, h, dk] = [tokens.len(), p.kv_heads(), p.key_dim()];
+        let a = part("A", A, &[batch, h, dk, dk])?;
+        let b = part("B", B, &[batch, h, dk, p.value_dim()])?;
+        let dz = part("dz", dz, &[batch, h, dk])?;
+        let run = infini_attn::KeySums::from_parts(p, &dz, &tokens).map_err(error::python)?;
+        let map = infini_attn::SegmentMap::from_parts(&before.0, &run, &a, &b);
+        map.map(Self).map_err(error::python)
+    }
+
+    /// The problem whose segments were mapped.
+    #[getter]
+    fn problem(&self) -> Problem {
+        Problem(*self.0.problem())
+    }
+
+    /// What the run finds.
+    #[getter]
+    fn before(&self) -> PyResult<KeySums> {
+        self.0.before().try_clone().map(KeySums).map_err(error::python)
+    }
+
     /// A, a copy: float32 [B, Hkv, Dk, Dk].
     #[getter(A)]
     fn a<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -151,9 +247,102 @@ impl SegmentMap {
         tensor::counts(py, self.0.tokens().iter().copied())
     }
 
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Reduced<'py>> {
+        let (a, b, dz) =
+            (bytes(self.a(py)?, F4)?, bytes(self.b(py)?, F4)?, bytes(self.dz(py)?, F4)?);
+        let parts = (self.before()?, a, b, dz, bytes(self.tokens(py)?, I8)?);
+        reduced(py, "_segment_map_from_bytes", parts.into_pyobject(py)?)
+    }
+
     fn __repr__(&self) -> String {
         format!("SegmentMap(tokens={:?}, shape={:?})", self.0.tokens(), self.0.b().shape())
     }
+}
+
+/// The numbers of a part, if it has this shape.
+fn part(argument: &str, object: &Bound<'_, PyAny>, shape: &[usize]) -> PyResult<Vec<f32>> {
+    let (got, numbers) = tensor::floats(argument, object)?;
+    if got != shape {
+        return Err(error::shape(argument, &got, format_args!("{shape:?}")));
+    }
+    Ok(numbers)
+}
+
+/// Tokens per sequence, [B].
+fn token_counts(object: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+    let (shape, counts) = tensor::integers("tokens", object)?;
+    if shape.len() != 1 {
+        return Err(error::shape("tokens", &shape, "[B]"));
+    }
+    tensor::narrow("tokens", counts, "at least 0")
+}
+
+/// What `__reduce__` returns: a function of this module and its arguments.
+type Reduced<'py> = (Bound<'py, PyAny>, Bound<'py, PyTuple>);
+
+fn reduced<'py>(
+    py: Python<'py>,
+    function: &str,
+    parts: Bound<'py, PyTuple>,
+) -> PyResult<Reduced<'py>> {
+    Ok((py.import("infini_attn._core")?.getattr(function)?, parts))
+}
+
+/// An array's bytes: what torch.load(weights_only=True) takes where it would refuse the array.
+fn bytes<'py>(array: Bound<'py, PyAny>, dtype: &str) -> PyResult<Bound<'py, PyAny>> {
+    array.call_method1("astype", (dtype,))?.call_method0("tobytes")
+}
+
+/// Element types of the arrays in a pickle, the same on every machine.
+const F4: &str = "<f4";
+const I8: &str = "<i8";
+
+/// The array of bytes that `bytes` gave.
+fn array<'py>(
+    bytes: &Bound<'py, PyBytes>,
+    dtype: &str,
+    shape: &[usize],
+) -> PyResult<Bound<'py, PyAny>> {
+    let flat = tensor::numpy(bytes.py())?.call_method1("frombuffer", (bytes, dtype))?;
+    flat.call_method1("reshape", (shape,))
+}
+
+/// What pickle calls.
+#[pyfunction]
+pub fn _key_sums_from_bytes(
+    problem: &Problem,
+    sums: &Bound<'_, PyBytes>,
+    tokens: &Bound<'_, PyBytes>,
+) -> PyResult<KeySums> {
+    let batch = tokens.len()? / size_of::<i64>();
+    let shape = [batch, problem.0.kv_heads(), problem.0.key_dim()];
+    KeySums::new(problem, &array(sums, F4, &shape)?, &array(tokens, I8, &[batch])?)
+}
+
+/// What pickle calls.
+#[pyfunction]
+#[allow(non_snake_case)]
+pub fn _segment_map_from_bytes(
+    before: &KeySums,
+    A: &Bound<'_, PyBytes>,
+    B: &Bound<'_, PyBytes>,
+    dz: &Bound<'_, PyBytes>,
+    tokens: &Bound<'_, PyBytes>,
+) -> PyResult<SegmentMap> {
+    let (p, batch) = (before.0.problem(), tokens.len()? / size_of::<i64>());
+    let [h, dk, dv] = [p.kv_heads(), p.key_dim(), p.value_dim()];
+    let a = array(A, F4, &[batch, h, dk, dk])?;
+    let b = array(B, F4, &[batch, h, dk, dv])?;
+    let dz = array(dz, F4, &[batch, h, dk])?;
+    SegmentMap::new(before, &a, &b, &dz, &array(tokens, I8, &[batch])?)
 }
 
 /// Sums of sigma(k) over a run of tokens.
@@ -225,13 +414,17 @@ pub fn compose(py: Python<'_>, first: &SegmentMap, second: &SegmentMap) -> PyRes
 /// The state after the run of `map`, as if its tokens had been attended and flushed. `state` holds
 /// no open segment; it stays as it is unless inplace=True.
 #[pyfunction]
-#[pyo3(signature = (map, state, *, inplace = false))]
+#[pyo3(
+    signature = (map, state, *, inplace = Flag::DEFAULT),
+    text_signature = "(map, state, *, inplace=False)"
+)]
 pub fn apply<'py>(
     py: Python<'py>,
     map: &SegmentMap,
     state: &Bound<'py, State>,
-    inplace: bool,
+    inplace: Flag<'py>,
 ) -> PyResult<Bound<'py, State>> {
+    let inplace = inplace.or(false, "inplace")?;
     let state = State::to_advance(state, inplace)?;
     let mut guard = state.get().write()?;
     let target = &mut *guard;

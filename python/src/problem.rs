@@ -2,11 +2,11 @@
 
 use std::str::FromStr;
 
-use infini_attn::{DType, Denominator, ProblemBuilder};
+use infini_attn::{DType, Denominator, Error, ProblemBuilder};
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyList, PyString, PyTuple};
 
-use crate::error;
+use crate::error::{self, Flag};
 
 /// What is to be computed: heads, dimensions, segment length and policies, validated once.
 ///
@@ -89,23 +89,33 @@ where
     T: FromStr<Err = infini_attn::Error>,
 {
     let name: Bound<'_, PyString> = error::typed(argument, name, "a string")?;
-    // Lossy: half a surrogate pair is in no name, but the string should be shown.
-    name.to_string_lossy().parse().map_err(error::python)
+    // Lossy: half a surrogate pair is in no name.
+    match name.to_string_lossy().parse() {
+        Ok(value) => Ok(value),
+        // As Python writes it: an empty string would look like none.
+        Err(Error::Value { expected, .. }) => Err(error::value(argument, name.repr()?, expected)),
+        Err(e) => Err(error::python(e)),
+    }
 }
 
 fn denominator(policy: &Bound<'_, PyAny>) -> PyResult<Denominator> {
     const EXPECTED: &str = r#""exact", ("clamp", eps) or ("add", eps)"#;
-    match policy.extract::<(String, f32)>() {
-        Ok((name, eps)) => match name.as_str() {
-            "clamp" => return Ok(Denominator::Clamp(eps)),
-            "add" => return Ok(Denominator::Add(eps)),
+    if policy.extract::<&str>().is_ok_and(|name| name == "exact") {
+        return Ok(Denominator::Exact);
+    }
+    let pair: Option<Bound<'_, PyTuple>> = match policy.cast::<PyList>() {
+        Ok(list) => Some(list.to_tuple()),
+        Err(_) => policy.cast::<PyTuple>().ok().cloned(),
+    };
+    if let Some((name, eps)) =
+        pair.and_then(|pair| pair.extract::<(String, Bound<'_, PyAny>)>().ok())
+    {
+        let eps = || error::typed::<f32>("denominator", &eps, "a number as eps");
+        match name.as_str() {
+            "clamp" => return Ok(Denominator::Clamp(eps()?)),
+            "add" => return Ok(Denominator::Add(eps()?)),
             _ => {}
-        },
-        Err(e) if !error::replaceable(&e, policy.py()) => return Err(e),
-        Err(_) if policy.extract::<&str>().is_ok_and(|name| name == "exact") => {
-            return Ok(Denominator::Exact);
         }
-        Err(_) => {}
     }
     Err(error::value("denominator", policy.repr()?, EXPECTED))
 }
@@ -206,10 +216,38 @@ impl Problem {
 
     /// Bytes of a State of that many sequences, before it is made; rotation=True with the rotated keys
     /// that calls with rope add to it.
-    #[pyo3(signature = (sequences = None, *, rotation = false))]
-    fn state_bytes(&self, sequences: Option<&Bound<'_, PyAny>>, rotation: bool) -> PyResult<u64> {
+    #[pyo3(
+    signature = (sequences = None, *, rotation = Flag::DEFAULT),
+    text_signature = "($self, sequences=None, *, rotation=False)"
+)]
+    fn state_bytes(
+        &self,
+        sequences: Option<&Bound<'_, PyAny>>,
+        rotation: Flag<'_>,
+    ) -> PyResult<u64> {
+        let rotation = rotation.or(false, "rotation")?;
         let sequences = sequences.map_or(Ok(1), |n| extent("sequences", n))?;
         self.0.state_bytes(sequences, rotation).map_err(error::python)
+    }
+
+    fn __hash__(&self, py: Python<'_>) -> PyResult<isize> {
+        self.fields(py)?.hash()
+    }
+
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    fn __reduce__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let make = py.import("infini_attn._core")?.getattr("_problem_from_fields")?;
+        Ok((make, self.fields(py)?))
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
@@ -229,4 +267,53 @@ impl Problem {
             p.dtype()
         ))
     }
+}
+
+impl Problem {
+    /// What [`_problem_from_fields`] takes.
+    fn fields<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let p = &self.0;
+        (
+            p.heads(),
+            p.kv_heads(),
+            p.key_dim(),
+            p.value_dim(),
+            p.segment_len(),
+            self.update(),
+            p.scale(),
+            self.empty_memory(),
+            self.denominator(py)?,
+            self.dtype(),
+        )
+            .into_pyobject(py)
+    }
+}
+
+/// What pickle calls.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn _problem_from_fields(
+    heads: &Bound<'_, PyAny>,
+    kv_heads: &Bound<'_, PyAny>,
+    key_dim: &Bound<'_, PyAny>,
+    value_dim: &Bound<'_, PyAny>,
+    segment_len: &Bound<'_, PyAny>,
+    update: &Bound<'_, PyAny>,
+    scale: &Bound<'_, PyAny>,
+    empty_memory: &Bound<'_, PyAny>,
+    denominator: &Bound<'_, PyAny>,
+    dtype: &Bound<'_, PyAny>,
+) -> PyResult<Problem> {
+    Problem::new(
+        heads,
+        key_dim,
+        Some(kv_heads),
+        Some(value_dim),
+        Some(segment_len),
+        Some(update),
+        Some(scale),
+        Some(empty_memory),
+        Some(denominator),
+        Some(dtype),
+    )
 }

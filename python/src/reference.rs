@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use crate::attend::{Arguments, Results, Tokens};
 use crate::dlpack::{Memory, Scalar};
+use crate::error::Flag;
 use crate::problem::Policies;
 use crate::state::unusable;
 use crate::{error, tensor, threads};
@@ -79,7 +80,10 @@ impl ReferenceState {
 /// Straight from the paper's equations, one token after another, single-threaded and slow: made to
 /// test against.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = false, return_state = true, return_lse = false, return_parts = false))]
+#[pyo3(
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, seq_lens=None, rope=None, positions=None, rope_interleaved=False, return_state=True, return_lse=False, return_parts=False)"
+)]
 #[allow(clippy::too_many_arguments)]
 pub fn reference_infini_attention<'py>(
     py: Python<'py>,
@@ -96,11 +100,15 @@ pub fn reference_infini_attention<'py>(
     seq_lens: Option<&Bound<'py, PyAny>>,
     rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
-    rope_interleaved: bool,
-    return_state: bool,
-    return_lse: bool,
-    return_parts: bool,
+    rope_interleaved: Flag<'py>,
+    return_state: Flag<'py>,
+    return_lse: Flag<'py>,
+    return_parts: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let rope_interleaved = rope_interleaved.or(false, "rope_interleaved")?;
+    let return_state = return_state.or(true, "return_state")?;
+    let return_lse = return_lse.or(false, "return_lse")?;
+    let return_parts = return_parts.or(false, "return_parts")?;
     let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };

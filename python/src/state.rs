@@ -73,7 +73,7 @@ fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usi
     let Some(given) = given else { return tensor::collect(0..sequences) };
     let (shape, slots) = tensor::integers("slots", given)?;
     if shape.len() > 1 {
-        return Err(error::shape("slots", &shape, "a slot or a list of slots"));
+        return Err(error::shape("slots", &shape, "one slot or a list [n]"));
     }
     tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }

@@ -1,23 +1,24 @@
-//! NumPy arrays and PyTorch tensors as arguments and results. PyTorch is looked for only among the
-//! modules the program has imported itself.
+//! Arrays as arguments and results: NumPy's, PyTorch's, and others that come by DLPack.
 
 use std::fmt::Display;
 
+use half::{bf16, f16};
 use infini_attn::TensorView;
-use pyo3::exceptions::{PyBufferError, PyMemoryError, PyRuntimeError};
+use pyo3::exceptions::{PyBufferError, PyMemoryError, PyRuntimeError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyModule, PyType};
+use pyo3::types::{PyModule, PyString, PyType};
 
-use crate::dlpack::{Memory, Scalar};
-use crate::error;
+use crate::dlpack::{Memory, Scalar, in_host_memory};
+use crate::{error, torch};
 
-/// Whose arrays: results are of the inputs' kind.
+/// Whose arrays: results are PyTorch's where the inputs are, otherwise NumPy's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     NumPy,
     Torch,
+    Other,
 }
 
 impl Display for Kind {
@@ -25,6 +26,7 @@ impl Display for Kind {
         f.write_str(match self {
             Kind::NumPy => "a NumPy array",
             Kind::Torch => "a PyTorch tensor",
+            Kind::Other => "an array by DLPack",
         })
     }
 }
@@ -35,109 +37,139 @@ pub fn numpy(py: Python<'_>) -> PyResult<&Bound<'_, PyModule>> {
     NUMPY.get_or_try_init(py, || py.import("numpy").map(Bound::unbind)).map(|m| m.bind(py))
 }
 
-/// PyTorch, if the program has imported it.
-fn torch(py: Python<'_>) -> PyResult<Option<&Bound<'_, PyModule>>> {
-    static TORCH: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
-    if let Some(torch) = TORCH.get(py) {
-        return Ok(Some(torch.bind(py)));
-    }
-    let modules = py.import("sys")?.getattr("modules")?.cast_into::<PyDict>()?;
-    match modules.get_item("torch")?.map(Bound::cast_into::<PyModule>) {
-        // A module still being imported has no Tensor yet, and so made no tensors either.
-        Some(Ok(torch)) if torch.hasattr("Tensor")? => {
-            Ok(Some(TORCH.get_or_init(py, || torch.unbind()).bind(py)))
-        }
-        _ => Ok(None),
-    }
-}
-
-fn is_numpy(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+/// Whose array an object is; None for what is no array. A masked array, whose mask would be ignored, is
+/// refused.
+fn kind(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Option<Kind>> {
     static ARRAY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    let class = ARRAY.import(object.py(), "numpy", "ndarray")?;
-    // A masked array is refused: its mask would be ignored.
-    Ok(object.is_exact_instance(class) || object.is_instance(class)? && !object.hasattr("mask")?)
-}
-
-fn is_torch(object: &Bound<'_, PyAny>) -> PyResult<bool> {
-    match torch(object.py())? {
-        Some(torch) => object.is_instance(&torch.getattr(intern!(object.py(), "Tensor"))?),
-        None => Ok(false),
-    }
-}
-
-/// Refuses what must not be read, and returns the kind and the object whose memory to borrow.
-fn admit<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Bound<'py, PyAny>)> {
-    if is_numpy(object)? {
-        return Ok((Kind::NumPy, object.clone()));
-    }
-    if !is_torch(object)? {
-        let class = object.get_type().fully_qualified_name()?;
-        return Err(error::wrong_type(argument, class, "a NumPy array or a PyTorch tensor"));
-    }
     let py = object.py();
-    let device = object.getattr(intern!(py, "device"))?;
-    if device.getattr(intern!(py, "type"))?.extract::<String>()? != "cpu" {
-        return Err(error::value(
-            argument,
-            format!("device {device}"),
-            "cpu (the only one built in)",
-        ));
+    let array = ARRAY.import(py, "numpy", "ndarray")?;
+    if object.is_exact_instance(array) {
+        return Ok(Some(Kind::NumPy));
     }
-    // A lazily negated tensor (the imaginary part of a conjugate) does not hold its values.
-    if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-        return Err(error::value(
-            argument,
-            "a tensor with the negative bit",
-            "tensor.resolve_neg()",
-        ));
+    if let Some(torch) = torch::loaded(py)?
+        && (torch.is_plain(object) || torch.is_tensor(object)?)
+    {
+        return Ok(Some(Kind::Torch));
     }
-    if !object.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
-        return Ok((Kind::Torch, object.clone()));
+    if object.is_instance(array)? {
+        if object.hasattr("mask")? {
+            let class = object.get_type().fully_qualified_name()?;
+            return Err(error::wrong_type(argument, class, "an array without a mask"));
+        }
+        return Ok(Some(Kind::NumPy));
     }
-    let enabled = torch(py)?.is_some_and(|t| {
-        t.call_method0(intern!(py, "is_grad_enabled")).and_then(|e| e.is_truthy()).unwrap_or(true)
-    });
-    if enabled {
-        return Err(error::value(
-            argument,
-            "a tensor that requires grad",
-            "no gradient (this operator computes none: use torch.no_grad() or tensor.detach())",
-        ));
-    }
-    Ok((Kind::Torch, object.call_method0(intern!(py, "detach"))?))
+    let class = object.get_type();
+    let by_dlpack = class.hasattr(intern!(py, "__dlpack__"))?
+        && class.hasattr(intern!(py, "__dlpack_device__"))?;
+    Ok(by_dlpack.then_some(Kind::Other))
 }
+
+/// What operands may hold, as errors say it.
+const ELEMENTS: &str = "f32, f16 or bf16";
 
 /// The memory of an argument, and its kind.
 pub fn borrow<'py>(argument: &str, object: &Bound<'py, PyAny>) -> PyResult<(Kind, Memory<'py>)> {
-    let (kind, object) = admit(argument, object)?;
-    lend(argument, kind, &object, "f32, f16 or bf16").map(|memory| (kind, memory))
+    match kind(argument, object)? {
+        Some(kind) => Ok((kind, lend(argument, kind, object, ELEMENTS)?)),
+        None => {
+            let class = object.get_type().fully_qualified_name()?;
+            Err(error::wrong_type(argument, class, "a NumPy array or a PyTorch tensor"))
+        }
+    }
 }
 
-/// The memory of what was admitted; where it cannot be shared, `expected` is what errors ask for.
+/// The memory of an array; `expected` is the element types that errors ask for.
 fn lend<'py>(
     argument: &str,
     kind: Kind,
     object: &Bound<'py, PyAny>,
     expected: &str,
 ) -> PyResult<Memory<'py>> {
-    match Memory::borrow(argument, object) {
-        // What DLPack cannot describe: the element type, the byte order or the layout. PyTorch's nested
-        // tensors say so by RuntimeError.
-        Err(e)
-            if e.is_instance_of::<PyBufferError>(object.py())
-                || e.is_instance_of::<PyRuntimeError>(object.py()) =>
-        {
-            let reason = e.value(object.py());
-            let got = format!("{kind} that cannot be shared ({reason})");
-            Err(error::wrong_type(argument, got, expected))
+    let py = object.py();
+    let shared = match (kind, torch::loaded(py)?) {
+        (Kind::Torch, Some(torch)) => {
+            let tensor = torch.admit(argument, object)?;
+            match torch.exchange {
+                Some(exchange) if torch.is_plain(&tensor) => {
+                    Memory::exchange(argument, &tensor, exchange)
+                }
+                _ => Memory::borrow(argument, &tensor),
+            }
         }
-        other => other,
+        (Kind::Other, _) => {
+            check_device(argument, object)?;
+            Memory::borrow(argument, object)
+        }
+        _ if is_bfloat16(object)? => lend_bfloat16(argument, object),
+        _ => Memory::borrow(argument, object),
+    };
+    // What DLPack cannot describe: an element type, a byte order, a layout. PyTorch says so by
+    // RuntimeError as well.
+    let Err(e) = shared else { return shared };
+    if !e.is_instance_of::<PyBufferError>(py) && !e.is_instance_of::<PyRuntimeError>(py) {
+        return Err(e);
+    }
+    Err(match (kind, torch::loaded(py)?) {
+        (Kind::Torch, Some(torch)) => torch.why_not(argument, object, &e, expected)?,
+        (Kind::NumPy, _) => why_not(argument, object, &e, expected)?,
+        _ => {
+            let got = format!("{kind} that cannot be shared ({})", e.value(py));
+            error::wrong_type(argument, got, expected)
+        }
+    })
+}
+
+/// Why the memory of a NumPy array cannot be had, `e` being what NumPy says.
+fn why_not(argument: &str, array: &Bound<'_, PyAny>, e: &PyErr, expected: &str) -> PyResult<PyErr> {
+    let size: i64 = array.getattr("itemsize")?.extract()?;
+    let strides = array.getattr("strides")?;
+    if size > 0 && strides.extract::<Vec<i64>>()?.iter().any(|bytes| bytes % size != 0) {
+        let expected = format!("multiples of the {size} bytes of an element");
+        return Ok(error::value(argument, format_args!("strides {strides} in bytes"), expected));
+    }
+    let dtype = array.getattr("dtype")?;
+    Ok(error::dtype(argument, format_args!("{dtype} ({})", e.value(array.py())), expected))
+}
+
+/// Refuses an array of another library that lies in a device's memory, before it is handed out.
+fn check_device(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<()> {
+    let device = object.call_method0(intern!(object.py(), "__dlpack_device__"))?;
+    match device.extract::<(u32, i32)>() {
+        Ok((kind, _)) if in_host_memory(kind) => Ok(()),
+        _ => Err(error::value(argument, format_args!("DLPack device {device}"), "CPU memory")),
     }
 }
 
-/// Refuses an argument of another kind than the argument `like`.
+/// The type bfloat16 that the package `ml_dtypes` adds to NumPy, which has none.
+fn bfloat16(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static BFLOAT16: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let find = || {
+        let ml_dtypes = py.import("ml_dtypes").map_err(|e| {
+            PyTypeError::new_err(format!("bfloat16 in NumPy needs the package ml_dtypes ({e})"))
+        })?;
+        numpy(py)?.call_method1("dtype", (ml_dtypes.getattr("bfloat16")?,)).map(Bound::unbind)
+    };
+    BFLOAT16.get_or_try_init(py, find).map(|dtype| dtype.bind(py))
+}
+
+/// Whether a NumPy array is of that type.
+fn is_bfloat16(array: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = array.py();
+    // Types that NumPy does not have itself are of no kind.
+    let dtype = array.getattr(intern!(py, "dtype"))?;
+    let num: i64 = dtype.getattr(intern!(py, "num"))?.extract()?;
+    const FIRST_USER_TYPE: i64 = 256;
+    Ok(num >= FIRST_USER_TYPE && bfloat16(py).is_ok_and(|own| dtype.eq(own).unwrap_or(false)))
+}
+
+fn lend_bfloat16<'py>(argument: &str, array: &Bound<'py, PyAny>) -> PyResult<Memory<'py>> {
+    let bits = array.call_method1("view", ("uint16",))?;
+    Memory::borrow(argument, &bits).map(Memory::reinterpret::<bf16>)
+}
+
+/// Refuses an argument whose results would be of another kind than the argument `like`'s.
 pub fn check_kind(argument: &str, got: Kind, like: &str, kind: Kind) -> PyResult<()> {
-    if got != kind {
+    if (got == Kind::Torch) != (kind == Kind::Torch) {
         return Err(error::wrong_type(argument, got, format_args!("{kind} as {like} is")));
     }
     Ok(())
@@ -149,20 +181,18 @@ pub fn empty<'py, T: Scalar>(
     kind: Kind,
     shape: &[usize],
 ) -> PyResult<(Bound<'py, PyAny>, Memory<'py>)> {
-    let kwargs = PyDict::new(py);
-    let object = match (kind, torch(py)?) {
-        (Kind::Torch, Some(torch)) => {
-            kwargs.set_item("dtype", torch.getattr(T::NAME)?)?;
-            kwargs.set_item("device", "cpu")?;
-            torch.call_method("empty", (shape,), Some(&kwargs))?
-        }
-        _ => {
-            kwargs.set_item("dtype", T::NAME)?;
-            numpy(py)?.call_method("empty", (shape,), Some(&kwargs))?
-        }
+    if let (Kind::Torch, Some(torch)) = (kind, torch::loaded(py)?) {
+        let tensor = torch.empty::<T>(py, shape)?;
+        let memory = lend("out", kind, &tensor, ELEMENTS)?;
+        return Ok((tensor, memory));
+    }
+    let dtype = match T::DATA_TYPE == bf16::DATA_TYPE {
+        true => bfloat16(py)?.clone(),
+        false => PyString::intern(py, T::NAME).into_any(),
     };
-    let memory = Memory::borrow("out", &object)?;
-    Ok((object, memory))
+    let array = numpy(py)?.call_method1(intern!(py, "empty"), (shape, dtype))?;
+    let memory = lend("out", Kind::NumPy, &array, ELEMENTS)?;
+    Ok((array, memory))
 }
 
 /// A new NumPy array [shape] that holds `values`, row-major.
@@ -235,17 +265,32 @@ fn reserved<T>(len: usize) -> PyResult<Vec<T>> {
     Ok(list)
 }
 
-/// Integers (a list, an array or a tensor of any integer type), row-major, and their shape.
-pub fn integers(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<i64>)> {
-    let array = to_numpy(argument, object, "iu", "int64", "integers")?;
-    let memory = Memory::borrow(argument, &array)?;
-    Ok((memory.shape().to_vec(), elements(memory.view()?)?))
+/// The elements of a memory, each converted, if it is of one of the types.
+macro_rules! read {
+    ($memory:expr, $expected:expr, $convert:expr, $($type:ty)+) => {
+        match $memory.data_type() {
+            $(<$type>::DATA_TYPE => {
+                let numbers = elements($memory.view::<$type>()?)?;
+                collect(numbers.into_iter().map(|x| $convert(x)))
+            })+
+            _ => Err($memory.wrong_dtype($expected)),
+        }
+    };
+}
+
+/// Integers (one, a list, or an array of any integer type), row-major, and their shape.
+pub fn integers(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<i128>)> {
+    const EXPECTED: &str = "integers";
+    let (shape, memory) = numbers(argument, object, "iu", EXPECTED)?;
+    let Some(memory) = memory else { return Ok((shape, vec![])) };
+    let integers = read!(memory, EXPECTED, i128::from, i64 i32 i16 i8 u64 u32 u16 u8)?;
+    Ok((shape, integers))
 }
 
 /// Integers as another type; one that does not fit it is refused by its index.
-pub fn narrow<T: TryFrom<i64>>(
+pub fn narrow<T: TryFrom<i128>>(
     argument: &str,
-    integers: Vec<i64>,
+    integers: Vec<i128>,
     expected: impl Display,
 ) -> PyResult<Vec<T>> {
     let mut narrowed = reserved(integers.len())?;
@@ -256,12 +301,96 @@ pub fn narrow<T: TryFrom<i64>>(
     Ok(narrowed)
 }
 
-/// Floating-point numbers of any precision [n], as f32.
-pub fn floats(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
-    let array = to_numpy(argument, object, "f", "float32", "floating-point numbers")?;
-    let memory = Memory::borrow(argument, &array)?;
-    memory.extents::<1>("[n]")?;
-    elements(memory.view()?)
+/// A number as f32: the nearest one, infinite beyond its range.
+trait Rounded {
+    fn rounded(self) -> f32;
+}
+
+macro_rules! rounded {
+    ($($type:ty)+) => {$(
+        impl Rounded for $type {
+            fn rounded(self) -> f32 {
+                self as f32
+            }
+        }
+    )+};
+}
+
+rounded!(f32 f64 i64 i32 i16 i8 u64 u32 u16 u8);
+
+impl Rounded for f16 {
+    fn rounded(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Rounded for bf16 {
+    fn rounded(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Numbers (one, a list, or an array of any floating-point or integer type) as f32, row-major, and
+/// their shape.
+pub fn floats(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<f32>)> {
+    let (shape, memory) = numbers(argument, object, "fiu", NUMBERS)?;
+    let floats = memory.map_or(Ok(vec![]), |memory| as_f32(&memory))?;
+    Ok((shape, floats))
+}
+
+const NUMBERS: &str = "numbers";
+
+/// The elements of a memory of numbers, row-major.
+pub fn as_f32(memory: &Memory<'_>) -> PyResult<Vec<f32>> {
+    read!(
+        memory, NUMBERS, Rounded::rounded, f32 bf16 f16 f64 i64 i32 i16 i8 u64 u32 u16 u8
+    )
+}
+
+/// The shape of a small argument and its memory, None where it has no elements (an empty list has no
+/// type of its own). What DLPack does not describe comes as a copy, if NumPy says that it is of one of
+/// the `kinds` (`dtype.kind`).
+fn numbers<'py>(
+    argument: &str,
+    object: &Bound<'py, PyAny>,
+    kinds: &str,
+    expected: &str,
+) -> PyResult<(Vec<usize>, Option<Memory<'py>>)> {
+    let memory = match kind(argument, object)? {
+        None => copied(argument, object, kinds, expected)?,
+        Some(Kind::NumPy) if !is_bfloat16(object)? => match Memory::borrow(argument, object) {
+            Ok(memory) if memory.is_aligned() => memory,
+            Err(e) if !e.is_instance_of::<PyBufferError>(object.py()) => return Err(e),
+            _ => copied(argument, object, kinds, expected)?,
+        },
+        Some(kind) => lend(argument, kind, object, expected)?,
+    };
+    let shape = memory.shape().to_vec();
+    let empty = shape.contains(&0);
+    Ok((shape, (!empty).then(|| memory.listed())))
+}
+
+/// What is no array, or one that DLPack does not describe, as a copy.
+fn copied<'py>(
+    argument: &str,
+    object: &Bound<'py, PyAny>,
+    kinds: &str,
+    expected: &str,
+) -> PyResult<Memory<'py>> {
+    let array = numpy(object.py())?
+        .call_method1("asarray", (object,))
+        .map_err(|e| not_an_array(argument, object, e, expected))?;
+    let dtype = array.getattr("dtype")?;
+    let kind: String = dtype.getattr("kind")?.extract()?;
+    if !kinds.contains(&kind) && array.getattr("size")?.extract::<usize>()? > 0 {
+        return Err(error::dtype(argument, dtype, expected));
+    }
+    let widest = match &*kind {
+        "i" => "int64",
+        "u" => "uint64",
+        _ => "float64",
+    };
+    Memory::borrow(argument, &array.call_method1("astype", (widest,))?)
 }
 
 /// Why an argument is no array, `e` being what NumPy says.
@@ -274,36 +403,4 @@ fn not_an_array(argument: &str, object: &Bound<'_, PyAny>, e: PyErr, expected: &
         (true, Ok(class)) => error::wrong_type(argument, format_args!("{class} ({e})"), expected),
         _ => e,
     }
-}
-
-/// A small argument as a NumPy array of `dtype`, if it is of one of the `kinds` (`dtype.kind`).
-fn to_numpy<'py>(
-    argument: &str,
-    object: &Bound<'py, PyAny>,
-    kinds: &str,
-    dtype: &str,
-    expected: &str,
-) -> PyResult<Bound<'py, PyAny>> {
-    let py = object.py();
-    let mut object = object.clone();
-    if is_torch(&object)? {
-        let (kind, admitted) = admit(argument, &object)?;
-        // Of a tensor whose storage was freed NumPy makes an array of what lies anywhere.
-        lend(argument, kind, &admitted, expected)?;
-        object = admitted;
-        let torch_dtype = object.getattr("dtype")?;
-        if kinds == "f" && torch_dtype.getattr("is_floating_point")?.is_truthy()? {
-            // NumPy has no bfloat16.
-            object = object.call_method0("float")?;
-        }
-    }
-    let array = numpy(py)?
-        .call_method1("asarray", (&object,))
-        .map_err(|e| not_an_array(argument, &object, e, expected))?;
-    let kind: String = array.getattr("dtype")?.getattr("kind")?.extract()?;
-    // An empty list has no type of its own.
-    if !kinds.contains(&kind) && array.getattr("size")?.extract::<usize>()? > 0 {
-        return Err(error::dtype(argument, array.getattr("dtype")?, expected));
-    }
-    array.call_method1("astype", (dtype,))
 }

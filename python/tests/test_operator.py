@@ -223,7 +223,7 @@ def test_memory_is_given_back():
     for _ in range(3):
         infini_attention(q, q, q, [0.0, 0.0], state=state)
         with pytest.raises(ValueError):
-            infini_attention(q, q, q, [0.0], state=state)
+            infini_attention(q, q, q, [0.0] * 3, state=state)
     assert sys.getrefcount(q) == before
 
 

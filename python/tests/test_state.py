@@ -178,7 +178,7 @@ def test_slots_are_one_or_a_list():
     state.reset(0)
     assert state.tokens.tolist() == [0, 20, 20]
     for slots in ([[0, 0], [0, 0]], np.zeros((1, 1, 1), int)):
-        with pytest.raises(ValueError, match=r"^slots: shape \[.*\] given, a slot or a list of slots expected"):
+        with pytest.raises(ValueError, match=r"^slots: shape \[.*\] given, one slot or a list \\[n\\] expected"):
             state.fork(slots)
 
 

@@ -18,6 +18,20 @@ pub(crate) fn check_batch(argument: &'static str, got: usize, expected: usize) -
     Ok(())
 }
 
+/// Tokens of runs whose sums are given from outside: no more than a stream may see, and some where the
+/// sums are not zero.
+pub(crate) fn check_summed(tokens: &[u64], sums: &[f32]) -> Result<()> {
+    let len = sums.len() / tokens.len().max(1);
+    for (b, &n) in tokens.iter().enumerate() {
+        add_tokens(format_args!("tokens[{b}]"), 0, n)?;
+        if n == 0 && sums[b * len..][..len].iter().any(|&x| x != 0.0) {
+            let expected = "at least 1: the sums of this sequence are not zero";
+            return Err(Error::value(format!("tokens[{b}]"), 0, expected));
+        }
+    }
+    Ok(())
+}
+
 /// Tokens of two runs, sequence by sequence.
 pub(crate) fn sum_tokens(argument: &str, first: &[u64], second: &[u64]) -> Result<Vec<u64>> {
     let mut sums = alloc::copied(first, "the tokens of a run")?;

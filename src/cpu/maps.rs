@@ -14,14 +14,16 @@ use super::pool::{self, Pool};
 use super::segment::{CHUNK, SCRATCH, Scratch};
 use super::{segment, simd};
 use crate::alloc;
-use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, sum_tokens};
+use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, check_summed, sum_tokens};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
+use crate::memory::parts::check_len;
 use crate::problem::{Problem, Update};
 use crate::tensor::{Rows, TensorView};
 
 const KEY_SUMS: &str = "key sums";
+const MAP: &str = "a segment map";
 
 /// Σ σ(k) over a run of tokens, per sequence and KV head, with the number of tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +56,25 @@ impl KeySums {
         })
     }
 
+    /// Sums that were taken apart: f32 [B, Hkv, Dk], row-major, over `tokens` [B] tokens.
+    ///
+    /// # Errors
+    /// [`Error::Length`](crate::Error::Length) naming sums; [`Error::Value`](crate::Error::Value) for
+    /// more than 2^62 tokens, or for none where the sums are not zero;
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn from_parts(problem: &Problem, sums: &[f32], tokens: &[u64]) -> Result<Self> {
+        let shape = [tokens.len(), problem.kv_heads(), problem.key_dim()];
+        check_len("sums", sums, &shape, "[B, Hkv, Dk]")?;
+        check_summed(tokens, sums)?;
+        let tokens = alloc::copied(tokens, KEY_SUMS)?;
+        Ok(Self { problem: *problem, sums: alloc::copied(sums, KEY_SUMS)?, tokens })
+    }
+
+    /// The problem whose keys were summed.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
     /// The sums over both runs.
     ///
     /// # Errors
@@ -71,7 +92,11 @@ impl KeySums {
         })
     }
 
-    fn try_clone(&self) -> Result<Self> {
+    /// A copy.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn try_clone(&self) -> Result<Self> {
         let tokens = alloc::copied(&self.tokens, KEY_SUMS)?;
         Ok(Self { problem: self.problem, sums: alloc::copied(&self.sums, KEY_SUMS)?, tokens })
     }
@@ -104,15 +129,56 @@ pub struct SegmentMap {
 impl SegmentMap {
     /// Zeros, for runs that find `before`.
     fn zero(problem: &Problem, before: &KeySums) -> Result<Self> {
-        let (batch, what) = (before.tokens.len(), "a segment map");
+        let batch = before.tokens.len();
         let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
         Ok(Self {
             problem: *problem,
             before: before.try_clone()?,
-            a: alloc::zeroed(&[batch, h, dk, dk], what)?,
-            b: alloc::zeroed(&[batch, h, dk, dv], what)?,
+            a: alloc::zeroed(&[batch, h, dk, dk], MAP)?,
+            b: alloc::zeroed(&[batch, h, dk, dv], MAP)?,
             sums: KeySums::zero(problem, batch)?,
         })
+    }
+
+    /// A map that was taken apart: A [B, Hkv, Dk, Dk] and B [B, Hkv, Dk, Dv], row-major, of runs that
+    /// find `before` and whose own sums are `run` (Δz and tokens).
+    ///
+    /// # Errors
+    /// [`Error::Length`](crate::Error::Length) naming a or b, or the run of another batch;
+    /// [`Error::Problem`](crate::Error::Problem) when the sums belong to different problems;
+    /// [`Error::Value`](crate::Error::Value) for more than 2^62 tokens in all;
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn from_parts(before: &KeySums, run: &KeySums, a: &[f32], b: &[f32]) -> Result<Self> {
+        let problem = before.problem;
+        problem.check_same(&run.problem)?;
+        check_batch("run", run.tokens.len(), before.tokens.len())?;
+        sum_tokens("run", &before.tokens, &run.tokens)?;
+        let (h, dk, dv) = (problem.kv_heads(), problem.key_dim(), problem.value_dim());
+        let batch = before.tokens.len();
+        check_len("a", a, &[batch, h, dk, dk], "[B, Hkv, Dk, Dk]")?;
+        check_len("b", b, &[batch, h, dk, dv], "[B, Hkv, Dk, Dv]")?;
+        Ok(Self {
+            problem,
+            before: before.try_clone()?,
+            a: alloc::copied(a, MAP)?,
+            b: alloc::copied(b, MAP)?,
+            sums: run.try_clone()?,
+        })
+    }
+
+    /// The problem whose segments were mapped.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// What the run finds.
+    pub fn before(&self) -> &KeySums {
+        &self.before
+    }
+
+    /// Δz and tokens of the run.
+    pub fn run_sums(&self) -> &KeySums {
+        &self.sums
     }
 
     /// A = Π (I − G), f32 [B, Hkv, Dk, Dk].

@@ -5,7 +5,7 @@ mod copies;
 pub(crate) mod heads;
 mod io;
 pub(crate) mod open;
-mod parts;
+pub(crate) mod parts;
 
 use std::fmt::Display;
 use std::sync::Arc;

@@ -105,7 +105,13 @@ impl State {
     }
 }
 
-fn check_len(argument: &'static str, got: &[f32], shape: &[usize], names: &str) -> Result<()> {
+/// A list must have as many numbers as the shape says.
+pub(crate) fn check_len(
+    argument: &'static str,
+    got: &[f32],
+    shape: &[usize],
+    names: &str,
+) -> Result<()> {
     let expected = shape.iter().try_fold(1usize, |n, &e| n.checked_mul(e));
     if expected != Some(got.len()) {
         let expected = format!("the product of {names} = {shape:?}");

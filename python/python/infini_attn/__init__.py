@@ -4,7 +4,7 @@ The operator is `infini_attention`; what it carries from call to call is a `Stat
 the same operator in float64.
 """
 
-from . import reference
+from . import _core, reference
 from ._core import (
     KeySums,
     Problem,
@@ -22,9 +22,19 @@ from ._core import (
     set_num_threads,
 )
 
+# What pickles of this package call, for `torch.serialization.add_safe_globals`: with it
+# `torch.load(weights_only=True)` takes states, problems, key sums and segment maps.
+SAFE_GLOBALS = [
+    _core._key_sums_from_bytes,
+    _core._problem_from_fields,
+    _core._segment_map_from_bytes,
+    _core._state_from_bytes,
+]
+
 __all__ = [
     "KeySums",
     "Problem",
+    "SAFE_GLOBALS",
     "SegmentMap",
     "State",
     "__version__",

@@ -1,22 +1,47 @@
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, Protocol, TypeVar, final, overload
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "KeySums",
+    "Problem",
+    "ReferenceState",
+    "SegmentMap",
+    "State",
+    "__version__",
+    "_key_sums_from_bytes",
+    "_problem_from_fields",
+    "_segment_map_from_bytes",
+    "_state_from_bytes",
+    "apply",
+    "compose",
+    "get_num_threads",
+    "infini_attention",
+    "key_sums",
+    "merge_memories",
+    "merge_partials",
+    "reference_infini_attention",
+    "segment_map",
+    "set_num_threads",
+    "simd_level",
+]
+
 class _DLPack(Protocol):
-    """A NumPy array or a PyTorch CPU tensor."""
+    """A NumPy array, a PyTorch CPU tensor, or another array in CPU memory."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 _Tensor = TypeVar("_Tensor", bound=_DLPack)
 _Update = Literal["delta", "linear"]
 _EmptyMemory = Literal["gate", "bypass"]
-_Denominator = Literal["exact"] | tuple[Literal["clamp", "add"], float]
+_Denominator = Literal["exact"] | tuple[Literal["clamp", "add"], float] | list[Any]
 _DType = Literal["f32", "f16", "bf16"]
 _Floats = _DLPack | ArrayLike
 _Ints = _DLPack | ArrayLike
+_Tables = tuple[_DLPack, _DLPack] | list[Any]
 _Path = str | bytes | PathLike[str] | PathLike[bytes]
 
 __version__: str
@@ -54,11 +79,15 @@ class Problem:
     @property
     def empty_memory(self) -> _EmptyMemory: ...
     @property
-    def denominator(self) -> _Denominator: ...
+    def denominator(self) -> Literal["exact"] | tuple[Literal["clamp", "add"], float]: ...
     @property
     def dtype(self) -> _DType: ...
     def state_bytes(self, sequences: int | None = None, *, rotation: bool = False) -> int: ...
     def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __copy__(self) -> Problem: ...
+    def __deepcopy__(self, _memo: Any) -> Problem: ...
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
 
 @final
 class State:
@@ -108,6 +137,7 @@ class State:
     def load(path: _Path, problem: Problem | None = None) -> State: ...
     def __copy__(self) -> State: ...
     def __deepcopy__(self, _memo: Any) -> State: ...
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
 
 @overload
 def infini_attention(
@@ -123,7 +153,7 @@ def infini_attention(
     denominator: _Denominator | None = None,
     state: State | None = None,
     seq_lens: _Ints | None = None,
-    rope: tuple[_DLPack, _DLPack] | None = None,
+    rope: _Tables | None = None,
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
@@ -145,7 +175,7 @@ def infini_attention(
     denominator: _Denominator | None = None,
     state: State | None = None,
     seq_lens: _Ints | None = None,
-    rope: tuple[_DLPack, _DLPack] | None = None,
+    rope: _Tables | None = None,
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
@@ -167,7 +197,7 @@ def infini_attention(
     denominator: _Denominator | None = None,
     state: State | None = None,
     seq_lens: _Ints | None = None,
-    rope: tuple[_DLPack, _DLPack] | None = None,
+    rope: _Tables | None = None,
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
@@ -178,18 +208,34 @@ def infini_attention(
 
 @final
 class KeySums:
+    def __new__(cls, problem: Problem, *, sums: _Floats, tokens: _Ints) -> KeySums: ...
     @staticmethod
     def zero(problem: Problem, batch: int | None = None) -> KeySums: ...
     @staticmethod
     def from_state(state: State) -> KeySums: ...
     @property
+    def problem(self) -> Problem: ...
+    @property
     def sums(self) -> NDArray[np.float32]: ...
     @property
     def tokens(self) -> NDArray[np.int64]: ...
     def __add__(self, other: KeySums, /) -> KeySums: ...
+    def __radd__(self, other: KeySums, /) -> KeySums: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
+    def __copy__(self) -> KeySums: ...
+    def __deepcopy__(self, _memo: Any) -> KeySums: ...
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
 
 @final
 class SegmentMap:
+    def __new__(
+        cls, before: KeySums, *, A: _Floats, B: _Floats, dz: _Floats, tokens: _Ints
+    ) -> SegmentMap: ...
+    @property
+    def problem(self) -> Problem: ...
+    @property
+    def before(self) -> KeySums: ...
     @property
     def A(self) -> NDArray[np.float32]: ...
     @property
@@ -198,6 +244,11 @@ class SegmentMap:
     def dz(self) -> NDArray[np.float32]: ...
     @property
     def tokens(self) -> NDArray[np.int64]: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
+    def __copy__(self) -> SegmentMap: ...
+    def __deepcopy__(self, _memo: Any) -> SegmentMap: ...
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
 
 def key_sums(problem: Problem, k: _DLPack) -> KeySums: ...
 def segment_map(problem: Problem, k: _DLPack, v: _DLPack, before: KeySums) -> SegmentMap: ...
@@ -216,6 +267,22 @@ def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def simd_level() -> str: ...
 def _state_from_bytes(bytes: bytes) -> State: ...
+def _problem_from_fields(
+    heads: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    segment_len: int,
+    update: _Update,
+    scale: float,
+    empty_memory: _EmptyMemory,
+    denominator: _Denominator,
+    dtype: _DType,
+) -> Problem: ...
+def _key_sums_from_bytes(problem: Problem, sums: bytes, tokens: bytes) -> KeySums: ...
+def _segment_map_from_bytes(
+    before: KeySums, A: bytes, B: bytes, dz: bytes, tokens: bytes
+) -> SegmentMap: ...
 
 @final
 class ReferenceState:
@@ -244,7 +311,7 @@ def reference_infini_attention(
     denominator: _Denominator | None = None,
     state: ReferenceState | None = None,
     seq_lens: _Ints | None = None,
-    rope: tuple[_DLPack, _DLPack] | None = None,
+    rope: _Tables | None = None,
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     return_state: bool = True,
