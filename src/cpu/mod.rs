@@ -14,7 +14,7 @@ mod phases;
 mod pool;
 mod prefill;
 mod segment;
-mod simd;
+pub mod simd;
 
 use call::{Call, gate_weights};
 

@@ -238,14 +238,8 @@ fn files_of_sm90_get_no_other_code() {
         assert_eq!(codes, [cubins, cubins, 1], "{asked}: {calls}");
     }
     let names: Vec<_> = sandbox.generated().into_keys().collect();
-    let expected = [
-        "kernels.md",
-        "kernels.rs",
-        "manifest",
-        "sm90/wait.fatbin",
-        "sm90/wait.ptx",
-        "table.txt",
-    ];
+    let expected =
+        ["kernels.md", "kernels.rs", "manifest", "sm90/wait.fatbin", "sm90/wait.ptx", "table.txt"];
     assert_eq!(names, expected.map(PathBuf::from));
 }
 
