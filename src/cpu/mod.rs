@@ -15,7 +15,7 @@ mod phases;
 mod pool;
 mod prefill;
 mod segment;
-mod simd;
+pub mod simd;
 
 use call::{Call, decode_flops, gate_weights, taken_in};
 
