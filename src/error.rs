@@ -8,8 +8,10 @@ use crate::dtype::DType;
 ///
 /// Every variant names what was refused and carries both the value received and what would have
 /// been accepted. A call that returns an error has written nothing: state and outputs keep their
-/// bits. Only a CUDA driver that refuses a step after it has taken others leaves outputs half written;
-/// the state's slots are refused from then on ([`Error::Unfinished`]) until they are reset.
+/// bits. Two exceptions: a call that is cancelled may have taken in some tokens
+/// ([`Error::Cancelled`]); a CUDA driver that refuses a step after it has taken others leaves outputs
+/// half written, and the state's slots are refused from then on ([`Error::Unfinished`]) until they are
+/// reset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -144,6 +146,21 @@ pub enum Error {
         first_tokens: u64,
         /// Tokens committed in the second.
         second_tokens: u64,
+    },
+    /// The call was asked to end ([`Inputs::cancel`](crate::Inputs::cancel)). State and outputs are those
+    /// of a call with the tokens taken in; what the outputs hold beyond them means nothing.
+    #[error("cancelled: {taken:?} tokens per sequence were taken in")]
+    Cancelled {
+        /// Tokens of each sequence that the state has taken in.
+        taken: Vec<usize>,
+    },
+    /// The threads of rayon's global pool could not be started. Nothing was changed.
+    #[error(
+        "threads: {reason}; set RAYON_NUM_THREADS, or call inside a pool of your own (ThreadPool::install)"
+    )]
+    Threads {
+        /// What the system says.
+        reason: String,
     },
     /// The system has not so much memory. Nothing was changed.
     #[error("{what}: {bytes} B asked for, the system has not so much")]

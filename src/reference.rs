@@ -1,6 +1,8 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
 
+use std::sync::atomic::Ordering;
+
 use crate::alloc;
 use crate::call::form::Sequence;
 use crate::call::{self, Batch, Inputs};
@@ -237,7 +239,7 @@ fn sigmoid(x: f64) -> f64 {
 ///
 /// # Errors
 /// Those of [`crate::prefill`] that concern inputs, gate, slots, the state's problem and memory that
-/// does not suffice.
+/// does not suffice. [`Error::Cancelled`] with no token taken in.
 pub fn prefill<T: Copy + Into<f64>>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -256,6 +258,9 @@ pub fn prefill<T: Copy + Into<f64>>(
     let mut next = state.try_clone()?;
     for seq in &sequences {
         for t in 0..seq.len {
+            if inputs.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+                return Err(Error::Cancelled { taken: vec![0; sequences.len()] });
+            }
             step(problem, inputs, &batch, gate, seq, t, &mut next, &mut out)?;
         }
     }

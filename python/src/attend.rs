@@ -1,6 +1,8 @@
 //! The operator.
 
-use infini_attn::{DType, Element, Inputs, MAX_DECODE_TOKENS, Outputs, Rope, TensorView};
+use std::sync::atomic::AtomicBool;
+
+use infini_attn::{DType, Element, Error, Inputs, MAX_DECODE_TOKENS, Outputs, Rope, TensorView};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -9,6 +11,7 @@ use crate::error::Flag;
 use crate::problem::Policies;
 use crate::state::State;
 use crate::tensor::{self, Kind};
+use crate::threads::{Computed, Lane};
 use crate::{error, rope, threads};
 
 /// One call's arguments, their memory borrowed.
@@ -68,6 +71,15 @@ impl<'py> Arguments<'py> {
     /// B and T.
     pub fn batch(&self) -> (usize, usize) {
         (self.q.shape()[0], self.q.shape()[1])
+    }
+
+    /// Tokens of each sequence.
+    fn lens(&self) -> Vec<usize> {
+        let (b, t) = self.batch();
+        match &self.seq_lens {
+            Some(lens) => lens.iter().map(|&len| len as usize).collect(),
+            None => vec![t; b],
+        }
     }
 
     /// The problem of this call: `base` (the state's, or the defaults), with the extents and the
@@ -213,6 +225,11 @@ impl<'py> Results<'py> {
 /// RuntimeError
 ///     When another thread is using `state`.
 ///
+/// KeyboardInterrupt
+///     Soon after Ctrl-C, also within a long call; `state` is as it was. With inplace=True the exception
+///     says how many tokens of each sequence it has taken in (`tokens_taken`) and holds what the call
+///     returns (`results`): both are valid up to there, and the stream can go on.
+///
 /// Other Python threads run while it computes; they must not write to the inputs meanwhile.
 #[pyfunction]
 #[pyo3(
@@ -261,15 +278,44 @@ pub fn infini_attention<'py>(
             Bound::new(py, State::new(empty.map_err(error::python)?))?
         }
     };
-    let results = by_dtype!(
+    let (results, interrupt) = by_dtype!(
         arguments.q,
         run(py, &arguments, &problem, &mut *state.get().write()?, return_lse, return_parts)
     )?;
-    results.pack(py, return_state.then(|| state.into_any()))
+    let results = results.pack(py, return_state.then(|| state.into_any()))?;
+    match interrupt {
+        None => Ok(results),
+        Some(interrupt) if inplace => Err(interrupt.with_results(py, results)),
+        Some(interrupt) => Err(interrupt.error),
+    }
 }
 
 fn dtype_of<T: Element>() -> PyResult<DType> {
     Ok(T::DTYPE)
+}
+
+/// A signal's exception that ended a call.
+struct Interrupt {
+    error: PyErr,
+    /// Tokens of each sequence that the state has taken in.
+    taken: Vec<usize>,
+}
+
+impl Interrupt {
+    /// The exception, saying what a call in place has got done.
+    fn with_results(self, py: Python<'_>, results: Bound<'_, PyAny>) -> PyErr {
+        let note = format!(
+            "infini_attention: the state has taken in {:?} tokens, and is valid, as are the outputs up \
+             to there (tokens_taken and results of this exception)",
+            self.taken
+        );
+        let exception = self.error.value(py);
+        // An exception of the program's own may refuse attributes, and Python 3.10 knows no notes.
+        let _ = exception.setattr("tokens_taken", &self.taken);
+        let _ = exception.setattr("results", results);
+        let _ = exception.call_method1("add_note", (note,));
+        self.error
+    }
 }
 
 fn run<'py, T: Element + Scalar>(
@@ -279,7 +325,7 @@ fn run<'py, T: Element + Scalar>(
     state: &mut infini_attn::State,
     lse: bool,
     parts: bool,
-) -> PyResult<Results<'py>> {
+) -> PyResult<(Results<'py>, Option<Interrupt>)> {
     let (b, t) = arguments.batch();
     let (kind, shape) = (arguments.kind, [b, t, problem.heads(), problem.value_dim()]);
     let like = || tensor::empty::<T>(py, kind, &shape);
@@ -295,17 +341,31 @@ fn run<'py, T: Element + Scalar>(
         outputs = outputs.a_dot(a_dot.view_mut()?).a_mem(a_mem.view_mut()?);
     }
     let (q, k, v) = (arguments.q.view()?, arguments.k.view()?, arguments.v.view()?);
-    let (inputs, gate) = (arguments.inputs::<T>(q, k, v)?, &arguments.beta[..]);
-    threads::run(py, || {
-        if (1..=MAX_DECODE_TOKENS).contains(&t) {
+    let (cancel, gate) = (AtomicBool::new(false), &arguments.beta[..]);
+    let inputs = arguments.inputs::<T>(q, k, v)?.cancel(&cancel);
+    let decoding = (1..=MAX_DECODE_TOKENS).contains(&t);
+    let lane = match decoding {
+        true if state.decodes_inline(t) => Lane::Inline,
+        true => Lane::Decode,
+        false => Lane::Long,
+    };
+    let Computed { result, interrupt } = threads::compute(py, lane, &cancel, || {
+        if decoding {
             infini_attn::decode(problem, &inputs, gate, state, outputs)
         } else {
             infini_attn::prefill(problem, &inputs, gate, state, outputs)
         }
     })?;
-    Ok(Results {
+    let interrupt = match (result, interrupt) {
+        (result, None) => result.map(|()| None).map_err(error::python)?,
+        (Ok(()), Some(error)) => Some(Interrupt { error, taken: arguments.lens() }),
+        (Err(Error::Cancelled { taken }), Some(error)) => Some(Interrupt { error, taken }),
+        (Err(_), Some(error)) => Some(Interrupt { error, taken: vec![0; b] }),
+    };
+    let results = Results {
         out,
         lse: lse.map(|(object, _)| object),
         parts: parts.map(|parts| parts.map(|(object, _)| object)),
-    })
+    };
+    Ok((results, interrupt))
 }

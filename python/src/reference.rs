@@ -1,5 +1,6 @@
 //! The float64 reference: the paper's equations line by line, slow, the oracle of everything else.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{RwLock, RwLockReadGuard};
 
 use half::{bf16, f16};
@@ -129,8 +130,11 @@ pub fn reference_infini_attention<'py>(
         TensorView::new(elements, memory.shape()).map_err(error::python)
     }
     let (q, k, v) = (view(&q, &arguments.q)?, view(&k, &arguments.k)?, view(&v, &arguments.v)?);
-    let (inputs, gate) = (arguments.inputs(q, k, v)?, &arguments.beta[..]);
-    let output = threads::run(py, || reference::prefill(&problem, &inputs, gate, &mut next))?;
+    let (cancel, gate) = (AtomicBool::new(false), &arguments.beta[..]);
+    let inputs = arguments.inputs(q, k, v)?.cancel(&cancel);
+    let output = threads::cancellable(py, &cancel, || {
+        reference::prefill(&problem, &inputs, gate, &mut next)
+    })?;
 
     let shape = [batch, length, problem.heads(), problem.value_dim()];
     let array = |values: &[f64]| tensor::array(py, &shape, values);

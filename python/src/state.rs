@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use infini_attn::State as Core;
-use pyo3::exceptions::{PyRuntimeError, PyTypeError};
+use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PySlice};
 
 use crate::problem::{Policies, Problem, element_type, extent};
 use crate::{error, tensor, threads};
@@ -15,11 +15,14 @@ use crate::{error, tensor, threads};
 ///
 /// State(problem, sequences=1) starts that many empty streams. A state is what infini_attention returns and
 /// takes; its size does not depend on how many tokens were seen. It can be pickled, copied
-/// (copy.deepcopy, fork) and saved.
+/// (copy.deepcopy, fork) and saved. len(state) is B; state[i], state[a:b] and state[[i, j]] are states of
+/// those streams, State.concat([a, b]) is one of all streams of several.
+///
+/// Copies take next to no time and memory: they share what they hold until one of them changes it.
 ///
 /// While one thread's call writes a state (inplace=True, flush, reset), a use of the same state in
 /// another thread raises RuntimeError. Reading from several threads at once is fine.
-#[pyclass(frozen, module = "infini_attn")]
+#[pyclass(frozen, weakref, module = "infini_attn")]
 pub struct State(RwLock<Core>);
 
 impl State {
@@ -35,6 +38,16 @@ impl State {
 
     pub fn write(&self) -> PyResult<RwLockWriteGuard<'_, Core>> {
         self.0.try_write().map_err(unusable)
+    }
+
+    /// A state that Python is given, of what `make` makes of this one meanwhile.
+    fn derive(
+        &self,
+        py: Python<'_>,
+        make: impl FnOnce(&Core) -> infini_attn::Result<Core> + Send,
+    ) -> PyResult<Self> {
+        let state = &*self.read()?;
+        py.detach(|| make(state)).map(Self::new).map_err(error::python)
     }
 
     /// What a call advances: `state` itself, or a copy.
@@ -55,12 +68,12 @@ pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
     })
 }
 
-/// All slots, or those given.
+/// All slots, or those given: one, or a list.
 fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
     let Some(given) = given else { return tensor::collect(0..sequences) };
     let (shape, slots) = tensor::integers("slots", given)?;
     if shape.len() > 1 {
-        return Err(error::shape("slots", &shape, "one slot or a list [n]"));
+        return Err(error::shape("slots", &shape, "a slot or a list of slots"));
     }
     tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }
@@ -146,9 +159,8 @@ impl State {
             None => tokens.clone(),
         };
         let (m, z) = (tensor::elements(m.view()?)?, tensor::elements(z.view()?)?);
-        Core::from_parts(&problem, &m, &z, &tokens, &committed)
-            .map(Self::new)
-            .map_err(error::python)
+        let make = || Core::from_parts(&problem, &m, &z, &tokens, &committed);
+        M.py().detach(make).map(Self::new).map_err(error::python)
     }
 
     /// The problem this state belongs to.
@@ -220,22 +232,64 @@ impl State {
 
     /// Forgets everything all streams (or those in `slots`) have seen, in place.
     #[pyo3(signature = (slots = None))]
-    fn reset(&self, slots: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        let mut state = self.write()?;
-        let slots = self::slots(slots, state.sequences())?;
-        state.reset(&slots).map_err(error::python)
+    fn reset(&self, py: Python<'_>, slots: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let mut guard = self.write()?;
+        let slots = self::slots(slots, guard.sequences())?;
+        let state = &mut *guard;
+        py.detach(|| state.reset(&slots)).map_err(error::python)
     }
 
     /// An independent copy, or a state whose stream i continues where stream slots[i] stands; a
     /// slot may be named several times (several continuations of one prompt).
     #[pyo3(signature = (slots = None))]
-    fn fork(&self, slots: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let state = self.read()?;
-        let copy = match slots {
-            Some(_) => state.fork(&self::slots(slots, state.sequences())?),
-            None => state.try_clone(),
+    fn fork(&self, py: Python<'_>, slots: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let Some(slots) = slots else { return self.derive(py, Core::try_clone) };
+        let slots = self::slots(Some(slots), self.read()?.sequences())?;
+        self.derive(py, |state| state.fork(&slots))
+    }
+
+    /// The streams of all the states, one state after another, as one state: requests join a batch.
+    /// They leave it by index, slice or fork.
+    #[staticmethod]
+    fn concat(py: Python<'_>, states: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let states: Vec<Bound<'_, State>> = error::items("states", states, |name, state| {
+            error::typed(name, state, "an infini_attn.State")
+        })?;
+        let guards = states.iter().map(|s| s.get().read()).collect::<PyResult<Vec<_>>>()?;
+        let states: Vec<_> = guards.iter().map(|g| &**g).collect();
+        py.detach(|| Core::concat(&states)).map(Self::new).map_err(error::python)
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        self.sequences()
+    }
+
+    /// A copy of one stream (an index, from the end if negative), of those of a slice, or of a list.
+    fn __getitem__(&self, py: Python<'_>, index: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let len = self.sequences()?;
+        let slots = if let Ok(slice) = index.cast::<PySlice>() {
+            let range = slice.indices(isize::try_from(len)?)?;
+            let slot = |i| (range.start + i as isize * range.step) as usize;
+            tensor::collect((0..range.slicelength).map(slot))?
+        } else {
+            let (shape, given) = tensor::integers("index", index)?;
+            if shape.len() > 1 {
+                return Err(error::shape(
+                    "index",
+                    &shape,
+                    "a stream, a slice or a list of streams",
+                ));
+            }
+            let of_stream = |i: i128| if i < 0 { i + len as i128 } else { i };
+            let slots = given.into_iter().map(|i| match usize::try_from(of_stream(i)) {
+                Ok(slot) if slot < len => Ok(slot),
+                _ => Err(PyIndexError::new_err(format!(
+                    "index: {i} given, one of {len} streams expected"
+                ))),
+            });
+            slots.collect::<PyResult<_>>()?
         };
-        copy.map(Self::new).map_err(error::python)
+        self.derive(py, |state| state.fork(&slots))
     }
 
     /// Writes the state to a file (safetensors, with the problem in its metadata).
@@ -269,21 +323,22 @@ impl State {
         &self,
         py: Python<'py>,
     ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
-        let bytes = self.read()?.to_bytes().map_err(error::python)?;
+        let state = &*self.read()?;
+        let bytes = py.detach(|| state.to_bytes()).map_err(error::python)?;
         let load = py.import("infini_attn._core")?.getattr("_state_from_bytes")?;
         let copy = |memory: &mut [u8]| {
-            memory.copy_from_slice(&bytes);
+            py.detach(|| memory.copy_from_slice(&bytes));
             Ok(())
         };
         Ok((load, (PyBytes::new_with(py, bytes.len(), copy)?,)))
     }
 
-    fn __copy__(&self) -> PyResult<Self> {
-        self.fork(None)
+    fn __copy__(&self, py: Python<'_>) -> PyResult<Self> {
+        self.fork(py, None)
     }
 
-    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
-        self.fork(None)
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.fork(py, None)
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
@@ -304,6 +359,6 @@ impl State {
 
 /// What pickle calls.
 #[pyfunction]
-pub fn _state_from_bytes(bytes: &[u8]) -> PyResult<State> {
-    Core::from_bytes(bytes).map(State::new).map_err(error::python)
+pub fn _state_from_bytes(py: Python<'_>, bytes: &[u8]) -> PyResult<State> {
+    py.detach(|| Core::from_bytes(bytes)).map(State::new).map_err(error::python)
 }

@@ -7,6 +7,8 @@ pub(crate) mod form;
 pub(crate) mod maps;
 pub(crate) mod merge;
 
+use std::sync::atomic::AtomicBool;
+
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::Counters;
@@ -35,15 +37,41 @@ pub struct Inputs<'a, T> {
     lengths: Lengths<'a>,
     slots: Option<&'a [usize]>,
     rope: Option<Rope<'a>>,
+    pub(crate) cancel: Option<&'a AtomicBool>,
 }
 
 impl<'a, T> Inputs<'a, T> {
     /// A batch in which every sequence is T tokens long and sequence b uses slot b of the state.
     pub fn new(q: TensorView<'a, T>, k: TensorView<'a, T>, v: TensorView<'a, T>) -> Self {
-        Self { q, k, v, lengths: Lengths::Full, slots: None, rope: None }
+        Self { q, k, v, lengths: Lengths::Full, slots: None, rope: None, cancel: None }
     }
 
     input_builders!('a, Rope<'a>);
+
+    /// A flag that asks the call to end once another thread sets it: soon, by
+    /// [`Error::Cancelled`](crate::Error::Cancelled), which says how many tokens of each sequence were
+    /// taken in. State and outputs are valid up to there.
+    ///
+    /// ```
+    /// # use infini_attn::{Error, Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
+    /// use std::sync::atomic::AtomicBool;
+    /// # let problem = Problem::builder().head_dim(8).segment_len(16).build()?;
+    /// # let mut state = State::new(&problem, 1)?;
+    /// # let (x, mut o) = (vec![0.5f32; 100 * 8], vec![0.0f32; 100 * 8]);
+    /// # let tensor = TensorView::new(&x, &[1, 100, 1, 8])?;
+    /// # let outputs = Outputs::new(TensorViewMut::new(&mut o, &[1, 100, 1, 8])?);
+    /// let stop = AtomicBool::new(true); // say, of a server whose client has hung up
+    /// let inputs = Inputs::new(tensor, tensor, tensor).cancel(&stop);
+    /// match prefill(&problem, &inputs, &[0.0], &mut state, outputs) {
+    ///     Err(Error::Cancelled { taken }) => assert_eq!(taken[0] as u64, state.tokens(0)),
+    ///     other => other?,
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn cancel(mut self, flag: &'a AtomicBool) -> Self {
+        self.cancel = Some(flag);
+        self
+    }
 }
 
 /// Rotary position embedding of the local branch: the first R channels of q and k are rotated, the

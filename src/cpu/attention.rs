@@ -142,6 +142,9 @@ impl<T: Element> Call<'_, T> {
     }
 
     fn attend_tile(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
+        if self.cancelled() {
+            return;
+        }
         let weights = |h| self.weights(h, piece.empty);
         let any = |i: usize| tile.heads.clone().any(|h| weights(h)[i] != 0.0);
         let retrieve = !piece.empty && (any(0) || self.outputs.a_mem.is_some());
@@ -192,6 +195,9 @@ impl<T: Element> Call<'_, T> {
         x.visible.extend(tile.each().map(|(_, t, _)| seen(t)));
         let keys = seen(tile.tokens.end - 1);
         for (b, first) in (0..keys).step_by(width).enumerate() {
+            if self.cancelled() {
+                return;
+            }
             let n = width.min(keys - first);
             let s = &mut x.s[..rows * n];
             let q = Mat::rows(&x.q_local, rows, dk, dk);

@@ -1,7 +1,10 @@
 //! One call and its counters.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::call::form::{Sequence, pieces};
 use crate::call::{Batch, InputRows, OutputRows};
+use crate::error::{Error, Result};
 use crate::memory::Counters;
 use crate::memory::blocks::KeyBlocks;
 use crate::problem::{Problem, Update};
@@ -15,6 +18,36 @@ pub(crate) struct Call<'a, T> {
     pub outputs: OutputRows<'a, T>,
     /// Per query head: weight of the memory branch, weight of the local branch.
     pub gates: Vec<[f32; 2]>,
+    /// Asks the call to end, from another thread.
+    pub cancel: Option<&'a AtomicBool>,
+    /// Whether that was seen: the flag might be taken back.
+    pub seen: AtomicBool,
+    /// Whether it is so little work that the calling thread does it alone.
+    pub inline: bool,
+}
+
+impl<T> Call<'_, T> {
+    /// Whether the call was asked to end. What a task leaves undone then never counts.
+    pub fn cancelled(&self) -> bool {
+        let Some(flag) = self.cancel else { return false };
+        if flag.load(Ordering::Relaxed) {
+            self.seen.store(true, Ordering::Relaxed);
+        }
+        self.seen.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// [`Error::Cancelled`]; how many tokens were taken in is for [`taken_in`] to say.
+    pub fn go_on(&self) -> Result<()> {
+        if self.cancelled() { Err(Error::Cancelled { taken: Vec::new() }) } else { Ok(()) }
+    }
+}
+
+/// Tokens of each sequence that the state has taken in since the call began, in the order of the
+/// call's sequences.
+pub(super) fn taken_in(sequences: &mut [Sequence], counters: &[Counters]) -> Vec<usize> {
+    sequences.sort_by_key(|s| (s.batch, s.first, s.len));
+    sequences.iter().map(|s| (counters[s.slot].tokens as usize) - s.position).collect()
 }
 
 /// The gate as weights of both branches, each rounded on its own: 1 − g keeps its precision.
@@ -29,6 +62,30 @@ pub(super) fn advance<T>(call: &Call<'_, T>, sequences: &[Sequence], counters: &
         let c = &mut counters[seq.slot];
         pieces(&call.problem, *seq, *c)
             .for_each(|piece| c.advance(&piece, call.batch.rope.is_some()));
+    }
+}
+
+/// Flop of a decode of so many new tokens per sequence, each given with its open tokens.
+pub(super) fn decode_flops(p: &Problem, sequences: impl Iterator<Item = (usize, usize)>) -> f64 {
+    let [heads, kv_heads, dk, dv, n] =
+        [p.heads(), p.kv_heads(), p.key_dim(), p.value_dim(), p.segment_len()].map(|x| x as f64);
+    let sequence = |(new, open): (usize, usize)| {
+        let (new, keys) = (new as f64, (new + open) as f64);
+        let row = 2.0 * keys.min(n) * (dk + dv) + 2.0 * dk * dv;
+        heads * new * row + kv_heads * (keys / n).floor() * 4.0 * n * dk * dv
+    };
+    sequences.map(sequence).sum()
+}
+
+impl<T> Call<'_, T> {
+    /// Sequences of a decode after which it looks whether it was cancelled, of so many.
+    pub fn per_check(&self, sequences: usize) -> usize {
+        match self.cancel {
+            Some(_) if !self.inline => {
+                (4 * rayon::current_num_threads()).div_ceil(self.problem.kv_heads())
+            }
+            _ => sequences.max(1),
+        }
     }
 }
 

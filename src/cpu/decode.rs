@@ -6,15 +6,15 @@ use rayon::prelude::*;
 use super::attention::{Scratch as TileScratch, Segment};
 use super::call::{Call, Extent, advance};
 use super::pack::AppendScratch;
-use super::pool::Pool;
+use super::pool::{self, Pool};
 use super::segment;
 use super::segment::Scratch as SegmentScratch;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::memory::State;
 use crate::memory::blocks::KeyBlocks;
-use crate::memory::heads::HeadMut;
+use crate::memory::heads::{HeadMut, OpenHeads, OpenRef};
+use crate::memory::{Counters, State};
 use crate::problem::Problem;
 
 /// Buffers of one running task.
@@ -31,47 +31,165 @@ pub(super) fn run<T: Element>(
     state: &mut State,
 ) -> Result<()> {
     let p = &call.problem;
-    let (counters, heads) = state.split();
-    let completes = Extent::of(p, sequences, counters).completes;
+    let completes = Extent::of(p, sequences, &state.counters).completes;
     let tasks = sequences.len() * p.kv_heads();
-    let scratch = Pool::new(tasks, || {
+    let scratch = Pool::new(if call.inline { tasks.min(1) } else { tasks }, || {
         Ok(Scratch {
             tiles: TileScratch::new(call)?,
             append: AppendScratch::new(p)?,
             segment: completes.then(|| SegmentScratch::for_commits(p)).transpose()?,
         })
     })?;
-    (0..tasks).into_par_iter().for_each(|i| {
-        let (seq, h) = (sequences[i / p.kv_heads()], i % p.kv_heads());
-        // SAFETY: no two sequences have the same slot.
-        let mut head = unsafe { heads.head(seq.slot, h) };
-        scratch.with(|x| {
-            pieces(p, seq, counters[seq.slot])
-                .for_each(|piece| step(call, &piece, h, &mut head, x));
-        });
-    });
-    advance(call, sequences, counters);
+    let appended = !completes && append_shared(call, sequences, state, &scratch);
+    if completes {
+        state.own_memory()?;
+    }
+    if !appended {
+        state.own_open()?;
+    }
+    for group in sequences.chunks(call.per_check(sequences.len())) {
+        call.go_on()?;
+        match (completes, appended) {
+            (true, _) => complete(call, group, state, &scratch)?,
+            (false, true) => attend_shared(call, group, state, &scratch),
+            (false, false) => append_and_attend(call, group, state, &scratch),
+        }
+        advance(call, group, &mut state.counters);
+    }
     Ok(())
 }
 
-/// Appends a piece, attends it, and commits the segment if that filled it.
-fn step<T: Element>(
+/// Runs `work` on every piece of every sequence and KV head; the pieces of one in order.
+fn each_piece<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    counters: &[Counters],
+    scratch: &Pool<Scratch>,
+    work: impl Fn(&Piece, usize, &mut Scratch) + Sync + Send,
+) {
+    let p = &call.problem;
+    pool::each(sequences.len() * p.kv_heads(), call.inline, |i| {
+        let (seq, h) = (sequences[i / p.kv_heads()], i % p.kv_heads());
+        scratch.with(|x| {
+            pieces(p, seq, counters[seq.slot]).for_each(|piece| work(&piece, h, x));
+        });
+    });
+}
+
+/// Appends and attends every piece, and commits the segments that are full then.
+fn complete<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+    scratch: &Pool<Scratch>,
+) -> Result<()> {
+    let (counters, heads) = state.split()?;
+    each_piece(call, sequences, counters, scratch, |piece, h, x| {
+        // SAFETY: no two sequences have the same slot.
+        let mut head = unsafe { heads.head(piece.seq.slot, h) };
+        call.append(piece, h, &mut head.open, &mut x.append);
+        attend(call, piece, h, (head.open.read(), head.m, head.z), x);
+        if piece.full
+            && let Some(scratch) = &mut x.segment
+        {
+            commit(&call.problem, call.problem.segment_len(), piece.empty, &mut head, scratch);
+        }
+    });
+    Ok(())
+}
+
+/// The same where no segment gets full: the memory is only read.
+fn append_and_attend<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+    scratch: &Pool<Scratch>,
+) {
+    let State { counters, m, z, open, .. } = state;
+    let open = open.alone().expect("made this state's own by `run`");
+    let heads = OpenHeads::new(&call.problem, open);
+    each_piece(call, sequences, counters, scratch, |piece, h, x| {
+        // SAFETY: no two sequences have the same slot.
+        let mut head = unsafe { heads.head(piece.seq.slot, h) };
+        call.append(piece, h, &mut head, &mut x.append);
+        let (m, z) = memory(&call.problem, (m, z), piece.seq.slot, h);
+        attend(call, piece, h, (head.read(), m, z), x);
+    });
+}
+
+/// The same for open segments that copies of the state hold too; their rows are there.
+fn attend_shared<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &State,
+    scratch: &Pool<Scratch>,
+) {
+    let (p, open) = (&call.problem, state.open.read());
+    each_piece(call, sequences, &state.counters, scratch, |piece, h, x| {
+        let (m, z) = memory(p, (&state.m, &state.z), piece.seq.slot, h);
+        attend(call, piece, h, (open.head(p, piece.seq.slot, h), m, z), x);
+    });
+}
+
+/// Appends the rows of all sequences to open segments that copies of the state hold too; false where
+/// another of them has appended there, or is about to.
+fn append_shared<T: Element>(
+    call: &Call<'_, T>,
+    sequences: &[Sequence],
+    state: &mut State,
+    scratch: &Pool<Scratch>,
+) -> bool {
+    let State { counters, open, .. } = state;
+    if open.alone().is_some() {
+        return false;
+    }
+    let Some(mut open) = open.try_write() else { return false };
+    let (p, new) = (&call.problem, || sequences.iter().filter(|s| s.len > 0));
+    if new().next().is_none() {
+        return true;
+    }
+    if new().any(|s| open.filled[s.slot] != counters[s.slot].open_len) {
+        return false;
+    }
+    new().for_each(|s| open.filled[s.slot] += s.len);
+    let heads = OpenHeads::new(p, &mut open);
+    // One after another: who holds the lock must not wait for tasks.
+    scratch.with(|x| {
+        for seq in new() {
+            for piece in pieces(p, *seq, counters[seq.slot]) {
+                for h in 0..p.kv_heads() {
+                    // SAFETY: taken one after another.
+                    let mut head = unsafe { heads.head(seq.slot, h) };
+                    call.append(&piece, h, &mut head, &mut x.append);
+                }
+            }
+        }
+    });
+    true
+}
+
+/// M and z of a slot's head.
+fn memory<'a>(
+    p: &Problem,
+    (m, z): (&'a [f32], &'a [f32]),
+    slot: usize,
+    kv_head: usize,
+) -> (&'a [f32], &'a [f32]) {
+    let (i, dk) = (slot * p.kv_heads() + kv_head, p.key_dim());
+    (&m[i * dk * p.value_dim()..][..dk * p.value_dim()], &z[i * dk..][..dk])
+}
+
+/// Attends a piece whose rows are in the open segment.
+fn attend<T: Element>(
     call: &Call<'_, T>,
     piece: &Piece,
     kv_head: usize,
-    head: &mut HeadMut<'_>,
+    (open, m, z): (OpenRef<'_>, &[f32], &[f32]),
     x: &mut Scratch,
 ) {
-    call.append(piece, kv_head, head, &mut x.append);
-    let open = head.open();
     let keys = open.local(call.batch.rope.is_some());
-    let segment = Segment { keys, values: open.v, m: head.m, z: head.z };
+    let segment = Segment { keys, values: open.v, m, z };
     call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
-    if piece.full
-        && let Some(scratch) = &mut x.segment
-    {
-        commit(&call.problem, call.problem.segment_len(), piece.empty, head, scratch);
-    }
 }
 
 /// The first `len` tokens of an open segment.
@@ -105,14 +223,14 @@ fn commit(
     scratch: &mut SegmentScratch,
 ) {
     let blocks = KeyBlocks::new(problem);
-    let tokens = OpenTokens { problem, blocks, len, keys: head.k, values: head.v };
+    let tokens = OpenTokens { problem, blocks, len, keys: head.open.k, values: head.open.v };
     segment::commit(problem, &tokens, empty, head.m, head.z, scratch);
 }
 
 pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
-    let (counters, heads) = state.split();
     let tasks = slots.len() * p.kv_heads();
     let scratch = Pool::new(tasks, || SegmentScratch::for_commits(p))?;
+    let (counters, heads) = state.split()?;
     (0..tasks).into_par_iter().for_each(|i| {
         let slot = slots[i / p.kv_heads()];
         let c = counters[slot];
@@ -123,5 +241,6 @@ pub(super) fn flush(p: &Problem, state: &mut State, slots: &[usize]) -> Result<(
         }
     });
     slots.iter().for_each(|&slot| counters[slot].flush());
+    state.note_filled(slots.iter().copied());
     Ok(())
 }

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, matmul};
-use super::pool::Pool;
+use super::pool::{self, Pool};
 use super::segment::{CHUNK, SCRATCH, Scratch};
 use super::{segment, simd};
 use crate::alloc;
@@ -218,6 +218,7 @@ impl SegmentMap {
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
+    pool::start()?;
     let mut out = KeySums::zero(problem, batch)?;
     out.tokens.fill(tokens as u64);
     let rows = k.rows();
@@ -259,6 +260,7 @@ pub fn segment_map<T: Element>(
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
     let (_, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
+    pool::start()?;
     let mut map = SegmentMap::zero(problem, before)?;
     map.sums.tokens.fill(tokens as u64);
     let (k, v) = (k.rows(), v.rows());
@@ -349,6 +351,7 @@ fn run_map<T: Element>(
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
     first.run().check_followed_by(&second.run())?;
+    pool::start()?;
     let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
     let sums = first.sums.add(&second.sums)?;
     let mut map = SegmentMap { sums, ..SegmentMap::zero(&first.problem, &first.before)? };
@@ -375,9 +378,11 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// of earlier tokens, [`Error::OutOfMemory`](crate::Error::OutOfMemory). The state is unchanged then.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
     let counters = map.run().apply(&state.problem, &state.counters)?;
+    pool::start()?;
     let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());
     let scratch = Pool::new(state.m.len() / (dk * dv), || alloc::reserved(&[dk, dv], SCRATCH))?;
-    (state.m.par_chunks_exact_mut(dk * dv))
+    let (m, z) = state.own_memory()?;
+    (m.par_chunks_exact_mut(dk * dv))
         .zip(map.a.par_chunks_exact(dk * dk).zip(map.b.par_chunks_exact(dk * dv)))
         .for_each(|(m, (a, b))| {
             scratch.with(|found: &mut Vec<f32>| {
@@ -387,7 +392,7 @@ pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
                 matmul(m, Into::Add, Mat::rows(a, dk, dk, dk), Mat::rows(found, dk, dv, dv));
             });
         });
-    state.z.iter_mut().zip(&map.sums.sums).for_each(|(z, dz)| *z += dz);
+    z.iter_mut().zip(&map.sums.sums).for_each(|(z, dz)| *z += dz);
     state.counters = counters;
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::pool::Pool;
+use super::pool::{self, Pool};
 use super::segment::SCRATCH;
 use crate::alloc;
 use crate::call::merge::{check_partials, merge_counters, no_states};
@@ -46,6 +46,7 @@ pub fn merge_partials<T: Element>(
     let width = out.shape()[out.shape().len() - 1];
     let parts = a_dot.iter().zip(lse).map(|(a, l)| (a.rows(), l.head_rows()));
     let parts = alloc::collected(parts, PARTS)?;
+    pool::start()?;
     let scratch = Pool::new(rows, || Scratch::new(width, parts.len()))?;
     let out = out.rows();
     let out_lse = out_lse.as_mut().map(TensorViewMut::head_rows);
@@ -133,10 +134,12 @@ pub fn merge_memories(states: &[&State]) -> Result<State> {
     let counted = alloc::collected(counted, "the list of states")?;
     let counters = merge_counters(&counted)?;
     let Some(last) = states.last() else { return Err(no_states()) };
+    pool::start()?;
     let mut merged = last.try_clone()?;
     merged.counters = counters;
-    add_up(&mut merged.m, states, |s| &s.m);
-    add_up(&mut merged.z, states, |s| &s.z);
+    let (m, z) = merged.own_memory()?;
+    add_up(m, states, |s| &s.m);
+    add_up(z, states, |s| &s.z);
     Ok(merged)
 }
 

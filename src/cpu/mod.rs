@@ -1,7 +1,7 @@
 //! The CPU backend: f32 arithmetic, rayon tasks, the `gemm` crate's products, run-time SIMD choice.
 //!
 //! Work runs in the rayon pool the caller is in (`pool.install(|| prefill(..))`), else the global
-//! one.
+//! one; a decode of very little work in the calling thread.
 
 mod attention;
 mod call;
@@ -16,13 +16,15 @@ mod prefill;
 mod segment;
 mod simd;
 
-use call::{Call, gate_weights};
+use std::sync::atomic::AtomicBool;
+
+use call::{Call, decode_flops, gate_weights, taken_in};
 
 use crate::alloc;
 use crate::call::check::check_longest;
 use crate::call::{Inputs, MAX_DECODE_TOKENS, Outputs, check_outputs, resolve};
 use crate::dtype::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::blocks::KeyBlocks;
 use crate::memory::{State, check_slots};
 use crate::problem::Problem;
@@ -41,13 +43,15 @@ use crate::problem::Problem;
 /// * `state`: advanced by the call.
 /// * `outputs`: o [B, T, Hq, Dv] and on request log-sum-exp, A_dot, A_mem.
 ///
-/// Runs in the caller's rayon pool. Memory beyond inputs, outputs and state is bounded
-/// independently of T.
+/// Runs in the caller's rayon pool, whose threads are busy with it until it ends: what must not wait,
+/// decoding say, runs in another pool. Memory beyond inputs, outputs and state is bounded
+/// independently of T. [`Inputs::cancel`] ends a call early.
 ///
 /// # Errors
 /// A shape, stride, length, dtype, slot, position or problem that does not fit is refused before
 /// anything is written, by an [`Error`](crate::Error) that names the argument; so is a call for whose
-/// workspace memory does not suffice ([`Error::OutOfMemory`](crate::Error::OutOfMemory)).
+/// workspace memory does not suffice ([`Error::OutOfMemory`](crate::Error::OutOfMemory)) or threads cannot
+/// be started ([`Error::Threads`](crate::Error::Threads)).
 ///
 /// ```
 /// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
@@ -92,6 +96,15 @@ pub fn decode<T: Element>(
     run(problem, inputs, gate, state, outputs, Some(MAX_DECODE_TOKENS))
 }
 
+impl State {
+    /// Whether [`decode()`] of `tokens` new tokens in every slot is so little work that the calling
+    /// thread does it alone: it need not be taken into a pool then.
+    pub fn decodes_inline(&self, tokens: usize) -> bool {
+        let lens = self.counters.iter().map(|c| (tokens, c.open_len));
+        tokens <= MAX_DECODE_TOKENS && pool::inline(decode_flops(&self.problem, lens))
+    }
+}
+
 /// Writes the open segments of the given slots into their memories; the next token of such a slot
 /// opens a new segment of full length. `tokens` (the position) does not change; an empty open
 /// segment is left as it is.
@@ -103,6 +116,7 @@ pub fn decode<T: Element>(
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
     check_slots(slots, state.sequences())?;
+    pool::start()?;
     decode::flush(problem, state, slots)
 }
 
@@ -119,6 +133,12 @@ fn run<T: Element>(
     let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
     check_outputs(problem, inputs, &outputs)?;
     check_longest(&sequences, max_tokens)?;
+    let decoding = max_tokens.is_some();
+    let lens = || sequences.iter().map(|s| (s.len, state.counters[s.slot].open_len));
+    let inline = decoding && pool::inline(decode_flops(problem, lens()));
+    if !inline {
+        pool::start()?;
+    }
     let call = Call {
         problem: *problem,
         batch,
@@ -126,18 +146,24 @@ fn run<T: Element>(
         inputs: inputs.rows(),
         outputs: outputs.rows(),
         gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
+        cancel: inputs.cancel,
+        seen: AtomicBool::new(false),
+        inline,
     };
     let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;
-    let result = match max_tokens {
-        Some(_) => decode::run(&call, &sequences, state),
-        None => prefill::run(&call, &mut sequences, state),
+    let mut result = match decoding {
+        true => decode::run(&call, &sequences, state),
+        false => prefill::run(&call, &mut sequences, state),
     };
+    if let Err(Error::Cancelled { taken }) = &mut result {
+        *taken = taken_in(&mut sequences, &state.counters);
+    }
     // Only for want of memory, before anything was written.
-    result.inspect_err(|_| {
-        if first_rotation {
-            state.forget_rotated();
-        }
-    })?;
+    if let (Err(Error::OutOfMemory { .. }), true) = (&result, first_rotation) {
+        state.forget_rotated();
+    }
+    state.note_filled(sequences.iter().map(|s| s.slot));
+    result?;
     for seq in sequences.iter().filter(|_| !batch.packed()) {
         call.clear_padding(seq, batch.tokens());
     }

@@ -1,13 +1,15 @@
 //! Tokens of one segment and KV head, gathered into contiguous f32: rows of one head lie far apart in
 //! the inputs, at strides that evict each other from the caches, so they are read there once.
 
+use rayon::prelude::*;
+
 use super::call::Call;
 use super::segment::{SCRATCH, Tokens};
 use crate::alloc;
 use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::memory::heads::{HeadMut, OpenRef};
+use crate::memory::heads::{OpenHeads, OpenMut, OpenRef};
 use crate::problem::Problem;
 
 /// Tokens rotated or appended at a time.
@@ -89,6 +91,10 @@ impl<T: Element> Tokens for PieceTokens<'_, '_, T> {
         }
     }
 
+    fn cancelled(&self) -> bool {
+        self.call.cancelled()
+    }
+
     fn value(&self, j: usize, v: &mut [f32]) {
         match j.checked_sub(self.piece.cached) {
             None => v.copy_from_slice(&self.open.v[j * v.len()..][..v.len()]),
@@ -165,22 +171,39 @@ impl<T: Element> Call<'_, T> {
         &self,
         piece: &Piece,
         kv_head: usize,
-        head: &mut HeadMut<'_>,
+        open: &mut OpenMut<'_>,
         x: &mut AppendScratch,
     ) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         for first in (0..piece.len).step_by(GROUP) {
             let (t, j) = (piece.start + first, piece.cached + first);
             x.keys.resize(GROUP.min(piece.len - first) * dk, 0.0);
-            let rows = x.keys.chunks_exact_mut(dk).zip(head.v[j * dv..].chunks_exact_mut(dv));
+            let rows = x.keys.chunks_exact_mut(dk).zip(open.v[j * dv..].chunks_exact_mut(dv));
             for (t, (k, v)) in (t..).zip(rows) {
                 self.load_key(piece, kv_head, t, k);
                 self.load_value(piece, kv_head, t, v);
             }
-            self.blocks.put(head.k, j, &x.keys);
-            if let (Some(_), Some(local)) = (&self.batch.rope, &mut head.k_rotated) {
+            self.blocks.put(open.k, j, &x.keys);
+            if let (Some(_), Some(local)) = (&self.batch.rope, &mut open.k_rotated) {
                 self.put_local(&piece.seq, t, &x.keys, (j, local), &mut x.rotated);
             }
         }
+    }
+
+    /// Appends, in parallel, the tokens of pieces that do not complete their segments. It is not
+    /// cancelled: the rows take the place of those that the sequences began with.
+    pub fn append_tails(
+        &self,
+        open: &OpenHeads<'_>,
+        tails: &[Piece],
+        scratch: impl Fn(&mut dyn FnMut(&mut AppendScratch)) + Sync,
+    ) {
+        let kv_heads = self.problem.kv_heads();
+        (0..tails.len() * kv_heads).into_par_iter().for_each(|i| {
+            let (piece, h) = (&tails[i / kv_heads], i % kv_heads);
+            // SAFETY: a sequence has one such piece, and no two sequences have the same slot.
+            let mut head = unsafe { open.head(piece.seq.slot, h) };
+            scratch(&mut |x| self.append(piece, h, &mut head, x));
+        });
     }
 }

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::attention::{Scratch as TileScratch, Segment, TILE_ROWS};
-use super::call::{Call, Extent, advance};
+use super::call::{Call, Extent};
 use super::pack::{Packed, PieceTokens};
 use super::pool::Pool;
 use super::segment;
@@ -18,6 +18,9 @@ use crate::error::Result;
 use crate::memory::State;
 use crate::memory::heads::{Heads, Shared};
 use crate::problem::{Problem, Update};
+
+/// What it is called in errors.
+const WORKSPACE: &str = "the workspace of a prefill";
 
 /// Most workspace of a run.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -63,25 +66,28 @@ pub(super) fn run<T: Element>(
     state: &mut State,
 ) -> Result<()> {
     let p = &call.problem;
-    let (counters, heads) = state.split();
-    let extent = Extent::of(p, sequences, counters);
+    let extent = Extent::of(p, sequences, &state.counters);
     let record = Record::new(p, extent.transits);
     let wanted = (8 * rayon::current_num_threads()).div_ceil(p.kv_heads());
     let record_bytes = record.len().saturating_mul(4 * p.kv_heads());
     let per_run = wanted.min(WORKSPACE_BYTES / record_bytes).max(1);
-    let all = || sequences.iter().flat_map(|s| pieces(p, *s, counters[s.slot]));
+    let (counters, heads) = state.split()?;
+    let at_start = sequences.iter().map(|s| (*s, counters[s.slot]));
+    let at_start = alloc::collected(at_start, WORKSPACE)?;
+    let all = || at_start.iter().flat_map(|(seq, counters)| pieces(p, *seq, *counters));
     // No later run is longer than the first.
     let mut runner = Runner::new(call, record, extent, &heads, all().take(per_run).count())?;
     let mut rest = all();
     loop {
         let run: Vec<Piece> = rest.by_ref().take(per_run).collect();
         if run.is_empty() {
-            break;
+            return Ok(());
         }
-        runner.run(&run);
+        runner.run(&run)?;
+        for piece in run {
+            counters[piece.seq.slot].advance(&piece, call.batch.rope.is_some());
+        }
     }
-    advance(call, sequences, counters);
-    Ok(())
 }
 
 struct Runner<'c, 'a, T> {
@@ -105,7 +111,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         heads: &'c Heads<'c>,
         pieces: usize,
     ) -> Result<Self> {
-        let (p, what) = (&call.problem, "the workspace of a prefill");
+        let (p, what) = (&call.problem, WORKSPACE);
         let records = pieces * p.kv_heads();
         let segments = if extent.completes { records } else { 0 };
         Ok(Self {
@@ -121,7 +127,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         })
     }
 
-    fn run(&mut self, run: &[Piece]) {
+    fn run(&mut self, run: &[Piece]) -> Result<()> {
         let chains = chains(run);
         let heads = 0..self.call.problem.kv_heads();
         self.index.clear();
@@ -131,13 +137,19 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         }
         self.work.resize(self.index.len() * self.record.len(), 0.0);
         self.sums(run);
+        self.call.go_on()?;
         self.scan_z(&chains, run);
         if self.call.problem.update() == Update::Delta {
             self.transitions(run);
         }
         self.scan_m(&chains, run);
         self.attention(run);
-        self.append(run);
+        let result = self.call.go_on();
+        match &result {
+            Ok(()) => self.append(run),
+            Err(_) => self.restore(&chains),
+        }
+        result
     }
 
     /// B and Δz of every completed segment.
@@ -163,7 +175,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         let records = self.work.par_chunks_exact_mut(record.len()).zip(&self.index);
         records.filter(|(_, (i, _))| run[*i].full).for_each(|(chunk, &(i, h))| {
             // SAFETY: only records are written meanwhile.
-            let open = unsafe { heads.open(run[i].seq.slot, h) };
+            let open = unsafe { heads.open.read(run[i].seq.slot, h) };
             let tokens = PieceTokens { call, piece: run[i], kv_head: h, open };
             segments.with(|x| work(&call.problem, &tokens, record.split(chunk), x));
         });
@@ -241,7 +253,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         let (m, rest) = self.work[record * len..][..len].split_at(self.record.m);
         let z = &rest[..self.record.z];
         // SAFETY: only outputs are written meanwhile.
-        let open = unsafe { self.heads.open(piece.seq.slot, h) };
+        let open = unsafe { self.heads.open.read(piece.seq.slot, h) };
         self.tiles.with(|(x, packed)| {
             let seen = piece.cached + tokens.end - piece.start;
             if call.needs_local(piece, h) {
@@ -254,14 +266,19 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
 
     /// Tokens after the last full segment go into the open segment.
     fn append(&self, run: &[Piece]) {
-        let kv_heads = self.call.problem.kv_heads();
-        (0..run.len() * kv_heads).into_par_iter().for_each(|i| {
-            let (piece, h) = (&run[i / kv_heads], i % kv_heads);
-            if !piece.full {
-                // SAFETY: a sequence has one such piece, and no two sequences have the same slot.
-                let mut head = unsafe { self.heads.head(piece.seq.slot, h) };
-                self.tiles.with(|(_, x)| self.call.append(piece, h, &mut head, &mut x.append));
-            }
+        let tails: Vec<Piece> = run.iter().filter(|piece| !piece.full).copied().collect();
+        self.call.append_tails(&self.heads.open, &tails, |append| {
+            self.tiles.with(|(_, x)| append(&mut x.append));
+        });
+    }
+
+    /// Puts back what a run found that was cancelled: it stands in the first records of its chains.
+    fn restore(&mut self, chains: &[Chain]) {
+        let record = self.record;
+        self.each_chain(chains, |_, work, m, z| {
+            let (m_found, z_found, _) = record.split(&mut work[..record.len()]);
+            m.copy_from_slice(m_found);
+            z.copy_from_slice(z_found);
         });
     }
 }

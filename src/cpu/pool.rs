@@ -1,8 +1,49 @@
-//! Scratch buffers that tasks borrow.
+//! Where tasks run, and the scratch buffers that they borrow.
 
-use std::sync::{Mutex, PoisonError};
+use std::error::Error as _;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::error::Result;
+use rayon::ThreadPoolBuilder;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// The work, in flop, up to which waking other threads costs more than it saves (docs/cpu.md).
+const INLINE_FLOPS: f64 = 500_000.0;
+
+/// Whether the calling thread does so much work alone.
+pub(super) fn inline(flops: f64) -> bool {
+    flops <= INLINE_FLOPS
+}
+
+/// Starts the threads of rayon's global pool, if the caller is in none; rayon itself would panic.
+///
+/// # Errors
+/// [`Error::Threads`].
+pub(super) fn start() -> Result<()> {
+    static GLOBAL: OnceLock<Option<String>> = OnceLock::new();
+    if rayon::current_thread_index().is_some() {
+        return Ok(());
+    }
+    let failure = GLOBAL.get_or_init(|| {
+        // Without a source it says that the pool has been started already.
+        let result = ThreadPoolBuilder::new().build_global();
+        result.err().and_then(|e| e.source().map(|_| e.to_string()))
+    });
+    match failure {
+        None => Ok(()),
+        Some(reason) => Err(Error::Threads { reason: reason.clone() }),
+    }
+}
+
+/// Runs tasks 0 to `count` − 1, `inline` or in the caller's rayon pool.
+pub(super) fn each(count: usize, inline: bool, task: impl Fn(usize) + Sync + Send) {
+    if inline {
+        (0..count).for_each(task);
+    } else {
+        (0..count).into_par_iter().for_each(task);
+    }
+}
 
 /// Scratch buffers that tasks borrow, as many as can run at once. They are made before the first task
 /// starts, so that memory that is not there leaves state and outputs as they were.
@@ -11,7 +52,8 @@ pub(super) struct Pool<S>(Mutex<Vec<S>>);
 impl<S> Pool<S> {
     /// Buffers for `tasks` tasks in the caller's rayon pool.
     pub fn new(tasks: usize, make: impl Fn() -> Result<S>) -> Result<Self> {
-        let buffers = (0..tasks.min(rayon::current_num_threads())).map(|_| make());
+        let count = if tasks > 1 { tasks.min(rayon::current_num_threads()) } else { tasks };
+        let buffers = (0..count).map(|_| make());
         Ok(Self(Mutex::new(buffers.collect::<Result<_>>()?)))
     }
 

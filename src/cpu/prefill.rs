@@ -4,12 +4,13 @@
 //! M ← M − G M + B. Two orders of the same arithmetic, equal to the bit: where sequences and KV
 //! heads alone fill the cores, each task walks through one of them and everything stays in its
 //! cache ([`chain`]); otherwise segments run in parallel ([`phases`]). Nothing grows with the
-//! number of tokens.
+//! number of tokens. Both go through a call in parts, at whose ends it may be cancelled; what a part
+//! has changed by then is put back.
 
 use rayon::prelude::*;
 
 use super::attention::{Scratch as TileScratch, Segment};
-use super::call::{Call, Extent, advance};
+use super::call::{Call, Extent};
 use super::pack::Packed;
 use super::pool::Pool;
 use super::segment::{SCRATCH, Scratch as SegmentScratch, advance_memory, transits};
@@ -18,8 +19,9 @@ use crate::alloc;
 use crate::call::form::{Piece, Sequence, pieces};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::memory::State;
-use crate::memory::heads::HeadMut;
+use crate::memory::heads::{HeadMut, Heads, Shared};
+use crate::memory::{Counters, State};
+use crate::problem::Problem;
 
 pub(super) fn run<T: Element>(
     call: &Call<'_, T>,
@@ -52,6 +54,10 @@ fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
     (1..=kv_heads).rev().filter(|heads| kv_heads.is_multiple_of(*heads)).find(|&h| balanced(h))
 }
 
+/// Fewest tokens of the longest sequence per part of a call that can be cancelled.
+const PART_TOKENS: usize = 16384;
+
+/// In parts, each of which is taken in as a whole or not at all; in one if nobody can cancel.
 fn chains<T: Element>(
     call: &Call<'_, T>,
     sequences: &[Sequence],
@@ -59,24 +65,130 @@ fn chains<T: Element>(
     heads_per_chain: usize,
 ) -> Result<()> {
     let p = &call.problem;
-    let (counters, heads) = state.split();
-    let extent = Extent::of(p, sequences, counters);
-    let per_sequence = p.kv_heads() / heads_per_chain;
-    let tasks = sequences.len() * per_sequence;
+    let extent = Extent::of(p, sequences, &state.counters);
+    let tasks = sequences.len() * (p.kv_heads() / heads_per_chain);
     let scratch = Pool::new(tasks, || ChainScratch::new(call, extent))?;
-    (0..tasks).into_par_iter().with_max_len(1).for_each(|i| {
-        let (seq, first) = (sequences[i / per_sequence], i % per_sequence * heads_per_chain);
-        scratch.with(|x| {
-            for piece in pieces(p, seq, counters[seq.slot]) {
-                for h in first..first + heads_per_chain {
-                    // SAFETY: no two sequences have the same slot.
-                    chain(call, &piece, h, &mut unsafe { heads.head(seq.slot, h) }, x);
+    let longest = sequences.first().map_or(0, |s| s.len);
+    let parts = match call.cancel {
+        Some(_) => longest / PART_TOKENS.max(16 * p.segment_len()) + 1,
+        None => 1,
+    };
+    let found = match call.cancel {
+        Some(_) => alloc::reserved(
+            &[sequences.len() * p.kv_heads(), found_len(p)],
+            "the workspace of a prefill",
+        )?,
+        None => Vec::new(),
+    };
+    let (counters, heads) = state.split()?;
+    let at_start = sequences.iter().map(|s| counters[s.slot]);
+    let at_start = alloc::collected(at_start, "the workspace of a prefill")?;
+    let mut chains = Chains { call, sequences, at_start, heads_per_chain, heads, scratch, found };
+    for part in 0..parts {
+        chains.run((part, parts))?;
+        chains.advance((part, parts), counters);
+    }
+    Ok(())
+}
+
+struct Chains<'c, 'a, T> {
+    call: &'c Call<'a, T>,
+    sequences: &'c [Sequence],
+    /// The sequences' counters before the call.
+    at_start: Vec<Counters>,
+    heads_per_chain: usize,
+    heads: Heads<'c>,
+    scratch: Pool<ChainScratch>,
+    /// M and z of all (sequence, KV head) as the part found them, if it may be cancelled.
+    found: Vec<f32>,
+}
+
+impl<T: Element> Chains<'_, '_, T> {
+    /// The pieces of sequence `i` in part `part` of `parts`.
+    fn pieces(&self, i: usize, (part, parts): (usize, usize)) -> impl Iterator<Item = Piece> {
+        let (p, seq, at_start) = (&self.call.problem, self.sequences[i], self.at_start[i]);
+        let count = (at_start.open_len + seq.len).div_ceil(p.segment_len());
+        let [first, end] = [part, part + 1].map(|part| count * part / parts);
+        pieces(p, seq, at_start).skip(first).take(end - first)
+    }
+
+    /// Attention and memory of all pieces of a part, then their open rows.
+    fn run(&mut self, part: (usize, usize)) -> Result<()> {
+        let (call, kv_heads, heads) =
+            (self.call, self.call.problem.kv_heads(), self.heads_per_chain);
+        let per_sequence = kv_heads / heads;
+        call.go_on()?;
+        let mut found = std::mem::take(&mut self.found);
+        found.resize(found.capacity(), 0.0);
+        let each = found.len() / self.sequences.len().max(1) / per_sequence;
+        let saved = Shared::new(&mut found);
+        (0..self.sequences.len() * per_sequence).into_par_iter().with_max_len(1).for_each(|i| {
+            // SAFETY: one task for each of them.
+            let saved = unsafe { saved.part(i, each) };
+            self.chain(i / per_sequence, i % per_sequence * heads, part, saved);
+        });
+        let result = call.go_on();
+        match &result {
+            Ok(()) => self.append(part),
+            Err(_) => self.restore(&found),
+        }
+        self.found = found;
+        result
+    }
+
+    /// One sequence and some of its KV heads; their M and z go to `saved` before, if it has room.
+    fn chain(&self, i: usize, first: usize, part: (usize, usize), saved: &mut [f32]) {
+        let (call, slot) = (self.call, self.sequences[i].slot);
+        let heads = first..first + self.heads_per_chain;
+        for (h, saved) in heads.clone().zip(saved.chunks_exact_mut(found_len(&call.problem))) {
+            // SAFETY: no two sequences have the same slot; here and below.
+            let head = unsafe { self.heads.head(slot, h) };
+            let (m, z) = saved.split_at_mut(head.m.len());
+            m.copy_from_slice(head.m);
+            z.copy_from_slice(head.z);
+        }
+        self.scratch.with(|x| {
+            for piece in self.pieces(i, part).take_while(|_| !call.cancelled()) {
+                for h in heads.clone() {
+                    // SAFETY: as above.
+                    chain(call, &piece, h, &mut unsafe { self.heads.head(slot, h) }, x);
                 }
             }
         });
-    });
-    advance(call, sequences, counters);
-    Ok(())
+    }
+
+    /// Puts back what a part that was cancelled found.
+    fn restore(&self, found: &[f32]) {
+        let kv_heads = self.call.problem.kv_heads();
+        for (i, found) in found.chunks_exact(found_len(&self.call.problem)).enumerate() {
+            // SAFETY: taken one after another.
+            let head = unsafe { self.heads.head(self.sequences[i / kv_heads].slot, i % kv_heads) };
+            let (m, z) = found.split_at(head.m.len());
+            head.m.copy_from_slice(m);
+            head.z.copy_from_slice(z);
+        }
+    }
+
+    fn append(&self, part: (usize, usize)) {
+        let tails: Vec<Piece> = (0..self.sequences.len())
+            .filter_map(|i| self.pieces(i, part).last().filter(|piece| !piece.full))
+            .collect();
+        self.call.append_tails(&self.heads.open, &tails, |append| {
+            self.scratch.with(|x| append(&mut x.packed.append));
+        });
+    }
+
+    fn advance(&self, part: (usize, usize), counters: &mut [Counters]) {
+        for i in 0..self.sequences.len() {
+            let rotated = self.call.batch.rope.is_some();
+            self.pieces(i, part).for_each(|p| counters[p.seq.slot].advance(&p, rotated));
+        }
+    }
+}
+
+/// Floats of M and z of a head.
+fn found_len(p: &Problem) -> usize {
+    p.key_dim() * (p.value_dim() + 1)
 }
 
 /// Buffers of one running chain.
@@ -126,12 +238,10 @@ fn chain<T: Element>(
     x: &mut ChainScratch,
 ) {
     let p = &call.problem;
-    call.pack(piece, kv_head, head.open(), piece.cached + piece.len, &mut x.packed);
+    call.pack(piece, kv_head, head.open.read(), piece.cached + piece.len, &mut x.packed);
     let segment = Segment { keys: &x.packed.local, values: &x.packed.values, m: head.m, z: head.z };
     call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
-    let Some(own) = x.own.as_mut().filter(|_| piece.full) else {
-        return call.append(piece, kv_head, head, &mut x.packed.append);
-    };
+    let Some(own) = x.own.as_mut().filter(|_| piece.full) else { return };
     segment::sums(p, &x.packed, &mut own.b, &mut own.dz, &mut own.segment);
     if transits(p, piece) {
         segment::transition(p, &x.packed, head.z, &mut own.g, &mut own.segment);

@@ -63,6 +63,11 @@ pub(crate) trait Tokens {
     fn len(&self) -> usize;
     fn key(&self, j: usize, k: &mut [f32]);
     fn value(&self, j: usize, v: &mut [f32]);
+
+    /// Whether the rest need not be looked at.
+    fn cancelled(&self) -> bool {
+        false
+    }
 }
 
 /// Loads `x.k` chunk by chunk; calls `each` with a chunk's first token and length.
@@ -73,7 +78,7 @@ fn chunks(
     mut each: impl FnMut(usize, usize, &mut Scratch),
 ) {
     x.chunks(p);
-    for first in (0..tokens.len()).step_by(CHUNK) {
+    for first in (0..tokens.len()).step_by(CHUNK).take_while(|_| !tokens.cancelled()) {
         let n = CHUNK.min(tokens.len() - first);
         for (j, k) in (first..first + n).zip(x.k.chunks_exact_mut(p.key_dim())) {
             tokens.key(j, k);

@@ -2,9 +2,12 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::blocks::KeyBlocks;
+use super::open::OpenSegments;
 use super::{Counters, State};
+use crate::error::Result;
 use crate::problem::Problem;
 
 /// A mutable slice of which tasks take disjoint parts.
@@ -52,11 +55,17 @@ impl<'a> Shared<'a> {
     }
 }
 
-/// All heads of a state.
+/// All heads of a state's memory, and of its open segments.
 pub(crate) struct Heads<'a> {
     problem: Problem,
     m: Shared<'a>,
     z: Shared<'a>,
+    pub open: OpenHeads<'a>,
+}
+
+/// All heads of a state's open segments.
+pub(crate) struct OpenHeads<'a> {
+    problem: Problem,
     k: Shared<'a>,
     k_rotated: Option<Shared<'a>>,
     v: Shared<'a>,
@@ -66,12 +75,7 @@ pub(crate) struct Heads<'a> {
 pub(crate) struct HeadMut<'a> {
     pub m: &'a mut [f32],
     pub z: &'a mut [f32],
-    /// Open segment: unrotated keys.
-    pub k: &'a mut [f32],
-    /// Open segment: rotated keys, once any call has rotated.
-    pub k_rotated: Option<&'a mut [f32]>,
-    /// Open segment: values.
-    pub v: &'a mut [f32],
+    pub open: OpenMut<'a>,
 }
 
 /// The open segment of one slot and KV head.
@@ -85,6 +89,13 @@ pub(crate) struct OpenRef<'a> {
     pub v: &'a [f32],
 }
 
+/// The same, to append to.
+pub(crate) struct OpenMut<'a> {
+    pub k: &'a mut [f32],
+    pub k_rotated: Option<&'a mut [f32]>,
+    pub v: &'a mut [f32],
+}
+
 impl OpenRef<'_> {
     /// The keys the local branch sees.
     pub fn local(&self, rotated: bool) -> &[f32] {
@@ -92,9 +103,23 @@ impl OpenRef<'_> {
     }
 }
 
-impl HeadMut<'_> {
-    pub fn open(&self) -> OpenRef<'_> {
+impl OpenMut<'_> {
+    pub fn read(&self) -> OpenRef<'_> {
         OpenRef { k: self.k, k_rotated: self.k_rotated.as_deref(), v: self.v }
+    }
+}
+
+impl OpenSegments {
+    /// The open segment of a slot's head.
+    pub fn head(&self, p: &Problem, slot: usize, kv_head: usize) -> OpenRef<'_> {
+        let (i, keys) = (slot * p.kv_heads() + kv_head, KeyBlocks::new(p).len());
+        let values = p.segment_len() * p.value_dim();
+        let rotated = !self.k_rotated.is_empty();
+        OpenRef {
+            k: &self.k[i * keys..][..keys],
+            k_rotated: rotated.then(|| &self.k_rotated[i * keys..][..keys]),
+            v: &self.v[i * values..][..values],
+        }
     }
 }
 
@@ -104,24 +129,46 @@ impl<'a> Heads<'a> {
     pub unsafe fn head(&self, slot: usize, kv_head: usize) -> HeadMut<'a> {
         let p = &self.problem;
         let (i, dk, dv) = (slot * p.kv_heads() + kv_head, p.key_dim(), p.value_dim());
-        let keys = KeyBlocks::new(p).len();
         // SAFETY: the caller's promise.
         unsafe {
             HeadMut {
                 m: self.m.part(i, dk * dv),
                 z: self.z.part(i, dk),
+                open: self.open.head(slot, kv_head),
+            }
+        }
+    }
+}
+
+impl<'a> OpenHeads<'a> {
+    pub fn new(problem: &Problem, open: &'a mut OpenSegments) -> Self {
+        let rotated = &mut open.k_rotated;
+        Self {
+            problem: *problem,
+            k: Shared::new(&mut open.k),
+            k_rotated: (!rotated.is_empty()).then(|| Shared::new(rotated)),
+            v: Shared::new(&mut open.v),
+        }
+    }
+
+    /// # Safety
+    /// No other borrow of this slot's head may live.
+    pub unsafe fn head(&self, slot: usize, kv_head: usize) -> OpenMut<'a> {
+        let p = &self.problem;
+        let (i, keys) = (slot * p.kv_heads() + kv_head, KeyBlocks::new(p).len());
+        // SAFETY: the caller's promise.
+        unsafe {
+            OpenMut {
                 k: self.k.part(i, keys),
                 k_rotated: self.k_rotated.as_ref().map(|k| k.part(i, keys)),
-                v: self.v.part(i, p.segment_len() * dv),
+                v: self.v.part(i, p.segment_len() * p.value_dim()),
             }
         }
     }
 
-    /// The open segment of a slot's head.
-    ///
     /// # Safety
     /// No mutable borrow of this slot's head may live.
-    pub unsafe fn open(&self, slot: usize, kv_head: usize) -> OpenRef<'a> {
+    pub unsafe fn read(&self, slot: usize, kv_head: usize) -> OpenRef<'a> {
         let p = &self.problem;
         let (i, keys) = (slot * p.kv_heads() + kv_head, KeyBlocks::new(p).len());
         // SAFETY: the caller's promise.
@@ -136,17 +183,24 @@ impl<'a> Heads<'a> {
 }
 
 impl State {
-    /// The counters, and the heads for tasks to take.
-    pub(crate) fn split(&mut self) -> (&mut [Counters], Heads<'_>) {
-        let rotated = &mut self.open.k_rotated;
-        let heads = Heads {
-            problem: self.problem,
-            m: Shared::new(&mut self.m),
-            z: Shared::new(&mut self.z),
-            k: Shared::new(&mut self.open.k),
-            k_rotated: (!rotated.is_empty()).then(|| Shared::new(rotated)),
-            v: Shared::new(&mut self.open.v),
+    /// The counters, and the heads for tasks to take: all of it is this state's own from here on.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`] where copies of the state hold the same; nothing has changed then.
+    pub(crate) fn split(&mut self) -> Result<(&mut [Counters], Heads<'_>)> {
+        self.own_open()?;
+        self.own_memory()?;
+        let Self { problem, counters, m, z, open } = self;
+        let (m, z, open) = (Arc::get_mut(m), Arc::get_mut(z), open.alone());
+        let (Some(m), Some(z), Some(open)) = (m, z, open) else {
+            unreachable!("made this state's own above");
         };
-        (&mut self.counters, heads)
+        let heads = Heads {
+            problem: *problem,
+            m: Shared::new(m),
+            z: Shared::new(z),
+            open: OpenHeads::new(problem, open),
+        };
+        Ok((counters, heads))
     }
 }

@@ -1,13 +1,17 @@
 //! The state of a pool of sequences: compressive memory, normaliser, counters, open segment.
 
 pub(crate) mod blocks;
+mod copies;
 pub(crate) mod heads;
 mod io;
+pub(crate) mod open;
 pub(crate) mod parts;
 
 use std::fmt::Display;
+use std::sync::Arc;
 
 use blocks::KeyBlocks;
+use open::{Open, OpenSegments};
 
 use crate::alloc;
 use crate::error::{Error, Result};
@@ -57,27 +61,17 @@ unsafe impl bytemuck::Zeroable for Counters {}
 /// # Ok::<(), infini_attn::Error>(())
 /// ```
 ///
-/// `clone` ends the process where memory does not suffice; [`State::try_clone`] gives an error.
+/// A copy takes next to nothing: it shares its buffers with the state, and whichever of the two is
+/// written to first takes a copy of what that touches. Decoding appends without one.
 #[derive(Clone, Debug)]
 pub struct State {
     pub(crate) problem: Problem,
     pub(crate) counters: Vec<Counters>,
     /// M, [slots, Hkv, Dk, Dv].
-    pub(crate) m: Vec<f32>,
+    pub(crate) m: Arc<Vec<f32>>,
     /// z, [slots, Hkv, Dk].
-    pub(crate) z: Vec<f32>,
-    pub(crate) open: OpenSegments,
-}
-
-/// Keys and values of the open segments, one chunk per (slot, KV head).
-#[derive(Clone, Debug)]
-pub(crate) struct OpenSegments {
-    /// Unrotated keys, one [`KeyBlocks`] per (slot, KV head).
-    pub k: Vec<f32>,
-    /// Rotated keys, laid out alike; empty until a call brings rotation.
-    pub k_rotated: Vec<f32>,
-    /// Values, [slots, Hkv, N, Dv].
-    pub v: Vec<f32>,
+    pub(crate) z: Arc<Vec<f32>>,
+    pub(crate) open: Open,
 }
 
 impl State {
@@ -92,9 +86,9 @@ impl State {
             Ok(Self {
                 problem: *problem,
                 counters: alloc::zeroed(&[sequences], "")?,
-                m: alloc::zeroed(&[sequences, h, dk, dv], "")?,
-                z: alloc::zeroed(&[sequences, h, dk], "")?,
-                open: OpenSegments::new(problem, sequences, false)?,
+                m: Arc::new(alloc::zeroed(&[sequences, h, dk, dv], "")?),
+                z: Arc::new(alloc::zeroed(&[sequences, h, dk], "")?),
+                open: Open::new(OpenSegments::new(problem, sequences, false)?),
             })
         };
         make().map_err(|_| too_large(problem, sequences, false))
@@ -142,9 +136,10 @@ impl State {
         self.counters[slot].open_len
     }
 
-    /// Bytes held, open segments included.
+    /// Bytes held, open segments included, whether or not copies of the state share them.
     pub fn bytes(&self) -> usize {
-        let floats = [&self.m, &self.z, &self.open.k, &self.open.k_rotated, &self.open.v];
+        let open = self.open.read();
+        let floats = [&*self.m, &*self.z, &open.k, &open.k_rotated, &open.v];
         floats.iter().map(|v| 4 * v.len()).sum::<usize>()
             + self.counters.len() * size_of::<Counters>()
     }
@@ -152,95 +147,22 @@ impl State {
     /// Forgets everything the given slots have seen.
     ///
     /// # Errors
-    /// [`Error::Value`] for a slot out of range or named twice; nothing is reset then.
+    /// [`Error::Value`] for a slot out of range or named twice, [`Error::OutOfMemory`]; nothing is
+    /// reset then.
     pub fn reset(&mut self, slots: &[usize]) -> Result<()> {
         check_slots(slots, self.sequences())?;
+        self.own_open()?;
+        let sequences = self.sequences();
+        let (m, z) = self.own_memory()?;
         for &slot in slots {
-            let (m, z) = (self.m.len() / self.sequences(), self.z.len() / self.sequences());
-            self.m[slot * m..][..m].fill(0.0);
-            self.z[slot * z..][..z].fill(0.0);
-            self.counters[slot] = Counters::default();
+            for all in [&mut *m, &mut *z] {
+                let len = all.len() / sequences;
+                all[slot * len..][..len].fill(0.0);
+            }
         }
+        slots.iter().for_each(|&slot| self.counters[slot] = Counters::default());
+        self.note_filled(slots.iter().copied());
         Ok(())
-    }
-
-    /// A new state whose slot i continues where `slots[i]` stands now. A slot may be named several
-    /// times (sampling several continuations of one prompt).
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a slot out of range, [`Error::OutOfMemory`].
-    pub fn fork(&self, slots: &[usize]) -> Result<State> {
-        (0..slots.len()).try_for_each(|i| check_slot(slots, i, self.sequences()))?;
-        self.pick(slots.len(), || slots.iter().copied())
-    }
-
-    /// A copy of all slots: [`Clone`] for a state that may be too large to be had twice (`clone` ends
-    /// the process then, as that of a `Vec` does).
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`].
-    pub fn try_clone(&self) -> Result<State> {
-        self.pick(self.sequences(), || 0..self.sequences())
-    }
-
-    /// A state of copies of `len` slots.
-    fn pick<I>(&self, len: usize, slots: impl Fn() -> I) -> Result<State>
-    where
-        I: Iterator<Item = usize>,
-    {
-        fn copy<T: Copy>(
-            all: &[T],
-            each: usize,
-            len: usize,
-            slots: impl Iterator<Item = usize>,
-        ) -> Result<Vec<T>> {
-            let mut copy = alloc::reserved(&[len, each], "")?;
-            slots.for_each(|slot| copy.extend_from_slice(&all[slot * each..][..each]));
-            Ok(copy)
-        }
-        let floats = |all: &[f32]| copy(all, all.len() / self.sequences().max(1), len, slots());
-        let make = || -> Result<State> {
-            Ok(State {
-                problem: self.problem,
-                counters: copy(&self.counters, 1, len, slots())?,
-                m: floats(&self.m)?,
-                z: floats(&self.z)?,
-                open: OpenSegments {
-                    k: floats(&self.open.k)?,
-                    k_rotated: floats(&self.open.k_rotated)?,
-                    v: floats(&self.open.v)?,
-                },
-            })
-        };
-        make().map_err(|_| too_large(&self.problem, len, !self.open.k_rotated.is_empty()))
-    }
-
-    /// Room for rotated keys; whether this, the first call that rotates, made it.
-    pub(crate) fn ensure_rotated(&mut self) -> Result<bool> {
-        let first = self.open.k_rotated.is_empty();
-        if first {
-            self.open.k_rotated =
-                alloc::zeroed(&[self.open.k.len()], "the rotated keys of the open segments")?;
-        }
-        Ok(first)
-    }
-
-    /// Takes that room away again.
-    pub(crate) fn forget_rotated(&mut self) {
-        self.open.k_rotated = Vec::new();
-    }
-}
-
-impl OpenSegments {
-    /// Open segments of so many slots, `rotated`: with room for rotated keys.
-    fn new(problem: &Problem, sequences: usize, rotated: bool) -> Result<Self> {
-        let (h, n, dv) = (problem.kv_heads(), problem.segment_len(), problem.value_dim());
-        let keys = |slots| alloc::zeroed(&[slots, h, KeyBlocks::new(problem).len()], "");
-        Ok(Self {
-            k: keys(sequences)?,
-            k_rotated: keys(if rotated { sequences } else { 0 })?,
-            v: alloc::zeroed(&[sequences, h, n, dv], "")?,
-        })
     }
 }
 

@@ -1,6 +1,9 @@
 //! A state put together from parts that come from outside: the caller's arrays, or a file.
 
-use super::{Counters, MAX_TOKENS, OpenSegments, State, too_large};
+use std::sync::Arc;
+
+use super::open::{Open, OpenSegments};
+use super::{Counters, MAX_TOKENS, State, too_large};
 use crate::alloc;
 use crate::error::{Error, Result};
 use crate::problem::Problem;
@@ -94,8 +97,10 @@ impl State {
             }
         }
         let rotated = counters.iter().any(|c| c.open_len > 0 && c.rotated);
-        let open = OpenSegments::new(problem, counters.len(), rotated)
+        let mut open = OpenSegments::new(problem, counters.len(), rotated)
             .map_err(|_| too_large(problem, counters.len(), rotated))?;
+        open.filled.iter_mut().zip(&counters).for_each(|(filled, c)| *filled = c.open_len);
+        let (m, z, open) = (Arc::new(m), Arc::new(z), Open::new(open));
         Ok(State { problem: *problem, counters, m, z, open })
     }
 }

@@ -5,6 +5,8 @@ mod common;
 
 mod api;
 mod architecture;
+mod cancel;
+mod copies;
 mod errors;
 mod extremes;
 mod fuzz;

@@ -87,22 +87,22 @@ fn pack<T: Element>(state: &State) -> Result<Parts> {
     let room = |wanted: bool, dim: usize| vec![T::zeroed(); if wanted { rows * dim } else { 0 }];
     let (dk, dv) = (p.key_dim(), p.value_dim());
     let (mut k, mut k_rotated, mut v) = (room(open, dk), room(rotated, dk), room(open, dv));
-    let mut key = vec![0.0; dk];
+    let (mut key, host) = (vec![0.0; dk], state.open.read());
     for_open(counters, p.kv_heads(), |c, chunk, t| {
         let (row, at) = (chunk * p.segment_len() + t, chunk * blocks.len());
-        blocks.get(&state.open.k[at..][..blocks.len()], t, &mut key);
+        blocks.get(&host.k[at..][..blocks.len()], t, &mut key);
         narrow_exactly(&key, &mut k[row * dk..][..dk], "open_keys", chunk, t)?;
         if c.rotated {
-            blocks.get(&state.open.k_rotated[at..][..blocks.len()], t, &mut key);
+            blocks.get(&host.k_rotated[at..][..blocks.len()], t, &mut key);
             T::narrow(&key, &mut k_rotated[row * dk..][..dk]);
         }
-        let value = &state.open.v[row * dv..][..dv];
+        let value = &host.v[row * dv..][..dv];
         narrow_exactly(value, &mut v[row * dv..][..dv], "open_values", chunk, t)
     })?;
     let bytes = |values: Vec<T>| bytemuck::cast_slice(&values).to_vec();
     Ok(Parts {
-        memory: state.m.clone(),
-        normalizer: state.z.clone(),
+        memory: state.m.to_vec(),
+        normalizer: state.z.to_vec(),
         counters: counters.clone(),
         open_k: bytes(k),
         open_k_rotated: bytes(k_rotated),
@@ -135,8 +135,8 @@ fn unpack<T: Element>(parts: Parts, p: &Problem) -> Result<State> {
     let (k, k_rotated, v) = (typed(&open_k), typed(&open_k_rotated), typed(&open_v));
     let (blocks, dk, dv) = (KeyBlocks::new(p), p.key_dim(), p.value_dim());
     let mut key = vec![0.0; dk];
-    let open = &mut state.open;
-    for_open(&state.counters, p.kv_heads(), |c, chunk, t| {
+    let (counters, open) = state.assembled();
+    for_open(counters, p.kv_heads(), |c, chunk, t| {
         let (row, at) = (chunk * p.segment_len() + t, chunk * blocks.len());
         T::widen(&k[row * dk..][..dk], &mut key);
         blocks.put(&mut open.k[at..][..blocks.len()], t, &key);
@@ -207,9 +207,10 @@ mod tests {
         let state = filled::<bf16>(true);
         let parts = Parts::pack(&state).unwrap();
         let once = parts.clone().unpack(state.problem()).unwrap();
-        assert_eq!((&once.open.k, &once.open.v), (&state.open.k, &state.open.v));
-        assert_ne!(once.open.k_rotated, state.open.k_rotated);
-        for (got, want) in once.open.k_rotated.iter().zip(&state.open.k_rotated) {
+        let (got, want) = (once.open.read(), state.open.read());
+        assert_eq!((&got.k, &got.v), (&want.k, &want.v));
+        assert_ne!(got.k_rotated, want.k_rotated);
+        for (got, want) in got.k_rotated.iter().zip(&want.k_rotated) {
             assert!((got - want).abs() <= want.abs() / 256.0, "{got} {want}");
         }
         assert_eq!(Parts::pack(&once).unwrap(), parts);
@@ -230,10 +231,10 @@ mod tests {
     fn what_no_call_brings_is_refused() {
         let mut state = filled::<bf16>(false);
         let at = 2 * 12 * 8;
-        state.open.v[at] = 1.0 + f32::EPSILON;
+        state.own_open().unwrap().v[at] = 1.0 + f32::EPSILON;
         let text = Parts::pack(&state).unwrap_err().to_string();
         assert!(text.contains("open_values (slot and KV head 2, token 0)"), "{text}");
-        state.open.v[at] = f32::NAN;
+        state.own_open().unwrap().v[at] = f32::NAN;
         assert!(Parts::pack(&state).is_ok());
         let text =
             Parts::pack(&State::new(&problem(DType::F32), 1).unwrap()).unwrap_err().to_string();

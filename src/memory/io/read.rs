@@ -183,7 +183,7 @@ impl<R: Read + Seek> Tensors<R> {
         self.read(Tensor::Normalizer, |input| floats(&mut z, input))?;
 
         let mut state = State::assemble(&problem, m, z, counters)?;
-        let (counters, open) = (&state.counters, &mut state.open);
+        let (counters, open) = state.assembled();
         let (blocks, mut key) = (KeyBlocks::new(&problem), alloc::zeroed(&[dk], what)?);
         self.read(Tensor::OpenKeys, |input| {
             keys(blocks, &mut open.k, open_rows(counters, h, |_| true), &mut key, input)

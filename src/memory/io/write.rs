@@ -49,8 +49,8 @@ fn write(state: &State, tensor: Tensor, out: &mut dyn Write) -> io::Result<()> {
         Tensor::Rotated => {
             counters.iter().try_for_each(|c| out.write_all(&[u8::from(holds_rotated(c))]))
         }
-        Tensor::OpenKeys => keys(state, &open.k, |_| true, out),
-        Tensor::OpenKeysRotated => keys(state, &open.k_rotated, holds_rotated, out),
+        Tensor::OpenKeys => keys(state, &open.read().k, |_| true, out),
+        Tensor::OpenKeysRotated => keys(state, &open.read().k_rotated, holds_rotated, out),
         Tensor::OpenValues => values(state, out),
     }
 }
@@ -88,6 +88,7 @@ fn keys(
 
 fn values(state: &State, out: &mut dyn Write) -> io::Result<()> {
     let (p, n, dv) = (&state.problem, state.problem.segment_len(), state.problem.value_dim());
+    let open = state.open.read();
     open_rows(&state.counters, p.kv_heads(), |_| true)
-        .try_for_each(|(chunk, t)| floats(&state.open.v[(chunk * n + t) * dv..][..dv], out))
+        .try_for_each(|(chunk, t)| floats(&open.v[(chunk * n + t) * dv..][..dv], out))
 }

@@ -1,0 +1,174 @@
+//! States from states: copies, which share buffers until one of them is written to, and slots that are
+//! taken out or put together.
+
+use std::sync::Arc;
+
+use super::open::{InUse, Open, OpenSegments};
+use super::{Counters, State, check_slot, too_large};
+use crate::alloc;
+use crate::error::{Error, Result};
+
+impl State {
+    /// A new state whose slot i continues where `slots[i]` stands now. A slot may be named several
+    /// times (sampling several continuations of one prompt).
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a slot out of range, [`Error::OutOfMemory`].
+    pub fn fork(&self, slots: &[usize]) -> Result<State> {
+        (0..slots.len()).try_for_each(|i| check_slot(slots, i, self.sequences()))?;
+        let copy = |all: &[f32]| -> Result<Arc<Vec<f32>>> {
+            let each = all.len() / self.sequences().max(1);
+            let mut copy = alloc::reserved(&[slots.len(), each], "")?;
+            slots.iter().for_each(|slot| copy.extend_from_slice(&all[slot * each..][..each]));
+            Ok(Arc::new(copy))
+        };
+        let make = || -> Result<State> {
+            Ok(State {
+                problem: self.problem,
+                counters: alloc::collected(slots.iter().map(|&slot| self.counters[slot]), "")?,
+                m: copy(&self.m)?,
+                z: copy(&self.z)?,
+                open: self.copy_open(slots.iter().copied())?,
+            })
+        };
+        make().map_err(|_| {
+            too_large(&self.problem, slots.len(), !self.open.read().k_rotated.is_empty())
+        })
+    }
+
+    /// The slots of all the states, one state after another, as one state: requests join a batch.
+    /// (They leave it by [`Self::fork`].)
+    ///
+    /// ```
+    /// # use infini_attn::{Problem, State};
+    /// # let problem = Problem::builder().head_dim(8).segment_len(16).build()?;
+    /// let (two, three) = (State::new(&problem, 2)?, State::new(&problem, 3)?);
+    /// assert_eq!(State::concat(&[&two, &three])?.sequences(), 5);
+    /// # Ok::<(), infini_attn::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Length`] without states, [`Error::Problem`] when their problems differ,
+    /// [`Error::OutOfMemory`].
+    pub fn concat(states: &[&State]) -> Result<State> {
+        let Some(first) = states.first() else {
+            let expected = "at least one state".into();
+            return Err(Error::Length { argument: "states", got: 0, expected });
+        };
+        let problem = first.problem;
+        states.iter().try_for_each(|s| problem.check_same(&s.problem))?;
+        let slots = states.iter().fold(0usize, |n, s| n.saturating_add(s.sequences()));
+        let rotated = states.iter().any(|s| !s.open.read().k_rotated.is_empty());
+        fn join<T: Copy>(states: &[&State], part: impl Fn(&State) -> &[T]) -> Result<Vec<T>> {
+            let len = states.iter().fold(0usize, |n, s| n.saturating_add(part(s).len()));
+            let mut all = alloc::reserved(&[len], "")?;
+            states.iter().for_each(|s| all.extend_from_slice(part(s)));
+            Ok(all)
+        }
+        let make = || -> Result<State> {
+            let mut open = OpenSegments::new(&problem, slots, rotated)?;
+            let mut first = 0;
+            for state in states {
+                let slots = state.in_use(0..state.sequences());
+                open.take_over(&problem, &state.open.read(), slots, first);
+                first += state.sequences();
+            }
+            Ok(State {
+                problem,
+                counters: join(states, |s| &s.counters)?,
+                m: Arc::new(join(states, |s| &s.m)?),
+                z: Arc::new(join(states, |s| &s.z)?),
+                open: Open::new(open),
+            })
+        };
+        make().map_err(|_| too_large(&problem, slots, rotated))
+    }
+
+    /// [`Clone`] for a state of so many slots that their counters may not fit into memory twice
+    /// (`clone` ends the process then, as that of a `Vec` does).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn try_clone(&self) -> Result<State> {
+        Ok(State {
+            problem: self.problem,
+            counters: alloc::copied(&self.counters, "the counters of a state")?,
+            m: Arc::clone(&self.m),
+            z: Arc::clone(&self.z),
+            open: self.open.clone(),
+        })
+    }
+}
+
+/// A buffer that copies of a state share, for one of them to write to: a copy if others hold it.
+fn own<'a>(shared: &'a mut Arc<Vec<f32>>, what: &str) -> Result<&'a mut Vec<f32>> {
+    if Arc::get_mut(shared).is_none() {
+        *shared = Arc::new(alloc::copied(shared, what)?);
+    }
+    Ok(Arc::get_mut(shared).expect("just made"))
+}
+
+impl State {
+    /// Room for rotated keys; whether this, the first call that rotates, made it.
+    pub(crate) fn ensure_rotated(&mut self) -> Result<bool> {
+        let first = self.open.read().k_rotated.is_empty();
+        if first {
+            let open = self.own_open()?;
+            open.k_rotated =
+                alloc::zeroed(&[open.k.len()], "the rotated keys of the open segments")?;
+        }
+        Ok(first)
+    }
+
+    /// Takes that room away again.
+    pub(crate) fn forget_rotated(&mut self) {
+        if let Some(open) = self.open.alone() {
+            open.k_rotated = Vec::new();
+        }
+    }
+
+    /// M and z, to write to.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; the state is as it was then, here and below.
+    pub(crate) fn own_memory(&mut self) -> Result<(&mut Vec<f32>, &mut Vec<f32>)> {
+        Ok((own(&mut self.m, "a copy of M")?, own(&mut self.z, "a copy of z")?))
+    }
+
+    /// The open segments, to write to.
+    pub(crate) fn own_open(&mut self) -> Result<&mut OpenSegments> {
+        if self.open.alone().is_none() {
+            self.open = self.copy_open(0..self.sequences())?;
+        }
+        Ok(self.open.alone().expect("just made"))
+    }
+
+    /// Open segments of copies of slots.
+    fn copy_open(&self, slots: impl ExactSizeIterator<Item = usize>) -> Result<Open> {
+        let (p, open, len) = (&self.problem, self.open.read(), slots.len());
+        let rotated = !open.k_rotated.is_empty();
+        let mut copy =
+            OpenSegments::new(p, len, rotated).map_err(|_| too_large(p, len, rotated))?;
+        copy.take_over(p, &open, self.in_use(slots), 0);
+        Ok(Open::new(copy))
+    }
+
+    fn in_use(&self, slots: impl Iterator<Item = usize>) -> impl Iterator<Item = InUse> {
+        slots.map(|slot| {
+            let c = &self.counters[slot];
+            InUse { slot, rows: c.open_len, rotated: c.rotated }
+        })
+    }
+
+    /// Counters and open segments of a state just assembled, to fill in.
+    pub(crate) fn assembled(&mut self) -> (&[Counters], &mut OpenSegments) {
+        (&self.counters, self.open.alone().expect("a state just assembled has no copies"))
+    }
+
+    /// Notes how far the rows of the slots go, after a call has moved their counters.
+    pub(crate) fn note_filled(&mut self, slots: impl IntoIterator<Item = usize>) {
+        if let Some(open) = self.open.alone() {
+            slots.into_iter().for_each(|slot| open.filled[slot] = self.counters[slot].open_len);
+        }
+    }
+}
