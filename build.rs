@@ -3,7 +3,6 @@
 //!
 //! | file | content | made by |
 //! |---|---|---|
-//! | `params.rs` | launch parameters of kernels/params.h | bindgen |
 //! | `kernels.rs` | the table of kernels, from the lines that kernels/describe.cpp prints | `table` |
 //! | `kernels.md` | the same for its documentation | `table` |
 //! | `table.txt` | the same for programs that replace kernels when they run | `table` |
@@ -22,7 +21,7 @@ use std::process::ExitCode;
 use std::{env, path::PathBuf};
 
 #[cfg(feature = "cuda")]
-use parts::{Result, bindings, compile, prebuilt, table, tools, tools::Tools, write};
+use parts::{Result, compile, prebuilt, table, tools, tools::Tools, write};
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
@@ -41,13 +40,12 @@ fn main() -> ExitCode {
 fn compile_kernels() -> Result<()> {
     /// Everything that changes the outcome besides kernels/. (The search path is left out: it changes
     /// too often and too rarely matters.)
-    const VARIABLES: [&str; 14] = [
+    const VARIABLES: [&str; 13] = [
         "NVCC",
         "CUDA_HOME",
         "CUDA_PATH",
         "VIRTUAL_ENV",
         "CONDA_PREFIX",
-        "LIBCLANG_PATH",
         "NVCC_CCBIN",
         "NVCC_PREPEND_FLAGS",
         "NVCC_APPEND_FLAGS",
@@ -73,7 +71,6 @@ fn compile_kernels() -> Result<()> {
         return prebuilt::copy(&root.join(folder), &kernels, &out);
     }
     let tools = Tools::find(&root, &out)?;
-    bindings::generate(&kernels, &out)?;
     if let Some(nvcc) = &tools.nvcc {
         println!("cargo::rustc-env=INFINI_ATTN_NVCC={}", nvcc.display());
     }

@@ -1,6 +1,5 @@
 //! The parts of the build script.
 
-pub mod bindings;
 pub mod compile;
 pub mod prebuilt;
 pub mod table;

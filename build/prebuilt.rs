@@ -12,7 +12,7 @@ const MANIFEST: &str = "manifest";
 
 /// Lists what was generated: a line with the sources' hash, then a line per file.
 pub fn write_manifest(kernels: &Path, files: &[String], out: &Path) -> Result<()> {
-    let mut text = sources(kernels)? + "\nparams.rs\nkernels.rs\nkernels.md\ntable.txt\n";
+    let mut text = sources(kernels)? + "\nkernels.rs\nkernels.md\ntable.txt\n";
     for file in files {
         text += &format!("{file}.ptx\n{file}.fatbin\n");
     }

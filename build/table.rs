@@ -96,7 +96,7 @@ pub fn generate(
         source += &line.rust()?;
     }
     source += "];\n";
-    let params = format!("{:032x}", xxh3_128(read(&out.join("params.rs"))?.as_bytes()));
+    let params = format!("{:032x}", xxh3_128(read(&kernels.join("params.h"))?.as_bytes()));
     _ = writeln!(source, "pub(super) static PARAMS: &str = {params:?};");
     write(&out.join("table.txt"), &text(&lines, &params))?;
     let (mut fatbins, mut texts) = (String::new(), String::new());
@@ -120,8 +120,8 @@ pub fn generate(
     Ok(source)
 }
 
-/// The table for programs that replace kernels when they run: a hash of the launch parameters, which
-/// must be the same, then a line per kernel: symbol, threads, shared_bytes, blocks_per_sm, rows,
+/// The table for programs that replace kernels when they run: a hash of params.h, which must be
+/// the same, then a line per kernel: symbol, threads, shared_bytes, blocks_per_sm, rows,
 /// columns, keys, registers.
 fn text(lines: &[Line], params: &str) -> String {
     let mut text = format!("params {params}\n");

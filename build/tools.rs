@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use super::Result;
 
-/// nvcc and libclang as Python packages, a line each.
+/// nvcc as Python packages, a line each.
 const REQUIREMENTS: &str = include_str!("requirements.txt");
 
 const PREBUILT: &str = "To build without these tools, set INFINI_ATTN_PREBUILT to a folder of \
@@ -23,22 +23,17 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Finds nvcc and the host compiler, and loads libclang. One message names all that is missing.
+    /// Finds nvcc and the host compiler. One message names all that is missing.
     pub fn find(root: &Path, out: &Path) -> Result<Self> {
         let site_packages = site_packages(root, out);
         let nvcc = match env::var_os("DOCS_RS") {
             Some(_) => Ok(None),
             None => nvcc(&site_packages).map(Some),
         };
-        let host_compiler = host_compiler();
-        let libclang = load_libclang(&site_packages);
-        match (nvcc, host_compiler, libclang) {
-            (Ok(nvcc), Ok(host_compiler), Ok(())) => Ok(Tools { nvcc, host_compiler }),
-            (nvcc, host_compiler, libclang) => {
-                let packages = nvcc.is_err() || libclang.is_err();
-                let mut errors = vec![nvcc.err(), host_compiler.err(), libclang.err()];
-                errors.push(packages.then(install_packages));
-                errors.push(Some(PREBUILT.to_owned()));
+        match (nvcc, host_compiler()) {
+            (Ok(nvcc), Ok(host_compiler)) => Ok(Tools { nvcc, host_compiler }),
+            (nvcc, host_compiler) => {
+                let errors = [nvcc.err(), host_compiler.err(), Some(PREBUILT.to_owned())];
                 Err(errors.into_iter().flatten().collect::<Vec<_>>().join("\n"))
             }
         }
@@ -77,8 +72,14 @@ fn nvcc(site_packages: &[PathBuf]) -> Result<PathBuf> {
     let releases = site_packages.iter().flat_map(|folder| entries(&folder.join("nvidia")));
     candidates.extend(releases.map(|release| release.join("bin/nvcc")));
     candidates.into_iter().find(|candidate| candidate.is_file()).ok_or_else(|| {
-        let places = "$NVCC, $CUDA_HOME/bin, $CUDA_PATH/bin, $PATH, /usr/local/cuda/bin";
-        missing("nvcc", places, site_packages)
+        let found: String =
+            site_packages.iter().map(|folder| format!("\n  {}", folder.display())).collect();
+        format!(
+            "nvcc not found; looked in $NVCC, $CUDA_HOME/bin, $CUDA_PATH/bin, $PATH, \
+             /usr/local/cuda/bin, and the Python environments $VIRTUAL_ENV, $CONDA_PREFIX and \
+             target/cuda-venv{found}\n{}",
+            install_packages()
+        )
     })
 }
 
@@ -93,36 +94,11 @@ fn host_compiler() -> Result<PathBuf> {
     })
 }
 
-/// Loads the system's libclang, or that of a Python environment.
-fn load_libclang(site_packages: &[PathBuf]) -> Result<()> {
-    if clang_sys::load().is_ok() {
-        return Ok(());
-    }
-    for folder in site_packages.iter().map(|folder| folder.join("clang/native")) {
-        // SAFETY: the build script has no other thread yet.
-        unsafe { env::set_var("LIBCLANG_PATH", &folder) };
-        if clang_sys::load().is_ok() {
-            return Ok(());
-        }
-    }
-    let places = "$LIBCLANG_PATH, llvm-config, the system's library folders";
-    Err(missing("libclang", places, site_packages))
-}
-
-fn missing(what: &str, places: &str, site_packages: &[PathBuf]) -> String {
-    let found: String =
-        site_packages.iter().map(|folder| format!("\n  {}", folder.display())).collect();
-    format!(
-        "{what} not found; looked in {places}, and the Python environments $VIRTUAL_ENV, \
-         $CONDA_PREFIX and target/cuda-venv{found}"
-    )
-}
-
 fn install_packages() -> String {
     let packages = REQUIREMENTS.lines().filter(|line| !line.starts_with('#'));
     let packages = packages.collect::<Vec<_>>().join(" ");
     format!(
-        "nvcc and libclang come as Python packages (no root, no GPU needed):\n  \
+        "nvcc comes as Python packages (no root, no GPU needed):\n  \
          python3 -m venv target/cuda-venv\n  \
          target/cuda-venv/bin/pip install {packages}"
     )

@@ -1,4 +1,5 @@
-// Launch parameters: one POD structure per kernel, shared with Rust by bindgen.
+// Launch parameters: one POD structure per kernel, shared with Rust by params.rs, which
+// is made of this file (CONTRIBUTING.md).
 //
 // Addresses are 64-bit device addresses; 0 means absent. Strides are in elements and may be
 // negative. T is the problem's 16-bit element type. Fixed-width types, no bool, no implicit

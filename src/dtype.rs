@@ -2,9 +2,11 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use strum::{Display, EnumString, VariantNames};
 
 /// Element type of q, k, v and the outputs. The state is always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Display, EnumString, VariantNames)]
+#[strum(serialize_all = "lowercase", parse_err_ty = crate::error::Error, parse_err_fn = unknown_dtype)]
 #[non_exhaustive]
 pub enum DType {
     /// IEEE single precision.
@@ -25,25 +27,8 @@ impl DType {
     }
 }
 
-impl std::fmt::Display for DType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-        })
-    }
-}
-
-impl std::str::FromStr for DType {
-    type Err = crate::error::Error;
-
-    fn from_str(s: &str) -> crate::error::Result<Self> {
-        [DType::F32, DType::F16, DType::BF16]
-            .into_iter()
-            .find(|d| d.to_string() == s)
-            .ok_or_else(|| crate::error::Error::value("dtype", s, "f32, f16 or bf16"))
-    }
+fn unknown_dtype(name: &str) -> crate::error::Error {
+    crate::error::Error::name::<DType>("dtype", name)
 }
 
 mod sealed {

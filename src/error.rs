@@ -242,6 +242,13 @@ impl Error {
         Self::Value { argument: argument.into(), got: got.to_string(), expected: expected.into() }
     }
 
+    /// `name` is none of those of `T`.
+    pub(crate) fn name<T: strum::VariantNames>(argument: &str, name: &str) -> Self {
+        let names = T::VARIANTS.join(", ");
+        let expected = names.rsplit_once(", ").map(|(most, last)| format!("{most} or {last}"));
+        Self::value(argument, name, expected.unwrap_or(names))
+    }
+
     pub(crate) fn out_of_memory(what: impl Display, bytes: u128) -> Self {
         Self::OutOfMemory { what: what.to_string(), bytes }
     }

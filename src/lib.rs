@@ -14,8 +14,11 @@ pub mod reference;
 mod tensor;
 
 pub use call::{Inputs, MAX_DECODE_TOKENS, Outputs, Rope};
-pub use cpu::maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_map};
+pub use cpu::maps::{
+    KeySums, SegmentMap, apply, compose, key_sums, key_sums_until, segment_map, segment_map_until,
+};
 pub use cpu::merge::{merge_memories, merge_partials};
+pub use cpu::simd::simd_level;
 pub use cpu::{decode, flush, prefill};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};

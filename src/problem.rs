@@ -1,10 +1,16 @@
 //! What is to be computed: heads, dimensions, segment length and policies, validated once.
 
+#[cfg(feature = "serde")]
+mod serde;
+
+use strum::{Display, EnumString, VariantNames};
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// How a finished segment is written into the memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Display, EnumString, VariantNames)]
+#[strum(serialize_all = "lowercase", parse_err_ty = Error, parse_err_fn = unknown_update)]
 #[non_exhaustive]
 pub enum Update {
     /// M ← M + σ(K)ᵀ V (paper, eq. 8).
@@ -17,7 +23,8 @@ pub enum Update {
 
 /// What a query gets while nothing has been committed to the memory. The retrieved value is 0
 /// either way; the policies differ in the gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Display, EnumString, VariantNames)]
+#[strum(serialize_all = "lowercase", parse_err_ty = Error, parse_err_fn = unknown_empty_memory)]
 #[non_exhaustive]
 pub enum EmptyMemory {
     /// A = (1 − g) · A_dot, the paper's formula with A_mem = 0.
@@ -53,29 +60,13 @@ impl Denominator {
     }
 }
 
-macro_rules! names {
-    ($type:ty, $argument:literal, $($variant:path => $name:literal),+) => {
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(match self { $($variant => $name),+ })
-            }
-        }
-
-        impl std::str::FromStr for $type {
-            type Err = Error;
-
-            fn from_str(s: &str) -> Result<Self> {
-                match s {
-                    $($name => Ok($variant),)+
-                    _ => Err(Error::value($argument, s, [$($name),+].join(" or "))),
-                }
-            }
-        }
-    };
+fn unknown_update(name: &str) -> Error {
+    Error::name::<Update>("update", name)
 }
 
-names!(Update, "update", Update::Linear => "linear", Update::Delta => "delta");
-names!(EmptyMemory, "empty_memory", EmptyMemory::Gate => "gate", EmptyMemory::Bypass => "bypass");
+fn unknown_empty_memory(name: &str) -> Error {
+    Error::name::<EmptyMemory>("empty_memory", name)
+}
 
 /// Written `exact`, `clamp:1e-10` or `add:1e-6`.
 impl std::fmt::Display for Denominator {
@@ -118,7 +109,37 @@ impl std::str::FromStr for Denominator {
 /// assert_eq!(problem.group(), 4);
 /// # Ok::<(), infini_attn::Error>(())
 /// ```
+///
+/// With the feature `serde` it is read from data and written to it. Reading makes the checks of
+/// [`ProblemBuilder::build`], with its errors; what is absent is as the builder starts, and a field that
+/// does not exist is an error. Policies and the element type are their text.
+///
+#[cfg_attr(feature = "serde", doc = "```")]
+#[cfg_attr(not(feature = "serde"), doc = "```ignore")]
+/// # use infini_attn::{Denominator, Problem};
+/// let json = r#"{
+///     "heads": 32,
+///     "kv_heads": 8,
+///     "key_dim": 128,
+///     "value_dim": 128,
+///     "segment_len": 2048,
+///     "update": "delta",
+///     "empty_memory": "gate",
+///     "denominator": "clamp:1e-10",
+///     "scale": 0.125,
+///     "dtype": "bf16"
+/// }"#;
+/// let problem: Problem = serde_json::from_str(json)?;
+/// assert_eq!(problem.denominator(), Denominator::Clamp(1e-10));
+/// assert_eq!(serde_json::from_str::<Problem>(&serde_json::to_string(&problem)?)?, problem);
+///
+/// let error = serde_json::from_str::<Problem>(r#"{"heads": 32, "kv_heads": 7}"#).unwrap_err();
+/// assert!(error.to_string().starts_with("kv_heads: 7 given, a divisor of heads = 32 expected"));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(::serde::Serialize, ::serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(into = "serde::Fields", try_from = "serde::Fields"))]
 pub struct Problem {
     heads: usize,
     kv_heads: usize,

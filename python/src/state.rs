@@ -73,7 +73,7 @@ fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usi
     let Some(given) = given else { return tensor::collect(0..sequences) };
     let (shape, slots) = tensor::integers("slots", given)?;
     if shape.len() > 1 {
-        return Err(error::shape("slots", &shape, "a slot or a list of slots"));
+        return Err(error::shape("slots", &shape, "one slot or a list [n]"));
     }
     tensor::narrow("slots", slots, format_args!("0 to {sequences} - 1"))
 }
@@ -280,7 +280,7 @@ impl State {
                     "a stream, a slice or a list of streams",
                 ));
             }
-            let of_stream = |i: i128| if i < 0 { i + len as i128 } else { i };
+            let of_stream = |i: i64| if i < 0 { i.saturating_add_unsigned(len as u64) } else { i };
             let slots = given.into_iter().map(|i| match usize::try_from(of_stream(i)) {
                 Ok(slot) if slot < len => Ok(slot),
                 _ => Err(PyIndexError::new_err(format!(

@@ -226,11 +226,5 @@ pub fn get_num_threads() -> PyResult<usize> {
 /// The vector instructions of this machine that the CPU backend uses.
 #[pyfunction]
 pub fn simd_level() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    if pulp::x86::V4::try_new().is_some() {
-        return "AVX-512";
-    } else if pulp::x86::V3::try_new().is_some() {
-        return "AVX2";
-    }
-    if cfg!(target_arch = "aarch64") { "NEON" } else { "baseline SIMD" }
+    infini_attn::simd_level()
 }

@@ -53,10 +53,13 @@ refused("a reference state of 1048576 slots: ", reference.infini_attention,
 large = State(p, (1200 << 20) // p.state_bytes())
 slots = large.sequences
 x = np.ones((slots, 1, 8, 64), np.float32)
-for copies in (large.fork, lambda: copy.deepcopy(large), lambda: large.fork(np.arange(slots)),
-               lambda: call(x, state=large)):
+twin = large.fork()
+for copies in (lambda: large.fork(np.arange(slots)), lambda: large[:], twin.reset, large.flush):
     refused(f"a state of {slots} slots: ", copies)
 assert large.tokens.max() == 0
+# A copy takes no memory, nor do the tokens that one of all copies appends; those of a second do.
 call(x, state=large, inplace=True)
-assert large.tokens.min() == 1
+refused(f"a state of {slots} slots: ", call, x, state=twin)
+assert call(x, state=copy.deepcopy(large))[1].tokens.min() == 2
+assert large.tokens.min() == 1 and twin.tokens.max() == 0
 """)

@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -120,6 +121,65 @@ def test_round_trip_with_rotated_open_segment(tmp_path):
     )
     with pytest.raises(ValueError, match="rope: slot 0 holds an open segment of 5 tokens"):
         infini_attention(*rest, beta, state=loaded)
+
+
+def test_streams_by_index():
+    state, rest = stream(41, batch=3)
+    assert len(state) == 3
+    q, k, v, beta = rest
+    for index, streams in [
+        (1, [1]), (-1, [2]), (np.int64(0), [0]), (slice(1, None), [1, 2]), (slice(None, None, -1), [2, 1, 0]),
+        ([0, 0, -2], [0, 0, 1]), (torch.tensor([2]), [2]), (slice(0, 0), []),
+    ]:
+        part = state[index]
+        assert len(part) == len(streams)
+        assert_same(part, state.fork(streams), ([x[streams] for x in (q, k, v)]) + [beta])
+    assert [one.tokens.item() for one in state] == [41, 41, 41]
+    for index in (3, -4, [0, 3], 2**70):
+        with pytest.raises((IndexError, ValueError), match="index"):
+            state[index]
+    for index in ("0", 1.5, None):
+        with pytest.raises(TypeError, match="^index: "):
+            state[index]
+    with pytest.raises(ValueError, match=r"^index: shape \[1, 1\]"):
+        state[[[0]]]
+
+
+def test_streams_join_and_leave():
+    a, rest = stream(41, batch=2)
+    b, _ = stream(7, batch=1)
+    both = State.concat([a, b])
+    assert both.tokens.tolist() == [41, 41, 7]
+    q, k, v, beta = rest
+    assert_same(both[:2], a, rest)
+    assert_same(State.concat((both[2:], both[0])), State.concat([b, a[0]]), rest)
+    other = State(Problem(heads=4, key_dim=8))
+    for states, text in [
+        ([], "states: 0 elements given, at least one state expected"),
+        ([a, other], "state: made for "),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            State.concat(states)
+    with pytest.raises(TypeError, match=r"^states\[1\]: "):
+        State.concat([a, 1])
+
+
+def test_weak_references():
+    state, _ = stream(3)
+    weak = weakref.ref(state)
+    assert weak() is state
+    del state
+    assert weak() is None
+
+
+def test_slots_are_one_or_a_list():
+    state, _ = stream(20, batch=3)
+    assert state.fork(1).sequences == 1 and state.fork(np.array(2)).tokens.tolist() == [20]
+    state.reset(0)
+    assert state.tokens.tolist() == [0, 20, 20]
+    for slots in ([[0, 0], [0, 0]], np.zeros((1, 1, 1), int)):
+        with pytest.raises(ValueError, match=r"^slots: shape \[.*\] given, one slot or a list \\[n\\] expected"):
+            state.fork(slots)
 
 
 @pytest.mark.parametrize("torch_tensors", [False, True])

@@ -191,3 +191,96 @@ q = np.ones((1, 40, 2, 8), np.float32)
 infini_attn.infini_attention(q, q, q, [0.0, 0.0])
 assert "torch" not in sys.modules
 """)
+
+
+def test_a_token_does_not_wait_for_a_prompt(work):
+    """A decode that needs threads finds some while a long call keeps those of its own busy."""
+    q, k, v, beta = tensors(8, 200, 8, 8, 64)
+    _, state = infini_attention(q, k, v, beta, segment_len=4096)
+    token = [x[:, :1] for x in (q, k, v)]
+    infini_attention(*token, beta, state=state)
+    thread = threading.Thread(target=infini_attention, args=work)
+    thread.start()
+    time.sleep(0.05)
+    decoded = 0
+    while thread.is_alive():
+        infini_attention(*token, beta, state=state)
+        decoded += thread.is_alive()
+    # One that had to wait would be the only one.
+    assert decoded >= 5
+
+
+def test_copies_do_not_hold_up_other_threads():
+    """What takes a while runs without the interpreter lock: another thread gets on meanwhile."""
+    state = State(Problem(heads=8, key_dim=128, segment_len=64), 400)
+    out = {}
+
+    def count():
+        ticks = 0
+        while not out:
+            ticks += 1
+            time.sleep(0)
+        out["ticks"] = ticks
+
+    for name, copy in [
+        ("slice", lambda: state[:]),
+        ("concat", lambda: State.concat([state, state])),
+        ("pickle", lambda: pickle.dumps(state)),
+        ("reset of a copy", lambda: state.fork().reset()),
+        ("M", lambda: state.M),
+    ]:
+        out.clear()
+        thread = threading.Thread(target=count)
+        thread.start()
+        start = time.perf_counter()
+        copy()
+        seconds = time.perf_counter() - start
+        out["done"] = True
+        thread.join()
+        # The lock is asked for every 5 ms.
+        assert out["ticks"] > seconds / 0.02, (name, seconds, out)
+
+
+@pytest.mark.parametrize("setting", ["set", "variable"])
+def test_more_threads_than_anybody_wants(setting):
+    if setting == "set":
+        with pytest.raises(ValueError, match=r"^n: 65536 given, 1 to \d+ expected$"):
+            set_num_threads(65536)
+        return
+    run("""
+import os
+os.environ["RAYON_NUM_THREADS"] = "100000"
+import numpy as np, infini_attn
+q = np.ones((1, 300, 4, 64), np.float32)
+try:
+    infini_attn.infini_attention(q, q, q, np.zeros(4))
+except ValueError as e:
+    assert str(e).startswith("RAYON_NUM_THREADS: 100000 given, 1 to "), e
+else:
+    raise AssertionError("so many threads")
+infini_attn.set_num_threads(2)
+infini_attn.infini_attention(q, q, q, np.zeros(4))
+""")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_threads_that_cannot_be_started():
+    run("""
+import os, resource
+os.environ["RAYON_NUM_THREADS"] = "200"
+import numpy as np, infini_attn
+p = infini_attn.Problem(heads=4, key_dim=64)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)
+q = np.ones((1, 300, 4, 64), np.float32)
+for call in (lambda: infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64),
+             lambda: infini_attn.key_sums(p, q), lambda: infini_attn.set_num_threads(150)):
+    try:
+        call()
+    except RuntimeError as e:
+        assert str(e).startswith("threads: ") and "could not be started" in str(e), e
+    else:
+        raise AssertionError("so many threads")
+infini_attn.set_num_threads(2)
+infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64)
+""")

@@ -1,10 +1,8 @@
 //! One call and its counters.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
+use super::cancel::Cancel;
 use crate::call::form::{Sequence, pieces};
 use crate::call::{Batch, InputRows, OutputRows};
-use crate::error::{Error, Result};
 use crate::memory::Counters;
 use crate::memory::blocks::KeyBlocks;
 use crate::problem::{Problem, Update};
@@ -18,29 +16,9 @@ pub(crate) struct Call<'a, T> {
     pub outputs: OutputRows<'a, T>,
     /// Per query head: weight of the memory branch, weight of the local branch.
     pub gates: Vec<[f32; 2]>,
-    /// Asks the call to end, from another thread.
-    pub cancel: Option<&'a AtomicBool>,
-    /// Whether that was seen: the flag might be taken back.
-    pub seen: AtomicBool,
+    pub cancel: Cancel<'a>,
     /// Whether it is so little work that the calling thread does it alone.
     pub inline: bool,
-}
-
-impl<T> Call<'_, T> {
-    /// Whether the call was asked to end. What a task leaves undone then never counts.
-    pub fn cancelled(&self) -> bool {
-        let Some(flag) = self.cancel else { return false };
-        if flag.load(Ordering::Relaxed) {
-            self.seen.store(true, Ordering::Relaxed);
-        }
-        self.seen.load(Ordering::Relaxed)
-    }
-
-    /// # Errors
-    /// [`Error::Cancelled`]; how many tokens were taken in is for [`taken_in`] to say.
-    pub fn go_on(&self) -> Result<()> {
-        if self.cancelled() { Err(Error::Cancelled { taken: Vec::new() }) } else { Ok(()) }
-    }
 }
 
 /// Tokens of each sequence that the state has taken in since the call began, in the order of the
@@ -80,11 +58,9 @@ pub(super) fn decode_flops(p: &Problem, sequences: impl Iterator<Item = (usize, 
 impl<T> Call<'_, T> {
     /// Sequences of a decode after which it looks whether it was cancelled, of so many.
     pub fn per_check(&self, sequences: usize) -> usize {
-        match self.cancel {
-            Some(_) if !self.inline => {
-                (4 * rayon::current_num_threads()).div_ceil(self.problem.kv_heads())
-            }
-            _ => sequences.max(1),
+        match self.cancel.is_possible() && !self.inline {
+            true => (4 * rayon::current_num_threads()).div_ceil(self.problem.kv_heads()),
+            false => sequences.max(1),
         }
     }
 }

@@ -48,7 +48,7 @@ pub(super) fn run<T: Element>(
         state.own_open()?;
     }
     for group in sequences.chunks(call.per_check(sequences.len())) {
-        call.go_on()?;
+        call.cancel.go_on(0)?;
         match (completes, appended) {
             (true, _) => complete(call, group, state, &scratch)?,
             (false, true) => attend_shared(call, group, state, &scratch),

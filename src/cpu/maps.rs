@@ -4,8 +4,11 @@
 //! independent of M. `key_sums` of every run, a prefix sum over runs, `segment_map` of every run in
 //! parallel (on several devices, say), then `compose` in order or `apply` to a state.
 
+use std::sync::atomic::AtomicBool;
+
 use rayon::prelude::*;
 
+use super::cancel::Cancel;
 use super::matmul::{Into, Mat, matmul};
 use super::pool::{self, Pool};
 use super::segment::{CHUNK, SCRATCH, Scratch};
@@ -216,6 +219,19 @@ impl SegmentMap {
 /// [`Error::DType`](crate::Error::DType), [`Error::Shape`](crate::Error::Shape) or
 /// [`Error::Stride`](crate::Error::Stride) naming k, [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<KeySums> {
+    key_sums_until(problem, k, &AtomicBool::new(false))
+}
+
+/// [`key_sums`] that ends early once another thread sets the flag.
+///
+/// # Errors
+/// As [`key_sums`], and [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn key_sums_until<T: Element>(
+    problem: &Problem,
+    k: TensorView<'_, T>,
+    cancel: &AtomicBool,
+) -> Result<KeySums> {
+    let cancel = Cancel::new(Some(cancel));
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
     pool::start()?;
@@ -226,6 +242,7 @@ pub fn key_sums<T: Element>(problem: &Problem, k: TensorView<'_, T>) -> Result<K
         let (b, h) = (i / problem.kv_heads(), i % problem.kv_heads());
         let mut chunk = alloc::zeroed(&[CHUNK.min(tokens), dk], SCRATCH)?;
         for first in (0..tokens).step_by(CHUNK) {
+            cancel.go_on(batch)?;
             let chunk = &mut chunk[..CHUNK.min(tokens - first) * dk];
             for (t, row) in (first..).zip(chunk.chunks_exact_mut(dk)) {
                 // SAFETY: b, t, h lie inside the shape just checked.
@@ -256,6 +273,21 @@ pub fn segment_map<T: Element>(
     v: TensorView<'_, T>,
     before: &KeySums,
 ) -> Result<SegmentMap> {
+    segment_map_until(problem, k, v, before, &AtomicBool::new(false))
+}
+
+/// [`segment_map`] that ends early once another thread sets the flag.
+///
+/// # Errors
+/// As [`segment_map`], and [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn segment_map_until<T: Element>(
+    problem: &Problem,
+    k: TensorView<'_, T>,
+    v: TensorView<'_, T>,
+    before: &KeySums,
+    cancel: &AtomicBool,
+) -> Result<SegmentMap> {
+    let cancel = &Cancel::new(Some(cancel));
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
@@ -271,9 +303,10 @@ pub fn segment_map<T: Element>(
         .enumerate()
         .try_for_each(|(i, (((a, b), dz), z))| {
             let (seq, h) = (i / problem.kv_heads(), i % problem.kv_heads());
-            let run = RunTokens { k, v, seq, kv_head: h, first: 0, len: tokens };
+            let run = RunTokens { k, v, seq, kv_head: h, first: 0, len: tokens, cancel };
             run_map(problem, run, before.tokens[seq] == 0, z, (a, b, dz))
         })?;
+    cancel.go_on(before.tokens.len())?;
     Ok(map)
 }
 
@@ -286,6 +319,7 @@ struct RunTokens<'a, T> {
     kv_head: usize,
     first: usize,
     len: usize,
+    cancel: &'a Cancel<'a>,
 }
 
 impl<T: Element> segment::Tokens for RunTokens<'_, T> {
@@ -301,6 +335,10 @@ impl<T: Element> segment::Tokens for RunTokens<'_, T> {
     fn value(&self, j: usize, v: &mut [f32]) {
         // SAFETY: as above.
         T::widen(unsafe { self.v.row(self.seq, self.first + j, self.kv_head) }, v);
+    }
+
+    fn cancelled(&self) -> bool {
+        self.cancel.requested()
     }
 }
 
@@ -323,7 +361,7 @@ fn run_map<T: Element>(
     let (dk_g, dv_g) = if transits { (dk, dv) } else { (0, 0) };
     let mut g = buffer(dk_g, dk)?;
     let (mut a_before, mut b_before) = (buffer(dk_g, dk)?, buffer(dk, dv_g)?);
-    for first in (0..run.len).step_by(p.segment_len()) {
+    for first in (0..run.len).step_by(p.segment_len()).take_while(|_| !run.cancel.requested()) {
         let segment = RunTokens { first, len: p.segment_len().min(run.len - first), ..run };
         segment::sums(p, &segment, &mut own, &mut sums, &mut scratch);
         if p.update() == Update::Delta && !empty {

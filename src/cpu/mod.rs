@@ -5,6 +5,7 @@
 
 mod attention;
 mod call;
+mod cancel;
 mod decode;
 pub mod maps;
 mod matmul;
@@ -14,11 +15,11 @@ mod phases;
 mod pool;
 mod prefill;
 mod segment;
-mod simd;
-
-use std::sync::atomic::AtomicBool;
+pub mod simd;
 
 use call::{Call, decode_flops, gate_weights, taken_in};
+
+use cancel::Cancel;
 
 use crate::alloc;
 use crate::call::check::check_longest;
@@ -146,8 +147,7 @@ fn run<T: Element>(
         inputs: inputs.rows(),
         outputs: outputs.rows(),
         gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
-        cancel: inputs.cancel,
-        seen: AtomicBool::new(false),
+        cancel: Cancel::new(inputs.cancel),
         inline,
     };
     let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;

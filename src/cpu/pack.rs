@@ -92,7 +92,7 @@ impl<T: Element> Tokens for PieceTokens<'_, '_, T> {
     }
 
     fn cancelled(&self) -> bool {
-        self.call.cancelled()
+        self.call.cancel.requested()
     }
 
     fn value(&self, j: usize, v: &mut [f32]) {

@@ -137,14 +137,14 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         }
         self.work.resize(self.index.len() * self.record.len(), 0.0);
         self.sums(run);
-        self.call.go_on()?;
+        self.call.cancel.go_on(0)?;
         self.scan_z(&chains, run);
         if self.call.problem.update() == Update::Delta {
             self.transitions(run);
         }
         self.scan_m(&chains, run);
         self.attention(run);
-        let result = self.call.go_on();
+        let result = self.call.cancel.go_on(0);
         match &result {
             Ok(()) => self.append(run),
             Err(_) => self.restore(&chains),

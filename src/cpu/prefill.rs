@@ -69,16 +69,16 @@ fn chains<T: Element>(
     let tasks = sequences.len() * (p.kv_heads() / heads_per_chain);
     let scratch = Pool::new(tasks, || ChainScratch::new(call, extent))?;
     let longest = sequences.first().map_or(0, |s| s.len);
-    let parts = match call.cancel {
-        Some(_) => longest / PART_TOKENS.max(16 * p.segment_len()) + 1,
-        None => 1,
+    let parts = match call.cancel.is_possible() {
+        true => longest / PART_TOKENS.max(16 * p.segment_len()) + 1,
+        false => 1,
     };
-    let found = match call.cancel {
-        Some(_) => alloc::reserved(
+    let found = match call.cancel.is_possible() {
+        true => alloc::reserved(
             &[sequences.len() * p.kv_heads(), found_len(p)],
             "the workspace of a prefill",
         )?,
-        None => Vec::new(),
+        false => Vec::new(),
     };
     let (counters, heads) = state.split()?;
     let at_start = sequences.iter().map(|s| counters[s.slot]);
@@ -117,7 +117,7 @@ impl<T: Element> Chains<'_, '_, T> {
         let (call, kv_heads, heads) =
             (self.call, self.call.problem.kv_heads(), self.heads_per_chain);
         let per_sequence = kv_heads / heads;
-        call.go_on()?;
+        call.cancel.go_on(0)?;
         let mut found = std::mem::take(&mut self.found);
         found.resize(found.capacity(), 0.0);
         let each = found.len() / self.sequences.len().max(1) / per_sequence;
@@ -127,7 +127,7 @@ impl<T: Element> Chains<'_, '_, T> {
             let saved = unsafe { saved.part(i, each) };
             self.chain(i / per_sequence, i % per_sequence * heads, part, saved);
         });
-        let result = call.go_on();
+        let result = call.cancel.go_on(0);
         match &result {
             Ok(()) => self.append(part),
             Err(_) => self.restore(&found),
@@ -148,7 +148,7 @@ impl<T: Element> Chains<'_, '_, T> {
             z.copy_from_slice(head.z);
         }
         self.scratch.with(|x| {
-            for piece in self.pieces(i, part).take_while(|_| !call.cancelled()) {
+            for piece in self.pieces(i, part).take_while(|_| !call.cancel.requested()) {
                 for h in heads.clone() {
                     // SAFETY: as above.
                     chain(call, &piece, h, &mut unsafe { self.heads.head(slot, h) }, x);

@@ -2,6 +2,7 @@
 //! compiled for every SIMD level and chosen at run time.
 
 use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
 
 use crate::problem::Denominator;
 
@@ -153,7 +154,24 @@ impl Running {
     pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
+/// `multiversion` renames lifetimes, `'static` as well.
+type Name = &'static str;
+
 vectorised! {
+
+/// The vector instructions of this machine that the element-wise parts use: `AVX-512`, `AVX2`, `NEON` or
+/// `baseline SIMD`. (The `gemm` crate, whose the matrix products are, asks the processor itself.)
+pub fn simd_level() -> Name {
+    if target_cfg_f!(target_feature = "avx512f") {
+        "AVX-512"
+    } else if target_cfg_f!(target_feature = "avx2") {
+        "AVX2"
+    } else if cfg!(target_arch = "aarch64") {
+        "NEON"
+    } else {
+        "baseline SIMD"
+    }
+}
 
 /// One block of a blockwise softmax. Row i of `s` (`width` scores) sees its first `visible[i]`
 /// keys; scores become weights relative to the new maximum, unseen ones 0, and row i of `o`

@@ -135,8 +135,18 @@ const SITUATIONS: &[Situation] = &[
     ("a state of 3 slots: ", || {
         starved(&mut Call::new(Update::Delta, 1, 1), |call| call.state.fork(&[0, 0, 0]))
     }),
+    ("a state of 2 slots: ", || {
+        starved(&mut Call::new(Update::Delta, 1, 1), |call| {
+            State::concat(&[&call.state, &call.state])
+        })
+    }),
+    // A copy takes no memory; to write to it does.
     ("a state of 1 slots: ", || {
-        starved(&mut Call::new(Update::Delta, 1, 1), |call| call.state.try_clone())
+        let mut call = Call::new(Update::Delta, 1, 1);
+        let other = call.state.clone();
+        starved(&mut call, |call| call.state.try_clone()?.reset(&[0]))?;
+        black_box(other);
+        Ok(())
     }),
     ("the memory of a state: ", || {
         let (m, z) = (vec![1.0; DK * DV], vec![1.0; DK]);
@@ -190,7 +200,7 @@ const SITUATIONS: &[Situation] = &[
         let mut call = Call::new(Update::Delta, N + 3, 1);
         starved(&mut call, |call| flush(&problem(Update::Delta), &mut call.state, &[0]))
     }),
-    ("a state of 1 slots: ", || {
+    ("a copy of M: ", || {
         starved(&mut Call::new(Update::Linear, N, 1), |call| {
             merge_memories(&[&call.state, &call.state])
         })

@@ -17,7 +17,10 @@ mod maps;
 mod merge;
 mod mistakes;
 mod oracles;
+#[cfg(feature = "serde")]
+mod problem_data;
 mod reference;
+mod simd;
 mod state_files;
 mod state_io;
 mod state_refusals;
