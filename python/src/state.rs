@@ -280,7 +280,7 @@ impl State {
                     "a stream, a slice or a list of streams",
                 ));
             }
-            let of_stream = |i: i64| if i < 0 { i.saturating_add_unsigned(len as u64) } else { i };
+            let of_stream = |i: i128| if i < 0 { i + len as i128 } else { i };
             let slots = given.into_iter().map(|i| match usize::try_from(of_stream(i)) {
                 Ok(slot) if slot < len => Ok(slot),
                 _ => Err(PyIndexError::new_err(format!(
