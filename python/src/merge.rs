@@ -1,5 +1,7 @@
 //! Merging: partial local attentions, linear memories, and the affine maps of delta memories.
 
+use std::sync::atomic::AtomicBool;
+
 use infini_attn::Element;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
@@ -368,7 +370,9 @@ fn key_sums_typed<T: Element + Scalar>(
     k: &Memory<'_>,
 ) -> PyResult<KeySums> {
     let (problem, k) = (problem.0, k.view::<T>()?);
-    threads::run(py, || infini_attn::key_sums(&problem, k)).map(KeySums)
+    let cancel = AtomicBool::new(false);
+    let work = || infini_attn::key_sums_until(&problem, k, &cancel);
+    threads::cancellable(py, &cancel, work).map(KeySums)
 }
 
 /// The affine map of a run of tokens, cut into segments from its first token on; a shorter last
@@ -402,7 +406,9 @@ fn segment_map_typed<T: Element + Scalar>(
     before: &KeySums,
 ) -> PyResult<SegmentMap> {
     let (problem, k, v, before) = (problem.0, k.view::<T>()?, v.view::<T>()?, &before.0);
-    threads::run(py, || infini_attn::segment_map(&problem, k, v, before)).map(SegmentMap)
+    let cancel = AtomicBool::new(false);
+    let work = || infini_attn::segment_map_until(&problem, k, v, before, &cancel);
+    threads::cancellable(py, &cancel, work).map(SegmentMap)
 }
 
 /// The map of `first` followed by `second`.

@@ -196,13 +196,14 @@ pub fn empty<'py, T: Scalar>(
 }
 
 /// A new NumPy array [shape] that holds `values`, row-major.
-pub fn array<'py, T: Scalar>(
+pub fn array<'py, T: Scalar + Send + Sync>(
     py: Python<'py>,
     shape: &[usize],
     values: &[T],
 ) -> PyResult<Bound<'py, PyAny>> {
     let (object, mut memory) = empty::<T>(py, Kind::NumPy, shape)?;
-    memory.as_mut_slice()?.copy_from_slice(values);
+    let slots = memory.as_mut_slice()?;
+    py.detach(|| slots.copy_from_slice(values));
     Ok(object)
 }
 

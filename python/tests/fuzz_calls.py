@@ -148,6 +148,11 @@ def fork(w):
     return (w.state(),), w.some(0.6, slots=w.integers(0, w.batch - 1, w.rng.randint(1, 4)))
 
 
+def item(w):
+    at = lambda: w.rng.randint(-w.batch, w.batch - 1)
+    return (w.state(), w.rng.choice((at(), slice(at(), at()), slice(None, None, -1), w.integers(0, w.batch - 1, 2)))), {}
+
+
 def save(w):
     path = w.rng.choice((FOLDER / "state", "fuzz/new", b"fuzz/bytes", str(FOLDER), "fuzz/none/x", "", "\0", "y" * 300, "/dev/null", "/dev/full"))
     return (w.state(), path), {}
@@ -238,6 +243,9 @@ CALLS = {
     "State.flush": (State.flush, slots),
     "State.reset": (State.reset, slots),
     "State.fork": (State.fork, fork),
+    "State.concat": (State.concat, lambda w: (([w.state() for _ in range(w.rng.randint(1, 3))],), {})),
+    "State.__len__": (State.__len__, of(World.state)),
+    "State.__getitem__": (State.__getitem__, item),
     "State.save": (State.save, save),
     "State.load": (State.load, load),
     "State.__copy__": (State.__copy__, of(World.state)),

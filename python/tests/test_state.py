@@ -135,7 +135,7 @@ def test_streams_by_index():
         assert len(part) == len(streams)
         assert_same(part, state.fork(streams), ([x[streams] for x in (q, k, v)]) + [beta])
     assert [one.tokens.item() for one in state] == [41, 41, 41]
-    for index in (3, -4, [0, 3], 2**70):
+    for index in (3, -4, [0, 3], 2**63):
         with pytest.raises((IndexError, ValueError), match="index"):
             state[index]
     for index in ("0", 1.5, None):
@@ -178,7 +178,7 @@ def test_slots_are_one_or_a_list():
     state.reset(0)
     assert state.tokens.tolist() == [0, 20, 20]
     for slots in ([[0, 0], [0, 0]], np.zeros((1, 1, 1), int)):
-        with pytest.raises(ValueError, match=r"^slots: shape \[.*\] given, one slot or a list \\[n\\] expected"):
+        with pytest.raises(ValueError, match=r"^slots: shape \[.*\] given, one slot or a list \[n\] expected"):
             state.fork(slots)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import tensors
 
-from infini_attn import State, get_num_threads, infini_attention, set_num_threads
+from infini_attn import Problem, State, get_num_threads, infini_attention, set_num_threads
 
 
 @pytest.fixture
@@ -271,7 +271,8 @@ os.environ["RAYON_NUM_THREADS"] = "200"
 import numpy as np, infini_attn
 p = infini_attn.Problem(heads=4, key_dim=64)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)
+limit = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), limit[1]))
 q = np.ones((1, 300, 4, 64), np.float32)
 for call in (lambda: infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64),
              lambda: infini_attn.key_sums(p, q), lambda: infini_attn.set_num_threads(150)):
@@ -281,6 +282,7 @@ for call in (lambda: infini_attn.infini_attention(q, q, q, np.zeros(4), segment_
         assert str(e).startswith("threads: ") and "could not be started" in str(e), e
     else:
         raise AssertionError("so many threads")
+resource.setrlimit(resource.RLIMIT_AS, limit)
 infini_attn.set_num_threads(2)
 infini_attn.infini_attention(q, q, q, np.zeros(4), segment_len=64)
 """)
