@@ -51,3 +51,74 @@ fn work_stays_in_the_callers_pool() {
         .build_global()
         .expect("the global pool must not have been used");
 }
+
+/// Says in a child that there are no threads to be had.
+#[cfg(target_os = "linux")]
+const STARVED: &str = "INFINI_ATTN_TEST_THREADS";
+
+/// A container's limit, say: every operation that needs threads refuses, and changes nothing.
+#[cfg(target_os = "linux")]
+#[test]
+fn threads_that_cannot_be_started_are_an_error() {
+    let _alone = alone();
+    let program = std::env::current_exe().expect("this program");
+    let child = std::process::Command::new("sh")
+        .args(["-c", "ulimit -v 1048576 && exec \"$0\" \"$@\""])
+        .arg(&program)
+        .args(["--exact", "pool::meets_a_limit", "--nocapture"])
+        .envs([(STARVED, "1"), ("RAYON_NUM_THREADS", "2000"), ("MALLOC_ARENA_MAX", "1")])
+        .output()
+        .expect("sh");
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+}
+
+/// Alone it does nothing: it is what the child runs.
+#[cfg(target_os = "linux")]
+#[test]
+fn meets_a_limit() {
+    use infini_attn::{
+        KeySums, MAX_DECODE_TOKENS, Outputs, TensorView, TensorViewMut, apply, compose,
+    };
+    if std::env::var(STARVED).is_err() {
+        return;
+    }
+    let builder = Problem::builder().heads(2).head_dim(64).segment_len(64).update(Update::Linear);
+    let p = builder.build().expect("valid");
+    let stream = Stream::<f32>::normal(&p, 200, 1);
+    let mut state = State::new(&p, 1).unwrap();
+    let before = state.to_bytes().unwrap();
+    let view = |data, shape: &[usize]| TensorView::new(data, shape).unwrap();
+    let kv = view(&stream.k, &[1, 200, 2, 64]);
+    let lse = vec![0.0; 400];
+    let lse = view(&lse, &[1, 2, 200]);
+    let (mut first, mut second) = (vec![0.0; stream.q.len()], vec![0.0; stream.q.len()]);
+    let [o, merged] =
+        [&mut first, &mut second].map(|out| TensorViewMut::new(out, &[1, 200, 2, 64]).unwrap());
+    let zero = KeySums::zero(&p, 1).unwrap();
+    // A pool of the caller's own is no matter of the global one.
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("one thread");
+    let map =
+        |before: &KeySums| one.install(|| infini_attn::segment_map(&p, kv, kv, before)).unwrap();
+    let sums = one.install(|| infini_attn::key_sums(&p, kv)).unwrap();
+    let (map, after) = (map(&zero), map(&sums));
+    let refused = [
+        infini_attn::prefill(&p, &stream.inputs(), &[0.0; 2], &mut state, Outputs::new(o)),
+        flush(&p, &mut state, &[0]),
+        infini_attn::key_sums(&p, kv).map(drop),
+        infini_attn::segment_map(&p, kv, kv, &zero).map(drop),
+        compose(&map, &after).map(drop),
+        apply(&map, &mut state),
+        infini_attn::merge_memories(&[&state]).map(drop),
+        infini_attn::merge_partials(&[kv, kv], &[lse, lse], merged, None),
+    ];
+    for (i, result) in refused.into_iter().enumerate() {
+        let error = result.expect_err("there are no threads").to_string();
+        assert!(
+            error.starts_with("threads: ") && error.contains("RAYON_NUM_THREADS"),
+            "{i}: {error}"
+        );
+    }
+    assert!(state.to_bytes().unwrap() == before);
+    assert!(state.decodes_inline(1) && !state.decodes_inline(MAX_DECODE_TOKENS + 1));
+    run_entry(Entry::Decode, 1, &stream.slice(0..1).inputs(), &[0.0; 2], &mut state);
+}
