@@ -183,12 +183,15 @@ impl<'py> Results<'py> {
 /// Parameters
 /// ----------
 /// q : [B, T, Hq, Dk], k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]
-///     NumPy arrays (float32, float16) or PyTorch CPU tensors (also bfloat16), all of one kind and
-///     dtype, **unrotated**. The last dimension is contiguous, all other strides are free: a
+///     PyTorch CPU tensors, NumPy arrays, or other arrays in CPU memory that have `__dlpack__`, all
+///     float32, float16 or bfloat16 (in NumPy by the package ml_dtypes), **unrotated**. PyTorch's do not
+///     mix with others, whose results are NumPy's. The last dimension is contiguous, all other strides are free: a
 ///     [B, H, T, D] tensor comes in by `.transpose(1, 2)`. Nothing is copied. T may be 0. Query
 ///     head h reads key/value head h // (Hq // Hkv).
-/// beta : [Hq], any float dtype
-///     Gate logits: out = g * A_mem + (1 - g) * A_dot with g = sigmoid(beta).
+/// beta : [Hq], any float or integer dtype
+///     Gate logits: out = g * A_mem + (1 - g) * A_dot with g = sigmoid(beta). Extents of 1 may stand
+///     beside Hq; one number is the gate of all heads. +inf and -inf select one branch; what f32 does
+///     not hold is as good as infinite.
 /// segment_len, update, scale, empty_memory, denominator
 ///     None means the state's value, else 2048, "delta" (or "linear"), Dk ** -0.5, "gate" (or
 ///     "bypass"), "exact" (or ("clamp", eps), ("add", eps)). A value that contradicts the state is
@@ -198,7 +201,8 @@ impl<'py> Results<'py> {
 /// seq_lens : int [B], optional
 ///     Tokens of each sequence, the rest of T is padding: its outputs are 0, its lse is -inf.
 /// rope : (cos, sin), optional
-///     float32 [positions, R / 2]. Rotates the first R channels of q and k, in the local attention
+///     float32 [positions, R / 2], one column per frequency, unlike the tables of Hugging Face's models,
+///     which are refused with the line that converts them. Rotates the first R channels of q and k, in the local attention
 ///     only; the memory sees them as given.
 /// positions : int [T] or [B, T], optional
 ///     Rows of the tables; by default they count on from state.position.
@@ -219,7 +223,9 @@ impl<'py> Results<'py> {
 /// ------
 /// ValueError, TypeError
 ///     Naming the argument, what was given and what is accepted. Nothing has been changed then.
-///     A tensor that requires grad (with grad enabled) or is not in CPU memory is refused.
+///     A tensor that requires grad (with grad enabled), has a forward-mode tangent or is not in CPU
+///     memory is refused, and so is a call within torch.jit.trace, make_fx, torch.export, a FakeTensorMode
+///     or a transform of torch.func (vmap, grad, jvp). torch.compile breaks its graph at the call.
 /// MemoryError
 ///     Saying what there is no memory for. Nothing has been changed then.
 /// RuntimeError
@@ -230,7 +236,8 @@ impl<'py> Results<'py> {
 ///     says how many tokens of each sequence it has taken in (`tokens_taken`) and holds what the call
 ///     returns (`results`): both are valid up to there, and the stream can go on.
 ///
-/// Other Python threads run while it computes; they must not write to the inputs meanwhile.
+/// Other Python threads run while it computes; they must neither write to nor resize the inputs
+/// meanwhile.
 #[pyfunction]
 #[pyo3(
     signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),

@@ -66,9 +66,10 @@ fn conversion(
         return Ok(None);
     };
     let flat = if select == "..." { format!(".reshape(-1, {})", width / 2) } else { String::new() };
+    // As f32, the last dimension contiguous.
     let converted = match kind {
-        _ if cos.data_type() == f32::DATA_TYPE => "",
-        Kind::Torch => ".float()",
+        _ if cos.data_type() == f32::DATA_TYPE && columns != "::2" => "",
+        Kind::Torch => ".float().contiguous()",
         _ => ".astype('float32')",
     };
     let table = |name| format!("{name}[{select}, {columns}]{flat}{converted}");

@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyBufferError, PyMemoryError, PyRuntimeError, PyTypeError
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyModule, PyString, PyType};
+use pyo3::types::{PyInt, PyList, PyModule, PyString, PyType};
 
 use crate::dlpack::{Memory, Scalar, in_host_memory};
 use crate::{error, torch};
@@ -282,10 +282,22 @@ macro_rules! read {
 /// Integers (one, a list, or an array of any integer type), row-major, and their shape.
 pub fn integers(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<i128>)> {
     const EXPECTED: &str = "integers";
-    let (shape, memory) = numbers(argument, object, "iu", EXPECTED)?;
+    let (shape, memory) = match numbers(argument, object, "iu", EXPECTED) {
+        Ok(numbers) => numbers,
+        // To NumPy [-1, 2 ** 63] is a list of floats.
+        Err(e) => return python_integers(object).ok_or(e),
+    };
     let Some(memory) = memory else { return Ok((shape, vec![])) };
     let integers = read!(memory, EXPECTED, i128::from, i64 i32 i16 i8 u64 u32 u16 u8)?;
     Ok((shape, integers))
+}
+
+/// A list of Python's own integers.
+fn python_integers(object: &Bound<'_, PyAny>) -> Option<(Vec<usize>, Vec<i128>)> {
+    let list = object.cast::<PyList>().ok()?;
+    let own = list.iter().all(|item| item.is_exact_instance_of::<PyInt>());
+    let integers: Vec<i128> = own.then(|| list.extract().ok())??;
+    Some((vec![integers.len()], integers))
 }
 
 /// Integers as another type; one that does not fit it is refused by its index.

@@ -23,7 +23,7 @@ from fuzz_values import Mine, describe, interrupts, junk, plain, spoiled
 
 from infini_attn import KeySums, SegmentMap, State, infini_attention, reference, set_num_threads
 
-ERRORS = (TypeError, ValueError, RuntimeError, MemoryError, OverflowError, OSError, BufferError, Mine)
+ERRORS = (TypeError, ValueError, IndexError, RuntimeError, MemoryError, OverflowError, OSError, BufferError, Mine)
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 
 

@@ -66,12 +66,14 @@ class World:
 
     def inputs(self, t):
         """q, k, v, beta and the options that say which tokens there are."""
-        beta = self.numbers(self.heads, dtype="f32")
-        beta = self.rng.choice((lambda b: b, lambda b: b.tolist()))(beta)
+        beta = self.numbers(self.heads, dtype=self.rng.choice(("f32", "f16")))
+        forms = (lambda b: b, lambda b: b, lambda b: b.tolist(), lambda b: b[None, :, None], lambda b: float(b[0]))
+        beta = self.rng.choice(forms)(beta)
         options = self.some(0.2, seq_lens=self.integers(0, t, self.batch))
         if self.rope:
             rotated = self.rng.randint(1, self.key_dim // 2)
-            options["rope"] = tuple(self.numbers(64, rotated, dtype="f32") for _ in "cs")
+            pair = self.rng.choice((tuple, list))
+            options["rope"] = pair(self.numbers(64, rotated, dtype="f32") for _ in "cs")
             shape = self.rng.choice(((t,), (self.batch, t)))
             options |= self.some(0.3, positions=self.integers(0, 63, *shape), rope_interleaved=self.chance(0.5))
         return (self.numbers(self.batch, t, self.heads, self.key_dim), self.k(t), self.v(t), beta), options
@@ -179,6 +181,23 @@ def merge_memories(w):
     return ([w.closed() for _ in range(w.rng.randint(0, 2))] + [w.state()],), {}
 
 
+def key_sums(w):
+    """Sums from their parts, positive as sums over some tokens are."""
+    sums = w.numbers(w.batch, w.kv_heads, w.key_dim, dtype="f32")
+    return (w.problem(),), dict(sums=abs(sums), tokens=w.integers(1, 20, w.batch))
+
+
+def map_parts(w):
+    heads = (w.batch, w.kv_heads, w.key_dim)
+    parts = dict(A=w.numbers(*heads, w.key_dim, dtype="f32"), B=w.numbers(*heads, w.value_dim, dtype="f32"))
+    return (w.sums(w.tokens()),), parts | dict(dz=abs(w.numbers(*heads, dtype="f32")), tokens=w.integers(1, 20, w.batch))
+
+
+def unpickle(make):
+    """What a pickle calls its function with."""
+    return lambda w: (make(w).__reduce__()[1], {})
+
+
 def add(w):
     return (w.sums(w.tokens()), w.sums(w.tokens())), {}
 
@@ -233,6 +252,16 @@ CALLS = {
     "State.__deepcopy__": (State.__deepcopy__, lambda w: ((w.state(), {}), {})),
     "State.__reduce__": (State.__reduce__, of(World.state)),
     "_state_from_bytes": (_core._state_from_bytes, lambda w: w.state().__reduce__()[1:] + ({},)),
+    "_problem_from_fields": (_core._problem_from_fields, unpickle(World.problem)),
+    "_key_sums_from_bytes": (_core._key_sums_from_bytes, unpickle(lambda w: w.sums(3))),
+    "_segment_map_from_bytes": (_core._segment_map_from_bytes, unpickle(lambda w: w.map(w.sums(3)))),
+    "Problem.__hash__": (Problem.__hash__, of(World.problem)),
+    "Problem.__reduce__": (Problem.__reduce__, of(World.problem)),
+    "KeySums": (KeySums, key_sums),
+    "KeySums.__eq__": (KeySums.__eq__, add),
+    "KeySums.__reduce__": (KeySums.__reduce__, of(lambda w: w.sums(3))),
+    "SegmentMap": (SegmentMap, map_parts),
+    "SegmentMap.__reduce__": (SegmentMap.__reduce__, of(lambda w: w.map(w.sums(3)))),
     "KeySums.zero": (KeySums.zero, lambda w: ((w.problem(),), w.some(0.5, batch=w.batch))),
     "KeySums.from_state": (KeySums.from_state, of(World.closed)),
     "KeySums.__add__": (KeySums.__add__, add),

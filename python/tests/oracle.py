@@ -35,6 +35,19 @@ def tensors(b, t, hq, hkv, dk, dv=None, dtype=torch.float32, seed=0):
     return q.to(dtype), k.to(dtype), v.to(dtype), new(hq)
 
 
+class Array:
+    """An array that is known by DLPack alone, as other libraries' are."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **kwargs):
+        return self.tensor.__dlpack__(**kwargs)
+
+
 def runs(lengths, *tensors):
     """Runs of so many tokens each, one after another."""
     return zip(*(x.split(lengths, dim=1) for x in tensors))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from oracle import tensors
+from oracle import Array, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from infini_attn import KeySums, Problem, State, infini_attention, reference, segment_map
+from infini_attn import KeySums, Problem, SegmentMap, State, infini_attention, reference, segment_map
 from infini_attn import apply, compose, key_sums, merge_memories, merge_partials, set_num_threads
 
 Q, K, V, BETA = tensors(2, 20, 4, 2, 8)
@@ -25,6 +26,19 @@ def freed(dtype, *shape):
     return tensor
 
 
+class OnDevice:
+    """An array of another library, in a device's memory."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **kwargs):
+        raise AssertionError("handed out")
+
+
+ODD = np.zeros((2, 20, 4, 8), [("a", np.uint8), ("b", np.float32)])["b"]
+with FakeTensorMode():
+    FAKE = torch.ones(4)
 CONJUGATE = torch.complex(Q, Q).conj().imag
 
 OPERATOR = [
@@ -35,10 +49,17 @@ OPERATOR = [
     (TypeError, "k: dtype f64 given, f32 as q has", dict(k=K.double())),
     (TypeError, "q: dtype f64 given, f32, f16 or bf16", dict(q=Q.double(), k=K.double(), v=V.double())),
     (TypeError, "q: dtype i32 given, f32, f16 or bf16", dict(q=Q.int(), k=K.int(), v=V.int())),
-    (TypeError, r"q: a NumPy array .*\(DLPack.*\) given", dict(q=Q.numpy().astype(object))),
-    (TypeError, r"q: a NumPy array .*byte order.* given", dict(q=Q.numpy().astype(">f4"))),
+    (TypeError, r"q: dtype object \(DLPack.*\) given, f32, f16 or bf16", dict(q=Q.numpy().astype(object))),
+    (TypeError, r"q: dtype >f4 \(.*byte order.*\) given, f32", dict(q=Q.numpy().astype(">f4"))),
     (TypeError, "q: numpy.ma.* given", dict(q=np.ma.masked_array(Q.numpy()))),
-    (TypeError, "q: a PyTorch tensor .*layout.* given", dict(q=Q.to_sparse())),
+    (ValueError, r"q: strides \(.*5\) in bytes given, multiples of the 4 bytes of an element", dict(q=ODD)),
+    (TypeError, "q: a tensor of layout torch.sparse_coo given, tensor.to_dense", dict(q=Q.to_sparse())),
+    (TypeError, "q: a tensor of layout torch._mkldnn given, tensor.to_dense", dict(q=Q.to_mkldnn())),
+    (TypeError, "q: a zero tensor without memory given, tensor.clone", dict(q=torch._efficientzerotensor(Q.shape))),
+    (TypeError, "q: a FakeTensor given, a tensor whose elements are in memory", dict(q=FAKE)),
+    (TypeError, "beta: a FakeTensor given", dict(beta=FAKE)),
+    (ValueError, r"q: DLPack device \(2, 0\) given, CPU memory", dict(q=OnDevice())),
+    (TypeError, "q: a PyTorch tensor given, an array by DLPack as|k: a PyTorch tensor given, an array by", dict(q=Array(Q))),
     # Gradients, devices, lazy negation.
     (ValueError, "q: a tensor that requires grad given, no gradient", dict(q=Q.clone().requires_grad_())),
     (ValueError, "v: a tensor that requires grad given", dict(v=torch.nn.Parameter(V))),
@@ -48,10 +69,10 @@ OPERATOR = [
     (ValueError, "q: a tensor with the negative bit given", dict(q=CONJUGATE)),
     # Storage that was freed, as sharded training does with parameters: NumPy would make an array of
     # what lies anywhere.
-    (TypeError, r"q: a PyTorch tensor .*no memory\) given", dict(q=freed(torch.float32, 2, 20, 4, 8))),
-    (TypeError, r"beta: a PyTorch tensor .*no memory\) given, floating-point", dict(beta=freed(torch.float32, 4))),
-    (TypeError, r"beta: a PyTorch tensor .*no memory\) given, floating-point", dict(beta=freed(torch.bfloat16, 4))),
-    (TypeError, r"seq_lens: a PyTorch tensor .*no memory\) given, integers", dict(seq_lens=freed(torch.int64, 2))),
+    (TypeError, "q: a tensor whose memory was freed given", dict(q=freed(torch.float32, 2, 20, 4, 8))),
+    (TypeError, "beta: a tensor whose memory was freed given", dict(beta=freed(torch.float32, 4))),
+    (TypeError, "beta: a tensor whose memory was freed given", dict(beta=freed(torch.bfloat16, 4))),
+    (TypeError, "seq_lens: a tensor whose memory was freed given", dict(seq_lens=freed(torch.int64, 2))),
     # Shapes and strides.
     (ValueError, r"q: shape \[20, 4, 8\] given, rank 4", dict(q=Q[0])),
     (ValueError, r"q: shape \[\] given, rank 4", dict(q=torch.tensor(1.0))),
@@ -64,28 +85,35 @@ OPERATOR = [
     (ValueError, "q: memory at 0x.* given, an address divisible by 4", dict(
         q=np.frombuffer(bytes(5121), np.uint8)[1:].view(np.float32).reshape(2, 20, 4, 8), k=K.numpy(), v=V.numpy())),
     # The gate.
-    (ValueError, "beta: 3 elements given, 4", dict(beta=BETA[:3])),
-    (ValueError, r"beta: shape \[4, 1\] given, rank 1", dict(beta=BETA[:, None])),
+    (ValueError, r"beta: shape \[3\] given, \[Hq\] = \[4\]", dict(beta=BETA[:3])),
+    (ValueError, r"beta: shape \[2, 2\] given, \[Hq\] = \[4\], extents of 1 besides, or one", dict(beta=BETA.view(2, 2))),
+    (ValueError, r"beta: shape \[0\] given", dict(beta=[])),
     (ValueError, r"beta\[2\]: NaN given", dict(beta=[0.0, 1.0, float("nan"), 0.0])),
-    (TypeError, "beta: dtype int64 given, floating-point numbers", dict(beta=[1, 2, 3, 4])),
-    (TypeError, "beta: .* given, floating-point numbers", dict(beta=torch.ones(4, dtype=torch.int32))),
-    (TypeError, "beta: .* given, floating-point numbers", dict(beta="gate")),
-    (TypeError, "beta: .* given, floating-point numbers", dict(beta=[[1.0], [1.0, 2.0]])),
+    (TypeError, "beta: dtype bool given, numbers", dict(beta=[True] * 4)),
+    (TypeError, "beta: dtype bool given, numbers", dict(beta=BETA > 0)),
+    (TypeError, "beta: dtype complex64 given, numbers", dict(beta=BETA.to(torch.complex64))),
+    (TypeError, "beta: .* given, numbers", dict(beta="gate")),
+    (TypeError, "beta: .* given, numbers", dict(beta=[[1.0], [1.0, 2.0]])),
+    (TypeError, "beta: numpy.ma.MaskedArray given, an array without a mask", dict(beta=np.ma.masked_array(BETA.numpy()))),
     # Policies.
     (ValueError, "segment_len: 0 given, 1 to", dict(segment_len=0)),
     (ValueError, "segment_len: -5 given, at least 1", dict(segment_len=-5)),
     (ValueError, f"segment_len: {2**80} given, an integer of 64 bits", dict(segment_len=2**80)),
     (ValueError, "segment_len: a huge number given, an integer of 64 bits", dict(segment_len=10**5000)),
     (TypeError, "segment_len: float given, an integer", dict(segment_len=16.0)),
-    (ValueError, "update: \ufffd+ given, linear or delta", dict(update="\ud800")),
-    (ValueError, "update: sum given, linear or delta", dict(update="sum")),
+    (TypeError, "segment_len: bool given, an integer", dict(segment_len=True)),
+    (ValueError, r"update: '\\ud800' given, linear or delta", dict(update="\ud800")),
+    (ValueError, "update: 'sum' given, linear or delta", dict(update="sum")),
+    (ValueError, "update: '' given, linear or delta", dict(update="")),
     (TypeError, "update: int given, a string", dict(update=1)),
     (ValueError, "scale: NaN given, a finite f32", dict(scale=float("nan"))),
     (TypeError, "scale: str given, a number", dict(scale="1")),
-    (ValueError, "empty_memory: zero given, gate or bypass", dict(empty_memory="zero")),
+    (ValueError, "empty_memory: 'zero' given, gate or bypass", dict(empty_memory="zero")),
     (ValueError, r"denominator: 'clamp' given, .*\(\"clamp\", eps\)", dict(denominator="clamp")),
     (ValueError, r"denominator: \('mul', 1\) given, \"exact\"", dict(denominator=("mul", 1))),
-    (ValueError, r"denominator: \('clamp', 'x'\) given", dict(denominator=("clamp", "x"))),
+    (TypeError, "denominator: str given, a number as eps", dict(denominator=("clamp", "x"))),
+    (TypeError, "denominator: bool given, a number as eps", dict(denominator=["add", True])),
+    (TypeError, "scale: bool given, a number", dict(scale=True)),
     (ValueError, "denominator: add:-1e0 given, a positive, finite epsilon", dict(denominator=("add", -1))),
     # Contradictions with the state.
     (ValueError, "segment_len = 8, the call has segment_len = 4", dict(state=STATE, segment_len=4)),
@@ -105,7 +133,10 @@ OPERATOR = [
     (ValueError, r"seq_lens: shape \[2, 1\] given, \[B\]", dict(seq_lens=[[1], [2]])),
     (TypeError, "seq_lens: dtype float64 given, integers", dict(seq_lens=[1.0, 2.0])),
     (TypeError, "seq_lens: .* given, integers", dict(seq_lens="ab")),
-    (TypeError, r"rope: list given, a tuple \(cos, sin\)", dict(rope=[COS, COS])),
+    (ValueError, f"seq_lens.0.: {2**64 - 1} given, 0 to T", dict(seq_lens=[2**64 - 1, 2])),
+    (TypeError, "seq_lens: numpy.ma.MaskedArray given", dict(seq_lens=np.ma.masked_array([1, 2]))),
+    (TypeError, r"rope: int given, a tuple \(cos, sin\)", dict(rope=3)),
+    (ValueError, r"rope: 3 tables given, a tuple \(cos, sin\)", dict(rope=[COS, COS, COS])),
     (TypeError, "rope.cos: dtype f64 given, f32", dict(rope=(COS.double(), COS))),
     (TypeError, "rope.sin: NoneType given, a NumPy array", dict(rope=(COS, None))),
     (ValueError, r"rope.sin: shape \[20, 3\] given, .*\[20, 4\]", dict(rope=(COS, COS[:, 1:]))),
@@ -116,7 +147,9 @@ OPERATOR = [
     (ValueError, r"positions \(sequence 0, token 3\): -1 given", dict(rope=(COS, COS), positions=[0, 0, 0, -1] + [0] * 16)),
     (ValueError, r"positions: shape \[19\] given, \[T\] = \[20\] or \[B, T\] = \[2, 20\]", dict(rope=(COS, COS), positions=range(19))),
     (ValueError, r"positions: shape \[20, 2\] given", dict(rope=(COS, COS), positions=np.zeros((20, 2), int))),
-    (TypeError, "positions: dtype float64 given, integers", dict(rope=(COS, COS), positions=np.zeros(20))),
+    (TypeError, "positions: dtype f64 given, integers", dict(rope=(COS, COS), positions=np.zeros(20))),
+    (ValueError, f"positions.0.: {2**64 - 1} given", dict(rope=(COS, COS), positions=np.full(20, 2**64 - 1, np.uint64))),
+    (TypeError, "positions: numpy.ma.MaskedArray given", dict(rope=(COS, COS), positions=np.ma.masked_array(range(20)))),
     (ValueError, "positions: without rope given", dict(positions=range(20))),
 ]
 
@@ -132,11 +165,14 @@ def test_the_operator_refuses(exception, message, options):
     assert np.array_equal(STATE.M, before[0]) and np.array_equal(STATE.tokens, before[1])
 
 
-@pytest.mark.parametrize("option", ["inplace", "return_state", "return_lse", "rope_interleaved"])
-def test_flags_are_bools(option):
-    with pytest.raises(TypeError) as caught:
-        attend(**{option: "yes"})
-    assert "'str' object is not an instance of 'bool'" in str(caught.value)
+@pytest.mark.parametrize("flag", ["rope_interleaved", "inplace", "return_state", "return_lse", "return_parts"])
+@pytest.mark.parametrize("operator", [infini_attention, reference.infini_attention])
+def test_flags_are_bools(operator, flag):
+    for given, kind in [("yes", "str"), (2, "int"), (None, "NoneType")]:
+        if operator is infini_attention or flag != "inplace":
+            with pytest.raises(TypeError, match=f"^{flag}: {kind} given, True or False expected"):
+                operator(Q, K, V, BETA, **{flag: given})
+    assert len(attend(return_lse=np.True_)) == 3
 
 
 def test_the_reference_refuses_alike():
@@ -167,18 +203,33 @@ def states(update):
 OTHERS = [
     (ValueError, "heads: 0 given", lambda: Problem(heads=0, key_dim=8)),
     (ValueError, "key_dim: -8 given", lambda: Problem(heads=1, key_dim=-8)),
-    (ValueError, "dtype: f64 given, f32, f16 or bf16", lambda: Problem(heads=1, key_dim=8, dtype="f64")),
+    (ValueError, "dtype: 'f64' given, f32, f16 or bf16", lambda: Problem(heads=1, key_dim=8, dtype="f64")),
     (TypeError, "kv_heads: str given", lambda: Problem(heads=1, key_dim=8, kv_heads="1")),
     (ValueError, "sequences: -1 given", lambda: State(DELTA, -1)),
     (ValueError, r"slots\[0\]: 2 given, .*2 slots", lambda: STATE.fork([2])),
     (ValueError, r"slots\[1\]: -1 given, 0 to", lambda: STATE.fork([0, -1])),
     (ValueError, r"slots\[1\]: 0 given, a slot other than", lambda: STATE.fork().flush([0, 0])),
+    (ValueError, r"slots: shape \[1, 1\] given", lambda: STATE.fork([[0]])),
+    (ValueError, f"slots.0.: {2**64 - 1} given", lambda: STATE.fork([2**64 - 1])),
+    (TypeError, "slots: dtype bool given", lambda: STATE.fork(True)),
     (TypeError, "slots: dtype float64 given", lambda: STATE.fork().reset([0.5])),
     (TypeError, "M: dtype f64 given, f32", lambda: State.from_arrays(M.astype(float), Z, [0])),
     (ValueError, r"M: shape \[1, 2, 8\] given, rank 4", lambda: State.from_arrays(Z, Z, [0])),
     (ValueError, r"z: shape \[1, 2, 7\] given, \[1, 2, 8\]", lambda: State.from_arrays(M, Z[..., 1:], [0])),
     (ValueError, r"tokens: shape \[2\] given, \[B\] = \[1\]", lambda: State.from_arrays(M, Z, [0, 0])),
     (ValueError, r"tokens\[0\]: -3 given, at least 0", lambda: State.from_arrays(M, Z, [-3])),
+    (ValueError, f"tokens.0.: {2**63} given, at most", lambda: State.from_arrays(M, Z, [2**63])),
+    (TypeError, "rotation: int given, True or False", lambda: DELTA.state_bytes(rotation=1)),
+    (TypeError, "return_lse: int given, True or False", lambda: merge_partials([Q], [LSE], return_lse=1)),
+    (TypeError, "inplace: int given, True or False", lambda: apply(MAP, STATE, inplace=1)),
+    (TypeError, "heads: bool given", lambda: Problem(heads=True, key_dim=8)),
+    (ValueError, r"sums: shape \[1, 2, 7\] given, \[1, 2, 8\]", lambda: KeySums(DELTA, sums=Z[..., 1:], tokens=[3])),
+    (ValueError, r"tokens\[0\]: 0 given, at least 1: the sums", lambda: KeySums(DELTA, sums=Z + 1, tokens=[0])),
+    (ValueError, f"tokens.0.: {2**62 + 1} tokens after 0 given", lambda: KeySums(DELTA, sums=Z, tokens=[2**62 + 1])),
+    (ValueError, r"tokens\[0\]: -1 given", lambda: KeySums(DELTA, sums=Z, tokens=[-1])),
+    (ValueError, r"A: shape \[1, 2, 8, 7\] given", lambda: SegmentMap(SUMS, A=M[..., 1:], B=M, dz=Z, tokens=[3])),
+    (ValueError, r"B: shape \[2, 8, 8\] given", lambda: SegmentMap(SUMS, A=M, B=M[0], dz=Z, tokens=[3])),
+    (ValueError, "run: 2 elements given, 1|run: 2", lambda: SegmentMap(SUMS, A=np.zeros((2, 2, 8, 8)), B=np.zeros((2, 2, 8, 8)), dz=np.zeros((2, 2, 8)), tokens=[3, 3])),
     (ValueError, r"committed\[0\]: 9 given", lambda: State.from_arrays(M, Z, [8], [9])),
     (ValueError, "a divisor of heads = 3", lambda: State.from_arrays(M, Z, [0], heads=3)),
     (MemoryError, "slots: no memory for a copy", lambda: STATE.fork(range(2**45))),
@@ -221,7 +272,7 @@ def test_the_rest_refuses(exception, message, call):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_tensor_is_refused_by_name():
-    with pytest.raises(TypeError, match="q: a PyTorch tensor .*Nested.* given"):
+    with pytest.raises(TypeError, match="q: a nested tensor given, a padded tensor"):
         attend(q=torch.nested.nested_tensor([Q[0], Q[1]]))
 
 

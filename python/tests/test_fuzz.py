@@ -44,13 +44,13 @@ def test_random_calls(tmp_path):
     assert seen["growth"] < 32 << 20, f"{seen['growth']} B more after the first quarter of the calls"
     if COUNT >= 10_000:
         # The calls are neither all right nor all wrong.
-        few = {name: n for name, n in seen["counts"].items() if min(n) < COUNT // 2000}
+        few = {name: n for name, n in seen["counts"].items() if min(n) < COUNT // 4000}
         assert not few, f"accepted and refused: {few}"
         assert seen["compared"] >= COUNT // 200
 
 
 def test_everything_public_is_called():
-    names = {n for n in infini_attn.__all__ if n not in ("__version__", "reference", "KeySums", "SegmentMap")}
+    names = {n for n in infini_attn.__all__ if n not in ("__version__", "reference", "SAFE_GLOBALS")}
     for owner in (infini_attn.Problem, infini_attn.State, infini_attn.KeySums, infini_attn.SegmentMap, reference.State):
         names |= {f"{owner.__name__}.{n}" for n in vars(owner) if not n.startswith("_")}
     names |= {n for n, f in vars(_core).items() if callable(f) and not isinstance(f, type) and not n.startswith("ref")}

@@ -180,3 +180,35 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
     let half = Stream::<bf16>::normal(&p, 4, 6);
     assert!(matches!(key_sums(&p, views(&half)[0]), Err(Error::DType { argument: "k", .. })));
 }
+
+#[test]
+fn sums_and_maps_are_put_together_from_their_parts() {
+    let p = problem(Update::Delta, 8, DType::F32);
+    let [run, earlier] = [20, 9].map(|len| Stream::<f32>::normal(&p, len, len as u64));
+    let found = key_sums(&p, views(&earlier)[0]).unwrap();
+    let (map, _) = run_map(&run, &found);
+    let elements = |view: TensorView<'_, f32>| view.as_slice().unwrap().to_vec();
+    let (a, b, dz) = (elements(map.a()), elements(map.b()), elements(map.dz()));
+    let sums = |dz: &[f32], tokens: &[u64]| KeySums::from_parts(&p, dz, tokens);
+
+    assert_eq!(sums(&elements(found.sums()), found.tokens()).unwrap(), found);
+    let own = sums(&dz, map.tokens()).unwrap();
+    assert_eq!((map.before(), map.run_sums(), map.problem()), (&found, &own, &p));
+    assert_eq!(SegmentMap::from_parts(&found, &own, &a, &b).unwrap(), map);
+
+    let fails =
+        |error: Error, words: &str| assert!(error.to_string().starts_with(words), "{error}");
+    fails(sums(&dz[1..], &[20]).unwrap_err(), "sums: 23 elements given");
+    fails(sums(&dz, &[0]).unwrap_err(), "tokens[0]: 0 given, at least 1");
+    fails(
+        sums(&dz, &[(1 << 62) + 1]).unwrap_err(),
+        "tokens[0]: 4611686018427387905 tokens after 0",
+    );
+    let put = |own: &KeySums, a: &[f32], b: &[f32]| SegmentMap::from_parts(&found, own, a, b);
+    fails(put(&own, &a[1..], &b).unwrap_err(), "a: 287 elements given");
+    fails(put(&own, &a, &b[1..]).unwrap_err(), "b: 167 elements given");
+    fails(put(&KeySums::zero(&p, 2).unwrap(), &a, &b).unwrap_err(), "run: 2 elements given, 1");
+    fails(put(&sums(&dz, &[1 << 62]).unwrap(), &a, &b).unwrap_err(), "run (sequence 0)");
+    let other = KeySums::zero(&problem(Update::Delta, 9, DType::F32), 1).unwrap();
+    fails(put(&other, &a, &b).unwrap_err(), "state: made for segment_len = 9, the call has");
+}
