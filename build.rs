@@ -1,5 +1,5 @@
-//! Build script. Without the feature `cuda` it does nothing. With it, it leaves in `OUT_DIR` what the
-//! crate includes:
+//! Build script. It warns of a build without optimisation. With the feature `cuda` it leaves in
+//! `OUT_DIR` what the crate includes:
 //!
 //! | file | content | made by |
 //! |---|---|---|
@@ -16,9 +16,10 @@
 #[path = "build/mod.rs"]
 mod parts;
 
-use std::process::ExitCode;
+use std::env;
 #[cfg(feature = "cuda")]
-use std::{env, path::PathBuf};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 #[cfg(feature = "cuda")]
 use parts::{Result, compile, prebuilt, table, tools, tools::Tools, write};
@@ -26,6 +27,15 @@ use parts::{Result, compile, prebuilt, table, tools, tools::Tools, write};
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
+    // Shown to those who depend on a path, not on a registry or git; README.md tells all.
+    if env::var_os("OPT_LEVEL").is_some_and(|level| level == "0")
+        && env::var_os("DOCS_RS").is_none()
+    {
+        println!(
+            "cargo::warning=at opt-level 0 infini-attn is a hundred times slower; \
+             `[profile.dev.package.\"*\"] opt-level = 3` in your Cargo.toml optimises what you depend on"
+        );
+    }
     #[cfg(feature = "cuda")]
     if let Err(message) = compile_kernels() {
         for line in message.lines() {

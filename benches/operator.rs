@@ -117,7 +117,8 @@ fn products(rows: usize, keys: usize, d: usize, calls: usize) -> f32 {
     o[0]
 }
 
-/// One new token for each of 16 sequences whose open segments hold 1024 tokens.
+/// One new token for each of 16 sequences whose open segments hold 1024 tokens, in place and by a copy
+/// that advances while the state stays as it was.
 fn bench_decode(c: &mut Criterion) {
     let p = problem::<bf16>([8, 2, 128, 2048, 0]);
     let (sequences, open) = (16, 1024);
@@ -127,13 +128,34 @@ fn bench_decode(c: &mut Criterion) {
     let mut group = c.benchmark_group("decode/bf16");
     group.throughput(Throughput::Elements(sequences as u64));
     group.sample_size(20);
-    group.bench_function("16 sequences, 1024 open", |b| {
-        b.iter_batched_ref(
-            || state.clone(),
-            |state| token.run(&p, state, true),
-            criterion::BatchSize::LargeInput,
-        );
-    });
+    let slots: Vec<usize> = (0..sequences).collect();
+    for (name, copied) in [("16 sequences, 1024 open", false), ("the same, a copy", true)] {
+        group.bench_function(name, |b| {
+            b.iter_batched_ref(
+                || state.fork(&slots).unwrap(),
+                |state| {
+                    let before = copied.then(|| state.clone());
+                    token.run(&p, state, true);
+                    before
+                },
+                criterion::BatchSize::LargeInput,
+            );
+        });
+    }
+}
+
+/// Copies of a state of 16 MiB per slot, half of its rows in use.
+fn bench_copies(c: &mut Criterion) {
+    let p = problem::<f32>([8, 8, 128, 2048, 0]);
+    let mut state = State::new(&p, 16).unwrap();
+    Tensors::<f32>::new(&p, 16, 1024).run(&p, &mut state, false);
+    let slots: Vec<usize> = (0..16).collect();
+    let mut group = c.benchmark_group("copies");
+    let rows = 16 * 8 * (2 * 1024 * 128 + 128 * 129) * size_of::<f32>();
+    group.throughput(Throughput::Bytes(rows as u64));
+    group.bench_function("clone", |b| b.iter(|| state.clone()));
+    group.bench_function("fork", |b| b.iter(|| state.fork(&slots).unwrap()));
+    group.bench_function("concat", |b| b.iter(|| State::concat(&[&state]).unwrap()));
 }
 
 /// Time per token of one long stream, fed 64 K tokens a call: elements are tokens.
@@ -160,6 +182,7 @@ fn all(c: &mut Criterion) {
     bench_prefill::<bf16>(c);
     bench_products(c);
     bench_decode(c);
+    bench_copies(c);
     bench_stream(c);
 }
 

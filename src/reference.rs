@@ -1,5 +1,7 @@
 //! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
 //! the oracle of every other implementation.
+//!
+#![doc = include_str!("../docs/conventions.md")]
 
 use std::sync::atomic::Ordering;
 

@@ -162,14 +162,12 @@ vectorised! {
 /// The vector instructions of this machine that the element-wise parts use: `AVX-512`, `AVX2`, `NEON` or
 /// `baseline SIMD`. (The `gemm` crate, whose the matrix products are, asks the processor itself.)
 pub fn simd_level() -> Name {
-    if target_cfg_f!(target_feature = "avx512f") {
-        "AVX-512"
-    } else if target_cfg_f!(target_feature = "avx2") {
-        "AVX2"
-    } else if cfg!(target_arch = "aarch64") {
-        "NEON"
-    } else {
-        "baseline SIMD"
+    let wide = target_cfg_f!(target_feature = "avx512f");
+    match (wide, target_cfg_f!(target_feature = "avx2"), cfg!(target_arch = "aarch64")) {
+        (true, ..) => "AVX-512",
+        (_, true, _) => "AVX2",
+        (.., true) => "NEON",
+        _ => "baseline SIMD",
     }
 }
 

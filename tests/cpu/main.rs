@@ -17,6 +17,7 @@ mod maps;
 mod merge;
 mod mistakes;
 mod oracles;
+mod package;
 #[cfg(feature = "serde")]
 mod problem_data;
 mod reference;

@@ -123,6 +123,18 @@ fn missing_tools_are_named_with_the_commands_that_install_them() {
 }
 
 #[test]
+fn a_build_without_optimisation_is_warned_of() {
+    let sandbox = Sandbox::new();
+    let warnings = |variables: &[(&str, &Path)]| {
+        let text = text(&sandbox.run(variables));
+        text.lines().filter(|line| line.starts_with("cargo::warning=at opt-level 0")).count()
+    };
+    let [zero, two] = ["0", "2"].map(|level| ("OPT_LEVEL", Path::new(level)));
+    assert_eq!([warnings(&[zero]), warnings(&[two]), warnings(&[])], [1, 0, 0]);
+    assert_eq!(warnings(&[zero, ("DOCS_RS", Path::new("1"))]), 0);
+}
+
+#[test]
 fn docs_need_no_nvcc() {
     let sandbox = Sandbox::new();
     succeeded(&sandbox.run_with_tools(&[("DOCS_RS", Path::new("1"))]));
