@@ -52,7 +52,7 @@ fn conversion(
         _ => return Ok(None),
     };
     let width = cos.shape()[cos.shape().len() - 1];
-    if cos.shape() != sin.shape() || width % 2 != 0 || width == 0 {
+    if cos.shape() != sin.shape() || !width.is_multiple_of(2) || width == 0 {
         return Ok(None);
     }
     let (cos_rows, sin_rows) = (tensor::as_f32(cos)?, tensor::as_f32(sin)?);
