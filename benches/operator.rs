@@ -117,11 +117,11 @@ fn products(rows: usize, keys: usize, d: usize, calls: usize) -> f32 {
     o[0]
 }
 
-/// One new token for each of 16 sequences whose open segments hold 1024 tokens, in place and by a copy
+/// One new token for each of 16 sequences whose open segments hold 1000 tokens, in place and by a copy
 /// that advances while the state stays as it was.
 fn bench_decode(c: &mut Criterion) {
     let p = problem::<bf16>([8, 2, 128, 2048, 0]);
-    let (sequences, open) = (16, 1024);
+    let (sequences, open) = (16, 1000);
     let mut state = State::new(&p, sequences).unwrap();
     Tensors::<bf16>::new(&p, sequences, open).run(&p, &mut state, false);
     let mut token = Tensors::<bf16>::new(&p, sequences, 1);
@@ -129,7 +129,7 @@ fn bench_decode(c: &mut Criterion) {
     group.throughput(Throughput::Elements(sequences as u64));
     group.sample_size(20);
     let slots: Vec<usize> = (0..sequences).collect();
-    for (name, copied) in [("16 sequences, 1024 open", false), ("the same, a copy", true)] {
+    for (name, copied) in [("16 sequences, 1000 open", false), ("the same, a copy", true)] {
         group.bench_function(name, |b| {
             b.iter_batched_ref(
                 || state.fork(&slots).unwrap(),

@@ -350,7 +350,7 @@ fn run<'py, T: Element + Scalar>(
     let (q, k, v) = (arguments.q.view()?, arguments.k.view()?, arguments.v.view()?);
     let (cancel, gate) = (AtomicBool::new(false), &arguments.beta[..]);
     let inputs = arguments.inputs::<T>(q, k, v)?.cancel(&cancel);
-    let decoding = (1..=MAX_DECODE_TOKENS).contains(&t);
+    let decoding = t <= MAX_DECODE_TOKENS;
     let lane = match decoding {
         true if state.decodes_inline(t) => Lane::Inline,
         true => Lane::Decode,
