@@ -236,7 +236,8 @@ impl<'py> Results<'py> {
 ///     says how many tokens of each sequence it has taken in (`tokens_taken`) and holds what the call
 ///     returns (`results`): both are valid up to there, and the stream can go on.
 ///
-/// Other Python threads run while it computes; they must neither write to nor resize the inputs
+/// Other Python threads run while it computes; they must neither write to the inputs nor resize them or give
+/// them other storage
 /// meanwhile.
 #[pyfunction]
 #[pyo3(

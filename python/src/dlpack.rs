@@ -325,8 +325,7 @@ impl Exchange {
             while !table.is_null() && (*table).header.version.major != MAJOR {
                 table = (*table).header.prev_api.cast();
             }
-            // The owning form: a tensor whose storage another thread replaces (`x.data = y`) meanwhile
-            // must keep the memory that is being read.
+            // The owning form: no memory then depends on Python's object.
             table.as_ref()?.managed_tensor_from_py_object_no_sync.map(Self)
         }
     }

@@ -418,7 +418,7 @@ pub fn compose(py: Python<'_>, first: &SegmentMap, second: &SegmentMap) -> PyRes
 }
 
 /// The state after the run of `map`, as if its tokens had been attended and flushed. `state` holds
-/// no open segment; it stays as it is unless inplace=True.
+/// no open segment; it stays as it is unless inplace=True. An interrupt is raised when that is done.
 #[pyfunction]
 #[pyo3(
     signature = (map, state, *, inplace = Flag::DEFAULT),

@@ -18,10 +18,12 @@ use crate::{error, tensor, threads};
 /// (copy.deepcopy, fork) and saved. len(state) is B; state[i], state[a:b] and state[[i, j]] are states of
 /// those streams, State.concat([a, b]) is one of all streams of several.
 ///
-/// Copies take next to no time and memory: they share what they hold until one of them changes it.
+/// Copies of all streams (copy.copy, copy.deepcopy, fork()) take next to no time and memory: they share
+/// what they hold until one of them changes it.
 ///
 /// While one thread's call writes a state (inplace=True, flush, reset), a use of the same state in
-/// another thread raises RuntimeError. Reading from several threads at once is fine.
+/// another thread, or in a signal's handler, raises RuntimeError. Reading from several threads at once is
+/// fine.
 #[pyclass(frozen, weakref, module = "infini_attn")]
 pub struct State(RwLock<Core>);
 
@@ -63,7 +65,7 @@ impl State {
 /// Why a state cannot be had now.
 pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
     PyRuntimeError::new_err(match error {
-        TryLockError::WouldBlock => "state: in use by a call in another thread",
+        TryLockError::WouldBlock => "state: in use by another call",
         TryLockError::Poisoned(_) => "state: left half-written by a call that crashed",
     })
 }
@@ -158,9 +160,12 @@ impl State {
             Some(committed) => token_counts("committed", committed, batch)?,
             None => tokens.clone(),
         };
-        let (m, z) = (tensor::elements(m.view()?)?, tensor::elements(z.view()?)?);
-        let make = || Core::from_parts(&problem, &m, &z, &tokens, &committed);
-        M.py().detach(make).map(Self::new).map_err(error::python)
+        let (m, z) = (m.view()?, z.view()?);
+        M.py().detach(|| {
+            let (m, z) = (tensor::elements(m)?, tensor::elements(z)?);
+            let state = Core::from_parts(&problem, &m, &z, &tokens, &committed);
+            state.map(Self::new).map_err(error::python)
+        })
     }
 
     /// The problem this state belongs to.
@@ -221,7 +226,7 @@ impl State {
     }
 
     /// Commits the open segments of all streams (or of those in `slots`), in place; the next token
-    /// opens a new segment of full length.
+    /// opens a new segment of full length. An interrupt is raised when that is done.
     #[pyo3(signature = (slots = None))]
     fn flush(&self, py: Python<'_>, slots: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let mut guard = self.write()?;

@@ -142,7 +142,7 @@ impl<T: Element> Call<'_, T> {
     }
 
     fn attend_tile(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
-        if self.cancel.requested() {
+        if self.cancel.abandons() {
             return;
         }
         let weights = |h| self.weights(h, piece.empty);
@@ -195,7 +195,7 @@ impl<T: Element> Call<'_, T> {
         x.visible.extend(tile.each().map(|(_, t, _)| seen(t)));
         let keys = seen(tile.tokens.end - 1);
         for (b, first) in (0..keys).step_by(width).enumerate() {
-            if self.cancel.requested() {
+            if self.cancel.abandons() {
                 return;
             }
             let n = width.min(keys - first);

@@ -56,7 +56,7 @@ impl KeySums {
         })
     }
 
-    /// Sums that were taken apart: f32 [B, Hkv, Dk], row-major, over `tokens` [B] tokens.
+    /// Sums that were taken apart: f32 [B, Hkv, Dk], row-major, over `tokens` `[B]` tokens.
     ///
     /// # Errors
     /// [`Error::Length`](crate::Error::Length) naming sums; [`Error::Value`](crate::Error::Value) for
@@ -231,7 +231,7 @@ pub fn key_sums_until<T: Element>(
     k: TensorView<'_, T>,
     cancel: &AtomicBool,
 ) -> Result<KeySums> {
-    let cancel = Cancel::new(Some(cancel));
+    let cancel = Cancel::within_tasks(Some(cancel));
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
     pool::start()?;
@@ -287,7 +287,7 @@ pub fn segment_map_until<T: Element>(
     before: &KeySums,
     cancel: &AtomicBool,
 ) -> Result<SegmentMap> {
-    let cancel = &Cancel::new(Some(cancel));
+    let cancel = &Cancel::within_tasks(Some(cancel));
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
@@ -338,7 +338,7 @@ impl<T: Element> segment::Tokens for RunTokens<'_, T> {
     }
 
     fn cancelled(&self) -> bool {
-        self.cancel.requested()
+        self.cancel.abandons()
     }
 }
 
@@ -361,7 +361,7 @@ fn run_map<T: Element>(
     let (dk_g, dv_g) = if transits { (dk, dv) } else { (0, 0) };
     let mut g = buffer(dk_g, dk)?;
     let (mut a_before, mut b_before) = (buffer(dk_g, dk)?, buffer(dk, dv_g)?);
-    for first in (0..run.len).step_by(p.segment_len()).take_while(|_| !run.cancel.requested()) {
+    for first in (0..run.len).step_by(p.segment_len()).take_while(|_| !run.cancel.abandons()) {
         let segment = RunTokens { first, len: p.segment_len().min(run.len - first), ..run };
         segment::sums(p, &segment, &mut own, &mut sums, &mut scratch);
         if p.update() == Update::Delta && !empty {

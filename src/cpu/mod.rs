@@ -50,9 +50,9 @@ use crate::problem::Problem;
 ///
 /// # Errors
 /// A shape, stride, length, dtype, slot, position or problem that does not fit is refused before
-/// anything is written, by an [`Error`](crate::Error) that names the argument; so is a call for whose
-/// workspace memory does not suffice ([`Error::OutOfMemory`](crate::Error::OutOfMemory)) or threads cannot
-/// be started ([`Error::Threads`](crate::Error::Threads)).
+/// anything is written, by an [`Error`] that names the argument; so is a call for whose
+/// workspace memory does not suffice ([`Error::OutOfMemory`]) or threads cannot
+/// be started ([`Error::Threads`]).
 ///
 /// ```
 /// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, prefill};
@@ -85,7 +85,7 @@ pub fn prefill<T: Element>(
 /// where it lies and each (sequence, KV head) is one task.
 ///
 /// # Errors
-/// As [`prefill()`], and [`Error::Value`](crate::Error::Value) for a sequence of more than
+/// As [`prefill()`], and [`Error::Value`] for a sequence of more than
 /// [`MAX_DECODE_TOKENS`] tokens.
 pub fn decode<T: Element>(
     problem: &Problem,
@@ -111,9 +111,9 @@ impl State {
 /// segment is left as it is.
 ///
 /// # Errors
-/// [`Error::Problem`](crate::Error::Problem) when the state belongs to another problem,
-/// [`Error::Value`](crate::Error::Value) for a slot out of range or named twice,
-/// [`Error::OutOfMemory`](crate::Error::OutOfMemory). Nothing is written then.
+/// [`Error::Problem`] when the state belongs to another problem,
+/// [`Error::Value`] for a slot out of range or named twice,
+/// [`Error::OutOfMemory`]. Nothing is written then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
     problem.check_same(&state.problem)?;
     check_slots(slots, state.sequences())?;
@@ -147,7 +147,10 @@ fn run<T: Element>(
         inputs: inputs.rows(),
         outputs: outputs.rows(),
         gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
-        cancel: Cancel::new(inputs.cancel),
+        cancel: match decoding {
+            true => Cancel::between_tasks(inputs.cancel),
+            false => Cancel::within_tasks(inputs.cancel),
+        },
         inline,
     };
     let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;
@@ -158,8 +161,13 @@ fn run<T: Element>(
     if let Err(Error::Cancelled { taken }) = &mut result {
         *taken = taken_in(&mut sequences, &state.counters);
     }
-    // Only for want of memory, before anything was written.
-    if let (Err(Error::OutOfMemory { .. }), true) = (&result, first_rotation) {
+    let nothing_written = match &result {
+        Err(Error::Cancelled { taken }) => taken.iter().all(|&taken| taken == 0),
+        // Only for want of memory, before anything was.
+        Err(_) => true,
+        Ok(()) => false,
+    };
+    if first_rotation && nothing_written {
         state.forget_rotated();
     }
     state.note_filled(sequences.iter().map(|s| s.slot));

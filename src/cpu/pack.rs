@@ -92,7 +92,7 @@ impl<T: Element> Tokens for PieceTokens<'_, '_, T> {
     }
 
     fn cancelled(&self) -> bool {
-        self.call.cancel.requested()
+        self.call.cancel.abandons()
     }
 
     fn value(&self, j: usize, v: &mut [f32]) {

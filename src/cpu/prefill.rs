@@ -57,6 +57,8 @@ fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
 /// Fewest tokens of the longest sequence per part of a call that can be cancelled.
 const PART_TOKENS: usize = 16384;
 
+const WORKSPACE: &str = "the workspace of a prefill";
+
 /// In parts, each of which is taken in as a whole or not at all; in one if nobody can cancel.
 fn chains<T: Element>(
     call: &Call<'_, T>,
@@ -73,17 +75,13 @@ fn chains<T: Element>(
         true => longest / PART_TOKENS.max(16 * p.segment_len()) + 1,
         false => 1,
     };
-    let found = match call.cancel.is_possible() {
-        true => alloc::reserved(
-            &[sequences.len() * p.kv_heads(), found_len(p)],
-            "the workspace of a prefill",
-        )?,
-        false => Vec::new(),
-    };
+    let saved_len = if call.cancel.is_possible() { heads_per_chain * found_len(p) } else { 0 };
+    let found = alloc::reserved(&[tasks, saved_len], WORKSPACE)?;
     let (counters, heads) = state.split()?;
     let at_start = sequences.iter().map(|s| counters[s.slot]);
-    let at_start = alloc::collected(at_start, "the workspace of a prefill")?;
-    let mut chains = Chains { call, sequences, at_start, heads_per_chain, heads, scratch, found };
+    let at_start = alloc::collected(at_start, WORKSPACE)?;
+    let mut chains =
+        Chains { call, sequences, at_start, heads_per_chain, heads, scratch, found, saved_len };
     for part in 0..parts {
         chains.run((part, parts))?;
         chains.advance((part, parts), counters);
@@ -99,8 +97,10 @@ struct Chains<'c, 'a, T> {
     heads_per_chain: usize,
     heads: Heads<'c>,
     scratch: Pool<ChainScratch>,
-    /// M and z of all (sequence, KV head) as the part found them, if it may be cancelled.
+    /// M and z of all (sequence, KV head) as the part found them, if it may be cancelled; so many
+    /// floats per task.
     found: Vec<f32>,
+    saved_len: usize,
 }
 
 impl<T: Element> Chains<'_, '_, T> {
@@ -119,12 +119,12 @@ impl<T: Element> Chains<'_, '_, T> {
         let per_sequence = kv_heads / heads;
         call.cancel.go_on(0)?;
         let mut found = std::mem::take(&mut self.found);
-        found.resize(found.capacity(), 0.0);
-        let each = found.len() / self.sequences.len().max(1) / per_sequence;
+        let tasks = self.sequences.len() * per_sequence;
+        found.resize(tasks * self.saved_len, 0.0);
         let saved = Shared::new(&mut found);
-        (0..self.sequences.len() * per_sequence).into_par_iter().with_max_len(1).for_each(|i| {
+        (0..tasks).into_par_iter().with_max_len(1).for_each(|i| {
             // SAFETY: one task for each of them.
-            let saved = unsafe { saved.part(i, each) };
+            let saved = unsafe { saved.part(i, self.saved_len) };
             self.chain(i / per_sequence, i % per_sequence * heads, part, saved);
         });
         let result = call.cancel.go_on(0);
@@ -148,7 +148,7 @@ impl<T: Element> Chains<'_, '_, T> {
             z.copy_from_slice(head.z);
         }
         self.scratch.with(|x| {
-            for piece in self.pieces(i, part).take_while(|_| !call.cancel.requested()) {
+            for piece in self.pieces(i, part).take_while(|_| !call.cancel.abandons()) {
                 for h in heads.clone() {
                     // SAFETY: as above.
                     chain(call, &piece, h, &mut unsafe { self.heads.head(slot, h) }, x);

@@ -3,7 +3,7 @@
 //! A state reads only the rows below its own `open_len`, and no such row changes while several states
 //! hold it. So a copy takes nothing, and one of the holders, the first to do so, may append in place:
 //! the row after the last that any of them wrote ([`OpenSegments::filled`]). Whoever comes second, and
-//! everything but appending, works on a copy of the rows in use ([`State::own_open`]).
+//! everything but appending, works on a copy of the rows in use (`State::own_open`).
 //!
 //! Writing never waits for the lock and, having it, waits for nothing: a reader waits for a few rows
 //! at most, whichever tasks its thread has taken on below.
@@ -24,7 +24,8 @@ pub(crate) struct OpenSegments {
     pub k_rotated: Vec<f32>,
     /// Values, [slots, Hkv, N, Dv].
     pub v: Vec<f32>,
-    /// Per slot the rows that some holder has written: as many as its `open_len` if it is the only one.
+    /// Per slot the rows that some holder, or one that is gone, has written: at least every holder's
+    /// `open_len`.
     pub filled: Vec<usize>,
 }
 

@@ -130,6 +130,72 @@ fn as_before_the_call() {
     }
 }
 
+/// A decode of many sequences ends between them: those taken in have their outputs, the others are as
+/// they were.
+#[test]
+fn a_decode_of_many_sequences() {
+    let (slots, p) = (400, problem(1, 512, Update::Delta));
+    let prompt = Stream::<f32>::normal(&p, 505, 1);
+    let mut one = State::new(&p, 1).unwrap();
+    run(&prompt, 0, &mut one, None).0.unwrap();
+    // Some get their segment full in this call.
+    let begun = one.fork(&vec![0; slots]).unwrap();
+    for tokens in [4, 12] {
+        let stream = Stream::<f32>::normal(&p, slots * tokens, 2);
+        let view = |data, heads| TensorView::new(data, &[slots, tokens, heads, DIM]).unwrap();
+        let inputs = Inputs::new(view(&stream.q, 2), view(&stream.k, 1), view(&stream.v, 1));
+        let call = |state: &mut State, inputs: &Inputs<'_, f32>| {
+            let mut out = vec![f32::NAN; slots * tokens * 2 * DIM];
+            let o = TensorViewMut::new(&mut out, &[slots, tokens, 2, DIM]).unwrap();
+            (decode(&p, inputs, &[0.5; 2], state, Outputs::new(o)), out)
+        };
+        let (mut whole, start) =
+            (begun.fork(&(0..slots).collect::<Vec<_>>()).unwrap(), Instant::now());
+        let (result, want) = call(&mut whole, &inputs);
+        result.unwrap();
+        let each = start.elapsed() / 8;
+        let (mut midway, width) = (0, tokens * 2 * DIM);
+        for trial in 0..200 {
+            let (stop, mut state) =
+                (AtomicBool::new(false), begun.fork(&(0..slots).collect::<Vec<_>>()).unwrap());
+            let (result, out) = std::thread::scope(|scope| {
+                let (stop, begin) = (&stop, Instant::now());
+                scope.spawn(move || {
+                    while begin.elapsed() < each * (trial % 9) {
+                        std::thread::yield_now();
+                    }
+                    stop.store(true, Ordering::Relaxed);
+                });
+                call(&mut state, &inputs.cancel(stop))
+            });
+            let taken = match result {
+                Ok(()) => vec![tokens; slots],
+                Err(Error::Cancelled { taken }) => taken,
+                Err(other) => panic!("{other}"),
+            };
+            let count = taken.iter().filter(|&&t| t == tokens).count();
+            assert!(taken.iter().all(|&t| t == 0 || t == tokens));
+            for (slot, &taken) in taken.iter().enumerate().filter(|(_, t)| **t > 0) {
+                let rows = slot * width..(slot + 1) * width;
+                assert!(
+                    out[rows.clone()] == want[rows],
+                    "outputs of sequence {slot}, {taken} taken in"
+                );
+            }
+            let (done, left): (Vec<usize>, Vec<usize>) = (0..slots).partition(|&s| taken[s] > 0);
+            let bytes =
+                |state: &State, slots: &[usize]| state.fork(slots).unwrap().to_bytes().unwrap();
+            assert!(bytes(&state, &done) == bytes(&whole, &done), "taken in");
+            assert!(bytes(&state, &left) == bytes(&begun, &left), "not taken in");
+            midway += usize::from(count > 0 && count < slots);
+            if midway > 3 {
+                break;
+            }
+        }
+        assert!(midway > 0, "no call ended on its way");
+    }
+}
+
 /// Sequences of a batch are cancelled one by one; `taken` is in their order, not in that of the work.
 #[test]
 fn every_sequence_says_its_own() {
