@@ -27,6 +27,14 @@ from infini_attn import (
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals to a thread")
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """A shell's background jobs begin with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def interrupted(after):
     """SIGINT to the main thread in so many seconds; how long it was until it got through."""

@@ -60,31 +60,38 @@ fn in_pieces(threads: usize, kv_heads: usize, update: Update, tokens: usize) {
     let stream = Stream::<f32>::normal(&p, tokens, 3);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     pool.install(|| {
-        let (mut whole, mut state) = (begun(&p), begun(&p));
+        let mut whole = begun(&p);
         let begin = Instant::now();
         let (result, want) = run(&stream, 0, &mut whole, None);
         result.unwrap();
         let each = begin.elapsed() / 4;
-        let (mut from, mut got, mut cancelled) = (0, vec![], 0);
-        for trial in 0.. {
-            let before = state.tokens(0);
-            let (result, out) = run(&stream, from, &mut state, Some(each * (trial % 8) / 2));
-            let taken = match result {
-                Ok(()) => tokens - from,
-                Err(Error::Cancelled { taken }) => taken[0],
-                Err(other) => panic!("{other}"),
-            };
-            assert_eq!(state.tokens(0) - before, taken as u64);
-            got.extend_from_slice(&out[..taken * 2 * DIM]);
-            from += taken;
-            if from == tokens {
-                break;
+        // On a machine busy with other things a call may be faster than the one before it.
+        for _ in 0..50 {
+            let (mut from, mut got, mut cancelled, mut state) = (0, vec![], 0, begun(&p));
+            for trial in 0.. {
+                let before = state.tokens(0);
+                let (result, out) = run(&stream, from, &mut state, Some(each * (trial % 8) / 2));
+                let taken = match result {
+                    Ok(()) => tokens - from,
+                    Err(Error::Cancelled { taken }) => taken[0],
+                    Err(other) => panic!("{other}"),
+                };
+                assert_eq!(state.tokens(0) - before, taken as u64);
+                got.extend_from_slice(&out[..taken * 2 * DIM]);
+                from += taken;
+                if from == tokens {
+                    break;
+                }
+                cancelled += usize::from(taken > 0);
             }
-            cancelled += usize::from(taken > 0);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&got) == bits(&want), "outputs");
+            assert!(state.to_bytes().unwrap() == whole.to_bytes().unwrap(), "state");
+            if cancelled > 0 {
+                return;
+            }
         }
-        assert!(cancelled > 0, "no call ended on its way");
-        assert!(got.iter().map(|x| x.to_bits()).eq(want.iter().map(|x| x.to_bits())), "outputs");
-        assert!(state.to_bytes().unwrap() == whole.to_bytes().unwrap(), "state");
+        panic!("no call ended on its way");
     });
 }
 
