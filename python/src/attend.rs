@@ -185,8 +185,8 @@ impl<'py> Results<'py> {
 /// q : [B, T, Hq, Dk], k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]
 ///     PyTorch CPU tensors, NumPy arrays, or other arrays in CPU memory that have `__dlpack__`, all
 ///     float32, float16 or bfloat16 (in NumPy by the package ml_dtypes), **unrotated**. PyTorch's do not
-///     mix with others, whose results are NumPy's. The last dimension is contiguous, all other strides are free: a
-///     [B, H, T, D] tensor comes in by `.transpose(1, 2)`. Nothing is copied. T may be 0. Query
+///     mix with others, whose results are NumPy's. The last dimension is contiguous, all other strides
+///     are free: a [B, H, T, D] tensor comes in by `.transpose(1, 2)`. Nothing is copied. T may be 0. Query
 ///     head h reads key/value head h // (Hq // Hkv).
 /// beta : [Hq], any float or integer dtype
 ///     Gate logits: out = g * A_mem + (1 - g) * A_dot with g = sigmoid(beta). Extents of 1 may stand
@@ -202,8 +202,8 @@ impl<'py> Results<'py> {
 ///     Tokens of each sequence, the rest of T is padding: its outputs are 0, its lse is -inf.
 /// rope : (cos, sin), optional
 ///     float32 [positions, R / 2], one column per frequency, unlike the tables of Hugging Face's models,
-///     which are refused with the line that converts them. Rotates the first R channels of q and k, in the local attention
-///     only; the memory sees them as given.
+///     which are refused with the line that converts them. Rotates the first R channels of q and k, in
+///     the local attention only; the memory sees them as given.
 /// positions : int [T] or [B, T], optional
 ///     Rows of the tables; by default they count on from state.position.
 /// rope_interleaved : bool
@@ -229,16 +229,14 @@ impl<'py> Results<'py> {
 /// MemoryError
 ///     Saying what there is no memory for. Nothing has been changed then.
 /// RuntimeError
-///     When another thread is using `state`.
-///
+///     When another call is using `state`.
 /// KeyboardInterrupt
 ///     Soon after Ctrl-C, also within a long call; `state` is as it was. With inplace=True the exception
 ///     says how many tokens of each sequence it has taken in (`tokens_taken`) and holds what the call
 ///     returns (`results`): both are valid up to there, and the stream can go on.
 ///
-/// Other Python threads run while it computes; they must neither write to the inputs nor resize them or give
-/// them other storage
-/// meanwhile.
+/// Other Python threads run while it computes; they must neither write to the inputs meanwhile nor
+/// resize them or give them other storage.
 #[pyfunction]
 #[pyo3(
     signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),

@@ -217,9 +217,9 @@ impl Problem {
     /// Bytes of a State of that many sequences, before it is made; rotation=True with the rotated keys
     /// that calls with rope add to it.
     #[pyo3(
-    signature = (sequences = None, *, rotation = Flag::DEFAULT),
-    text_signature = "($self, sequences=None, *, rotation=False)"
-)]
+        signature = (sequences = None, *, rotation = Flag::DEFAULT),
+        text_signature = "($self, sequences=None, *, rotation=False)"
+    )]
     fn state_bytes(
         &self,
         sequences: Option<&Bound<'_, PyAny>>,
