@@ -104,6 +104,34 @@ pub enum Error {
         /// The slot of the state.
         slot: usize,
     },
+    /// Tokens were to be taken back that are in the memory already.
+    #[error(
+        "tokens: {tokens} given for slot {slot}, at least {least} expected: what is committed cannot be taken back"
+    )]
+    Committed {
+        /// The slot of the state.
+        slot: usize,
+        /// Tokens the stream was to keep.
+        tokens: u64,
+        /// Tokens up to the beginning of its open segment.
+        least: u64,
+    },
+    /// A pool has no free slot.
+    #[error("pool: all {slots} slots are taken; free one, or reserve more")]
+    PoolFull {
+        /// Slots of the pool.
+        slots: usize,
+    },
+    /// A handle of a slot that was freed since, or of another pool.
+    #[error("slot {slot}: a handle of generation {generation} given, {expected} expected")]
+    StaleSlot {
+        /// The slot that it names.
+        slot: usize,
+        /// The generation that it names.
+        generation: u64,
+        /// What is accepted.
+        expected: String,
+    },
     /// Rotation was switched on or off inside an open segment.
     #[error(
         "rope: slot {slot} holds an open segment of {open_len} tokens brought {}, this call comes {}; flush first",

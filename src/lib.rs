@@ -35,7 +35,10 @@
 //! | | |
 //! |---|---|
 //! | [`prefill()`], [`decode()`], [`flush`] | tokens into streams; an open segment into the memory early |
-//! | [`State`] | a pool of streams by slot: new, reset, fork, save, load |
+//! | [`forward`] | prompts and single tokens in one call |
+//! | [`State`] | streams by slot: new, reset, fork, copy, truncate, save, load |
+//! | [`Pool`] | slots of all layers of a model, allocated and freed, with steps that are whole or undone |
+//! | [`PrefixCache`] | states of prompts that come again |
 //! | [`merge_partials`], [`merge_memories`] | what was computed in parts |
 //! | [`key_sums`], [`segment_map`], [`compose`], [`apply`] | the delta rule as affine maps of token runs |
 //! | [`mod@reference`] | the equations in float64, and every convention |
@@ -57,6 +60,7 @@ pub mod cuda;
 mod dtype;
 mod error;
 mod memory;
+mod pool;
 mod problem;
 pub mod reference;
 mod tensor;
@@ -67,10 +71,15 @@ pub use cpu::maps::{
 };
 pub use cpu::merge::{merge_memories, merge_partials};
 pub use cpu::simd::simd_level;
-pub use cpu::{decode, flush, prefill};
+pub use cpu::{decode, flush, forward, prefill};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use memory::State;
+pub use pool::Pool;
+pub use pool::handles::Slot;
+pub use pool::prefix::{PrefixCache, PrefixCounters};
+pub use pool::slots::Slots;
+pub use pool::snapshot::Snapshot;
 pub use problem::{Denominator, EmptyMemory, Problem, ProblemBuilder, Update};
 pub use tensor::{MAX_RANK, TensorView, TensorViewMut};
 

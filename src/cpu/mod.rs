@@ -77,7 +77,7 @@ pub fn prefill<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    run(problem, inputs, gate, state, outputs, None)
+    run(problem, inputs, gate, state, outputs, Entry::Prefill)
 }
 
 /// [`prefill()`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
@@ -94,7 +94,49 @@ pub fn decode<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    run(problem, inputs, gate, state, outputs, Some(MAX_DECODE_TOKENS))
+    run(problem, inputs, gate, state, outputs, Entry::Decode)
+}
+
+/// [`prefill()`] or [`decode()`], whichever serves the batch: a step of continuous batching, in which some
+/// sequences bring a prompt and others a token.
+///
+/// # Errors
+/// As [`prefill()`].
+///
+/// ```
+/// use infini_attn::{Inputs, Outputs, Problem, State, TensorView, TensorViewMut, forward};
+/// let problem = Problem::builder().heads(4).kv_heads(2).head_dim(64).segment_len(128).build()?;
+/// let mut state = State::new(&problem, 8)?;
+/// let (q, kv) = (vec![0.1f32; 202 * 4 * 64], vec![0.2; 202 * 2 * 64]);
+/// let mut o = vec![0.0f32; 202 * 4 * 64];
+/// let inputs = Inputs::new(
+///     TensorView::new(&q, &[202, 4, 64])?,
+///     TensorView::new(&kv, &[202, 2, 64])?,
+///     TensorView::new(&kv, &[202, 2, 64])?,
+/// );
+/// // A prompt of 200 tokens for slot 6, a token each for slots 1 and 3.
+/// let inputs = inputs.cu_seqlens(&[0, 200, 201, 202]).slots(&[6, 1, 3]);
+/// let outputs = Outputs::new(TensorViewMut::new(&mut o, &[202, 4, 64])?);
+/// forward(&problem, &inputs, &[0.0; 4], &mut state, outputs)?;
+/// assert_eq!([1, 3, 6].map(|slot| state.tokens(slot)), [1, 1, 200]);
+/// # Ok::<(), infini_attn::Error>(())
+/// ```
+pub fn forward<T: Element>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+) -> Result<()> {
+    run(problem, inputs, gate, state, outputs, Entry::Forward)
+}
+
+/// The function that was called.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Prefill,
+    Decode,
+    Forward,
 }
 
 impl State {
@@ -128,13 +170,14 @@ fn run<T: Element>(
     gate: &[f32],
     state: &mut State,
     mut outputs: Outputs<'_, T>,
-    max_tokens: Option<usize>,
+    entry: Entry,
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
     let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
     check_outputs(problem, inputs, &outputs)?;
-    check_longest(&sequences, max_tokens)?;
-    let decoding = max_tokens.is_some();
+    check_longest(&sequences, (entry == Entry::Decode).then_some(MAX_DECODE_TOKENS))?;
+    let short = || sequences.iter().all(|s| s.len <= MAX_DECODE_TOKENS);
+    let decoding = entry == Entry::Decode || entry == Entry::Forward && short();
     let lens = || sequences.iter().map(|s| (s.len, state.counters[s.slot].open_len));
     let inline = decoding && pool::inline(decode_flops(problem, lens()));
     if !inline {

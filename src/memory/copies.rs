@@ -69,8 +69,8 @@ impl State {
             let mut open = OpenSegments::new(&problem, slots, rotated)?;
             let mut first = 0;
             for state in states {
-                let slots = state.in_use(0..state.sequences());
-                open.take_over(&problem, &state.open.read(), slots, first);
+                let slots = state.in_use(0..state.sequences()).zip(first..);
+                open.take_over(&problem, &state.open.read(), slots);
                 first += state.sequences();
             }
             Ok(State {
@@ -149,11 +149,11 @@ impl State {
         let rotated = !open.k_rotated.is_empty();
         let mut copy =
             OpenSegments::new(p, len, rotated).map_err(|_| too_large(p, len, rotated))?;
-        copy.take_over(p, &open, self.in_use(slots), 0);
+        copy.take_over(p, &open, self.in_use(slots).zip(0..));
         Ok(Open::new(copy))
     }
 
-    fn in_use(&self, slots: impl Iterator<Item = usize>) -> impl Iterator<Item = InUse> {
+    pub(super) fn in_use(&self, slots: impl Iterator<Item = usize>) -> impl Iterator<Item = InUse> {
         slots.map(|slot| {
             let c = &self.counters[slot];
             InUse { slot, rows: c.open_len, rotated: c.rotated }

@@ -3,9 +3,10 @@
 pub(crate) mod blocks;
 mod copies;
 pub(crate) mod heads;
-mod io;
+pub(crate) mod io;
 pub(crate) mod open;
 pub(crate) mod parts;
+mod slots;
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -151,7 +152,6 @@ impl State {
     /// reset then.
     pub fn reset(&mut self, slots: &[usize]) -> Result<()> {
         check_slots(slots, self.sequences())?;
-        self.own_open()?;
         let sequences = self.sequences();
         let (m, z) = self.own_memory()?;
         for &slot in slots {

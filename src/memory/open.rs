@@ -51,31 +51,76 @@ impl OpenSegments {
         })
     }
 
-    /// Takes over the rows in use of other segments' slots into the slots from `first` on. There is
-    /// room for rotated keys if there is over there.
+    /// Takes over the rows in use of other segments' slots, each into the slot beside it. Where rotated
+    /// keys belong to them there must be room.
     pub fn take_over(
         &mut self,
         p: &Problem,
         other: &Self,
-        slots: impl Iterator<Item = InUse>,
-        first: usize,
+        slots: impl Iterator<Item = (InUse, usize)>,
     ) {
-        let (blocks, dv) = (KeyBlocks::new(p), p.value_dim());
-        for (to, InUse { slot, rows, rotated }) in (first..).zip(slots) {
-            let copy = |from: &[f32], into: &mut [f32], each: usize, used: usize| {
-                for h in 0..p.kv_heads() {
-                    let [from_at, to_at] = [slot, to].map(|slot| (slot * p.kv_heads() + h) * each);
-                    into[to_at..][..used].copy_from_slice(&from[from_at..][..used]);
+        for (in_use, to) in slots {
+            let from = [&other.k, &other.k_rotated, &other.v];
+            for ((from, into), extent) in
+                from.into_iter().zip(self.buffers()).zip(in_use.extents(p))
+            {
+                for (from_at, to_at, len) in extent.chunks(p, in_use.slot, to) {
+                    into[to_at..][..len].copy_from_slice(&from[from_at..][..len]);
                 }
-            };
-            let keys = blocks.prefix_len(rows);
-            copy(&other.k, &mut self.k, blocks.len(), keys);
-            if rotated && keys > 0 {
-                copy(&other.k_rotated, &mut self.k_rotated, blocks.len(), keys);
             }
-            copy(&other.v, &mut self.v, p.segment_len() * dv, rows * dv);
-            self.filled[to] = rows;
+            self.filled[to] = in_use.rows;
         }
+    }
+
+    /// The same inside these segments; no slot that is read is written.
+    pub fn copy_within(&mut self, p: &Problem, slots: impl Iterator<Item = (InUse, usize)>) {
+        for (in_use, to) in slots {
+            for (all, extent) in self.buffers().into_iter().zip(in_use.extents(p)) {
+                for (from_at, to_at, len) in extent.chunks(p, in_use.slot, to) {
+                    all.copy_within(from_at..from_at + len, to_at);
+                }
+            }
+            self.filled[to] = in_use.rows;
+        }
+    }
+
+    /// In the order of [`InUse::extents`].
+    fn buffers(&mut self) -> [&mut Vec<f32>; 3] {
+        [&mut self.k, &mut self.k_rotated, &mut self.v]
+    }
+}
+
+/// What a (slot, KV head) takes of a buffer.
+struct Extent {
+    each: usize,
+    used: usize,
+}
+
+impl InUse {
+    /// Of keys, rotated keys and values.
+    fn extents(&self, p: &Problem) -> [Extent; 3] {
+        let (blocks, dv) = (KeyBlocks::new(p), p.value_dim());
+        let keys = blocks.prefix_len(self.rows);
+        [
+            Extent { each: blocks.len(), used: keys },
+            Extent { each: blocks.len(), used: if self.rotated { keys } else { 0 } },
+            Extent { each: p.segment_len() * dv, used: self.rows * dv },
+        ]
+    }
+}
+
+impl Extent {
+    /// Where a slot's elements in use lie, where those of another do, and how many they are; none,
+    /// nothing.
+    fn chunks(
+        self,
+        p: &Problem,
+        from: usize,
+        to: usize,
+    ) -> impl Iterator<Item = (usize, usize, usize)> {
+        let heads = if self.used > 0 { p.kv_heads() } else { 0 };
+        let [from, to] = [from, to].map(|slot| slot * p.kv_heads());
+        (0..heads).map(move |h| ((from + h) * self.each, (to + h) * self.each, self.used))
     }
 }
 

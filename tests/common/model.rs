@@ -1,6 +1,8 @@
 //! One sequence through the fast operator or the float64 reference, for tests of properties.
 
-use infini_attn::{Element, Inputs, Problem, State, decode, flush, prefill, reference};
+use infini_attn::{
+    Element, Inputs, Outputs, Problem, Result, State, decode, flush, forward, prefill, reference,
+};
 
 use super::buffers::{Arrangement, Asked, OutputBuffers, Strided};
 use super::stream::Stream;
@@ -62,11 +64,30 @@ impl Model for Fast {
     }
 }
 
-/// One of the two ways into the fast backend.
+/// One of the ways into the fast backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     Prefill,
     Decode,
+    Forward,
+}
+
+impl Entry {
+    /// The function by that name.
+    pub fn call<T: Element>(
+        self,
+        inputs: &Inputs<'_, T>,
+        gate: &[f32],
+        state: &mut State,
+        outputs: Outputs<'_, T>,
+    ) -> Result<()> {
+        let problem = *state.problem();
+        match self {
+            Entry::Prefill => prefill(&problem, inputs, gate, state, outputs),
+            Entry::Decode => decode(&problem, inputs, gate, state, outputs),
+            Entry::Forward => forward(&problem, inputs, gate, state, outputs),
+        }
+    }
 }
 
 /// A stream of one sequence through an entry, `chunk` tokens at a time: the outputs of all calls together.
@@ -104,11 +125,7 @@ pub fn run_entry<T: Element>(
     let p = *state.problem();
     let (lead, how) = ([1, tokens], Arrangement::Contiguous);
     let mut out = OutputBuffers::<T>::new(&lead, p.heads(), p.value_dim(), how, Asked::ALL);
-    let result = match entry {
-        Entry::Prefill => prefill(&p, inputs, gate, state, out.views()),
-        Entry::Decode => decode(&p, inputs, gate, state, out.views()),
-    };
-    result.expect("a valid call");
+    entry.call(inputs, gate, state, out.views()).expect("a valid call");
     let rows = |b: &Strided<T>| -> Vec<f64> {
         let index = (0..tokens).flat_map(|t| (0..p.heads()).map(move |h| [0, t, h]));
         index.flat_map(|at| widen(b.row(&at))).collect()

@@ -224,10 +224,7 @@ fn batch_bits(p: &Problem, streams: &[Stream<f32>], entry: Entry) -> Vec<Vec<Vec
         .cu_seqlens(&cu);
     let mut state = State::new(p, streams.len()).unwrap();
     let mut out = OutputBuffers::<f32>::new(&[total], 4, 8, Arrangement::Contiguous, Asked::ALL);
-    let result = match entry {
-        Entry::Prefill => prefill(p, &inputs, &GATE, &mut state, out.views()),
-        Entry::Decode => infini_attn::decode(p, &inputs, &GATE, &mut state, out.views()),
-    };
+    let result = entry.call(&inputs, &GATE, &mut state, out.views());
     result.expect("valid");
     (0..streams.len())
         .map(|b| {
@@ -301,10 +298,7 @@ fn nan_in_padding_never_reaches_a_token() {
             let mut state = State::new(&p, 4).unwrap();
             let mut out =
                 OutputBuffers::<f32>::new(&[4, tokens], 4, 8, Arrangement::Gaps, Asked::ALL);
-            let result = match entry {
-                Entry::Prefill => prefill(&p, &inputs, &GATE, &mut state, out.views()),
-                Entry::Decode => infini_attn::decode(&p, &inputs, &GATE, &mut state, out.views()),
-            };
+            let result = entry.call(&inputs, &GATE, &mut state, out.views());
             result.expect("valid");
             assert!(out.guards_intact());
             (out.bits(), Fast(state).memory())
@@ -460,10 +454,7 @@ fn rows_with_nothing_to_attend_are_zero() {
             let mut state = State::new(&p, 2).unwrap();
             let mut out =
                 OutputBuffers::<f32>::new(&[2, 3], 4, 8, Arrangement::Contiguous, Asked::ALL);
-            let result = match entry {
-                Entry::Prefill => prefill(&p, &inputs, &GATE, &mut state, out.views()),
-                Entry::Decode => infini_attn::decode(&p, &inputs, &GATE, &mut state, out.views()),
-            };
+            let result = entry.call(&inputs, &GATE, &mut state, out.views());
             result.expect("valid");
             for (b, &len) in lens.iter().enumerate() {
                 for (t, h) in (0..3).flat_map(|t| (0..4).map(move |h| (t, h))) {

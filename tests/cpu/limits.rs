@@ -4,8 +4,8 @@ use crate::common::buffers::{Arrangement, Asked, OutputBuffers};
 use crate::common::model::{Entry, run_entry};
 use crate::common::stream::Stream;
 use infini_attn::{
-    Error, KeySums, Problem, Result, Rope, State, TensorView, Update, apply, compose, decode,
-    flush, key_sums, merge_memories, prefill, segment_map,
+    Error, KeySums, Problem, Result, Rope, State, TensorView, Update, apply, compose, flush,
+    key_sums, merge_memories, prefill, segment_map,
 };
 
 const MOST: u64 = 1 << 62;
@@ -51,10 +51,7 @@ fn streams_end_at_the_most_tokens() {
         let mut state = seen(&p, MOST - 2);
         let before = state.to_bytes().expect("bytes");
         let (inputs, mut out) = (stream.inputs(), outputs());
-        let result = match entry {
-            Entry::Prefill => prefill(&p, &inputs, &GATE, &mut state, out.views()),
-            Entry::Decode => decode(&p, &inputs, &GATE, &mut state, out.views()),
-        };
+        let result = entry.call(&inputs, &GATE, &mut state, out.views());
         refused(result, "q (sequence 0): ");
         assert_eq!(state.to_bytes().expect("bytes"), before);
         // What is taken can be saved and loaded.

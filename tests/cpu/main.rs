@@ -18,10 +18,14 @@ mod merge;
 mod mistakes;
 mod oracles;
 mod package;
+mod pool;
+mod pool_model;
 #[cfg(feature = "serde")]
 mod problem_data;
 mod reference;
 mod simd;
+mod slots;
+mod snapshots;
 mod state_files;
 mod state_io;
 mod state_refusals;

@@ -16,6 +16,7 @@
 //! way is refused.
 
 mod header;
+pub(crate) mod layers;
 mod read;
 mod replace;
 mod write;
@@ -113,15 +114,17 @@ impl State {
 
 /// Reads a file whose problem is accepted.
 fn load(path: &Path, accept: impl Fn(&Problem) -> Result<()>) -> Result<State> {
-    let open = || -> std::result::Result<State, Fault> {
-        let file = File::open(path)?;
-        let found = file.metadata()?;
-        let input = BufReader::with_capacity(BUFFER, file);
-        if found.is_file() {
-            read::state(input, found.len(), accept)
-        } else {
-            read::stream(input, accept)
-        }
+    let load = || match open(path)? {
+        (input, Some(len)) => read::state(input, len, accept),
+        (input, None) => read::stream(input, accept),
     };
-    open().map_err(|fault| fault.about(&path.display().to_string()))
+    load().map_err(|fault: Fault| fault.about(&path.display().to_string()))
+}
+
+/// What is at the path, and its length if it is a file, which can be read in any order.
+fn open(path: &Path) -> std::io::Result<(BufReader<File>, Option<u64>)> {
+    let file = File::open(path)?;
+    let found = file.metadata()?;
+    let len = found.is_file().then_some(found.len());
+    Ok((BufReader::with_capacity(BUFFER, file), len))
 }

@@ -16,7 +16,7 @@ use crate::problem::Problem;
 
 /// Longest header of the container.
 const CONTAINER_HEADER: u64 = 100_000_000;
-/// Longest header read. Those of state files stay below 4 KiB.
+/// Longest header read of one state. Those stay below 4 KiB.
 const MAX_HEADER: u64 = 1 << 14;
 
 /// Why there is no state; the caller knows the path.
@@ -61,7 +61,7 @@ impl From<Error> for Fault {
     }
 }
 
-/// A state from a file of `len` bytes, unless its problem is refused.
+/// A state whose bytes reach from here to byte `len` of the file, unless its problem is refused.
 pub(super) fn state<R: Read + Seek>(
     mut input: R,
     len: u64,
@@ -90,6 +90,11 @@ pub(super) fn stream(
 
 /// The header and the checksum it names.
 fn read_header(input: &mut impl Read) -> std::result::Result<(Header, u32), Fault> {
+    Ok(Header::parse(&read_json(input, MAX_HEADER)?)?)
+}
+
+/// The header of a container, of `most` bytes at most.
+pub(super) fn read_json(input: &mut impl Read, most: u64) -> std::result::Result<Vec<u8>, Fault> {
     let mut bytes = Vec::new();
     input.take(8).read_to_end(&mut bytes)?;
     let Some(&length) = bytes.first_chunk::<8>() else {
@@ -101,23 +106,26 @@ fn read_header(input: &mut impl Read) -> std::result::Result<(Header, u32), Faul
         return Err(format!("not a safetensors file: a header of {length} bytes").into());
     }
     bytes.clear();
-    input.take(length.min(MAX_HEADER)).read_to_end(&mut bytes)?;
+    input.take(length.min(most)).read_to_end(&mut bytes)?;
     if length == 0 || bytes.first().is_some_and(|&byte| byte != b'{') {
         return Err(Reason::from("not a safetensors file: the header is no JSON object").into());
     }
-    if length > MAX_HEADER {
-        return Err(format!("header: {length} bytes, at most {MAX_HEADER} expected").into());
+    if length > most {
+        return Err(format!("header: {length} bytes, at most {most} expected").into());
     }
     if (bytes.len() as u64) < length {
         let got = bytes.len();
         return Err(format!("truncated: {got} bytes of header, {length} expected").into());
     }
-    Ok(Header::parse(&bytes)?)
+    Ok(bytes)
 }
 
 /// As many bytes follow the header as it says.
 fn check_len(header: &Header, got: u64) -> std::result::Result<(), Reason> {
-    let expected = header.data_len() as u64;
+    check_data(header.data_len() as u64, got)
+}
+
+pub(super) fn check_data(expected: u64, got: u64) -> std::result::Result<(), Reason> {
     if got == expected {
         return Ok(());
     }
