@@ -177,15 +177,15 @@ fn a_slot_that_cannot_be_put_back_is_refused_until_it_is_emptied() {
 fn truncation_reaches_back_as_far_as_every_layer_can() {
     let mut pool = pool(1);
     let slot = pool.allocate().unwrap();
-    advance(&mut pool, slot, 15, 3); // Open segments begin at 12, 12 and 0.
+    advance(&mut pool, slot, 19, 3); // Open segments begin at 16, 18 and 16.
     let before = slot_bytes(&pool, slot);
-    let error = pool.truncate(slot, 11).unwrap_err();
-    assert!(matches!(error, Error::Committed { slot: 0, tokens: 11, least: 12 }), "{error:?}");
-    assert!(pool.truncate(slot, 16).is_err());
+    let error = pool.truncate(slot, 17).unwrap_err();
+    assert!(matches!(error, Error::Committed { slot: 0, tokens: 17, least: 18 }), "{error:?}");
+    assert!(pool.truncate(slot, 20).is_err());
     assert_eq!(slot_bytes(&pool, slot), before);
-    pool.truncate(slot, 12).unwrap();
-    assert!(pool.layers().iter().all(|layer| layer.tokens(0) == 12));
-    assert_eq!(pool.layers()[2].open_len(0), 12);
+    pool.truncate(slot, 18).unwrap();
+    assert!(pool.layers().iter().all(|layer| layer.tokens(0) == 18));
+    assert_eq!([0, 1, 2].map(|l| pool.layers()[l].open_len(0)), [2, 0, 2]);
 }
 
 #[test]
