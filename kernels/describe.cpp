@@ -101,7 +101,7 @@ int main() {
       line(operation, dtype, 0, 0, {kElementThreads, 0, 1, 0, 0, 0, 0});
     }
   }
-  for (const char* operation : {"normaliser_scan", "sum", "compose", "table"}) {
+  for (const char* operation : {"normaliser_scan", "sum", "compose", "table", "copy_slots"}) {
     line(operation, "any", 0, 0, {kElementThreads, 0, 1, 0, 0, 0, 0});
   }
   print("sm90", "normaliser_scan", "any", 0, 0, {kElementThreads, 0, 1, 0, 0, 0, 0});

@@ -21,6 +21,9 @@ enum { INFINI_MERGE_ROWS = 32 };
 // Bytes that one launch of `table` writes.
 enum { INFINI_TABLE_BYTES = 3840 };
 
+// Slot of a sequence that is padding of the batch: skipped, its output rows cleared.
+enum { INFINI_PAD_SLOT = -1 };
+
 // Bits of the status word.
 enum {
   INFINI_STATUS_SLOT = 1,      // a slot outside the state
@@ -128,7 +131,7 @@ struct InfiniRun {
 // One sequence of a segment or decode call.
 struct InfiniSequence {
   int64_t first;  // index of its first token in the token dimension
-  int32_t slot;
+  int32_t slot;   // INFINI_PAD_SLOT: padding
   int32_t batch;
   int32_t len;
   int32_t reserved;
@@ -360,6 +363,20 @@ struct InfiniSnapshot {
   int64_t matrices;
   int32_t key_dim;
   int32_t value_dim;
+};
+
+// A slot and the slot that becomes its copy.
+struct InfiniSlotPair {
+  int32_t from;
+  int32_t to;
+};
+
+// Slots of `to` become copies of slots of `from`, another pool of the same problem or the same one.
+struct InfiniCopySlots {
+  struct InfiniProblem problem;
+  struct InfiniState from;
+  struct InfiniState to;
+  InfiniAddress pairs;  // InfiniSlotPair [grid's z]; no slot of `to` twice, or read as well
 };
 
 // Writes `bytes` (a multiple of 4) of the launch's own parameters to device memory: a table that a

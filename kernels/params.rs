@@ -10,15 +10,17 @@ pub const INFINI_MERGE_ROWS: _bindgen_ty_4 = 32;
 pub type _bindgen_ty_4 = u32;
 pub const INFINI_TABLE_BYTES: _bindgen_ty_5 = 3840;
 pub type _bindgen_ty_5 = u32;
-pub const INFINI_STATUS_SLOT: _bindgen_ty_6 = 1;
-pub const INFINI_STATUS_LENGTH: _bindgen_ty_6 = 2;
-pub const INFINI_STATUS_POSITION: _bindgen_ty_6 = 4;
-pub const INFINI_STATUS_ROTATION: _bindgen_ty_6 = 8;
-pub type _bindgen_ty_6 = u32;
-pub const INFINI_DENOMINATOR_EXACT: _bindgen_ty_7 = 0;
-pub const INFINI_DENOMINATOR_CLAMP: _bindgen_ty_7 = 1;
-pub const INFINI_DENOMINATOR_ADD: _bindgen_ty_7 = 2;
+pub const INFINI_PAD_SLOT: _bindgen_ty_6 = -1;
+pub type _bindgen_ty_6 = i32;
+pub const INFINI_STATUS_SLOT: _bindgen_ty_7 = 1;
+pub const INFINI_STATUS_LENGTH: _bindgen_ty_7 = 2;
+pub const INFINI_STATUS_POSITION: _bindgen_ty_7 = 4;
+pub const INFINI_STATUS_ROTATION: _bindgen_ty_7 = 8;
 pub type _bindgen_ty_7 = u32;
+pub const INFINI_DENOMINATOR_EXACT: _bindgen_ty_8 = 0;
+pub const INFINI_DENOMINATOR_CLAMP: _bindgen_ty_8 = 1;
+pub const INFINI_DENOMINATOR_ADD: _bindgen_ty_8 = 2;
+pub type _bindgen_ty_8 = u32;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, :: bytemuck :: Pod, :: bytemuck :: Zeroable)]
 pub struct InfiniProblem {
@@ -463,10 +465,10 @@ const _: () = {
     ["Offset of field: InfiniSegmentTransition::g_scale"]
         [::std::mem::offset_of!(InfiniSegmentTransition, g_scale) - 200usize];
 };
-pub const INFINI_START_MEMORY: _bindgen_ty_8 = 0;
-pub const INFINI_START_ZERO: _bindgen_ty_8 = 1;
-pub const INFINI_START_IDENTITY: _bindgen_ty_8 = 2;
-pub type _bindgen_ty_8 = u32;
+pub const INFINI_START_MEMORY: _bindgen_ty_9 = 0;
+pub const INFINI_START_ZERO: _bindgen_ty_9 = 1;
+pub const INFINI_START_IDENTITY: _bindgen_ty_9 = 2;
+pub type _bindgen_ty_9 = u32;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, :: bytemuck :: Pod, :: bytemuck :: Zeroable)]
 pub struct InfiniMemoryScan {
@@ -870,6 +872,41 @@ const _: () = {
         [::std::mem::offset_of!(InfiniSnapshot, key_dim) - 32usize];
     ["Offset of field: InfiniSnapshot::value_dim"]
         [::std::mem::offset_of!(InfiniSnapshot, value_dim) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, :: bytemuck :: Pod, :: bytemuck :: Zeroable)]
+pub struct InfiniSlotPair {
+    pub from: i32,
+    pub to: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of InfiniSlotPair"][::std::mem::size_of::<InfiniSlotPair>() - 8usize];
+    ["Alignment of InfiniSlotPair"][::std::mem::align_of::<InfiniSlotPair>() - 4usize];
+    ["Offset of field: InfiniSlotPair::from"]
+        [::std::mem::offset_of!(InfiniSlotPair, from) - 0usize];
+    ["Offset of field: InfiniSlotPair::to"][::std::mem::offset_of!(InfiniSlotPair, to) - 4usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, :: bytemuck :: Pod, :: bytemuck :: Zeroable)]
+pub struct InfiniCopySlots {
+    pub problem: InfiniProblem,
+    pub from: InfiniState,
+    pub to: InfiniState,
+    pub pairs: InfiniAddress,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of InfiniCopySlots"][::std::mem::size_of::<InfiniCopySlots>() - 216usize];
+    ["Alignment of InfiniCopySlots"][::std::mem::align_of::<InfiniCopySlots>() - 8usize];
+    ["Offset of field: InfiniCopySlots::problem"]
+        [::std::mem::offset_of!(InfiniCopySlots, problem) - 0usize];
+    ["Offset of field: InfiniCopySlots::from"]
+        [::std::mem::offset_of!(InfiniCopySlots, from) - 48usize];
+    ["Offset of field: InfiniCopySlots::to"]
+        [::std::mem::offset_of!(InfiniCopySlots, to) - 128usize];
+    ["Offset of field: InfiniCopySlots::pairs"]
+        [::std::mem::offset_of!(InfiniCopySlots, pairs) - 208usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, :: bytemuck :: Pod, :: bytemuck :: Zeroable)]

@@ -12,10 +12,11 @@ __device__ __forceinline__ InfiniSequence sequence_of(const InfiniSequences& s, 
   return {0, index, index, s.tokens, 0};
 }
 
-// The counters of a sequence's slot; null, and reported, when the state has no such slot.
+// The counters of a sequence's slot; null for padding, and when the state has no such slot, which is
+// reported.
 __device__ __forceinline__ InfiniCounters* counters_of(const InfiniState& state, int slot) {
   if (slot < 0 || slot >= state.slots) {
-    report(state.status, INFINI_STATUS_SLOT);
+    if (slot != INFINI_PAD_SLOT) report(state.status, INFINI_STATUS_SLOT);
     return nullptr;
   }
   return pointer<InfiniCounters>(state.counters) + slot;

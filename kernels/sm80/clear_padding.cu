@@ -1,4 +1,5 @@
-// Output rows of padding become 0, their log-sum-exp -inf.
+// Output rows of padding become 0, their log-sum-exp -inf: those behind a sequence's tokens, and all
+// of a sequence that is padding itself.
 //
 // Grid (ceil(T / 8), Hq, sequences), a warp per token. No shared memory. Writes each row once.
 #include "common/instantiate.h"
@@ -11,7 +12,8 @@ template <class T>
 __device__ __forceinline__ void clear_padding(const InfiniClearPadding& p, unsigned char*) {
   const InfiniSequence s = sequence_of(p.sequences, blockIdx.z);
   const int token = blockIdx.x * 8 + threadIdx.x / 32, head = blockIdx.y, lane = threadIdx.x % 32;
-  if (token >= p.sequences.tokens || token < s.len || s.batch < 0 || s.batch >= p.sequences.count) {
+  const int len = s.slot == INFINI_PAD_SLOT ? 0 : s.len;
+  if (token >= p.sequences.tokens || token < len || s.batch < 0 || s.batch >= p.sequences.count) {
     return;
   }
   for (const InfiniTensor* x : {&p.call.o, &p.call.a_dot, &p.call.a_mem}) {

@@ -37,6 +37,7 @@ pub use operations::maps::{
 pub use operations::merge::{plan_merge_memories, plan_merge_partials};
 pub use operations::prefill::{PrefillOptions, plan_prefill};
 pub use operations::segment::plan_segment;
+pub use operations::slots::{plan_copy_slots, plan_copy_within, plan_truncate};
 pub use plan::address::{Addresses, Operand, Requirement};
 pub use plan::call::{Call, DeviceRope};
 pub use plan::kernel::{Arch, Kernel};

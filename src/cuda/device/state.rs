@@ -11,7 +11,7 @@ use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Addresses, Operand};
 use crate::cuda::plan::layout::StateLayout;
 use crate::cuda::plan::mirror::Mirror;
-use crate::cuda::plan::params::{INFINI_SCALE_COLUMNS, InfiniCounters, InfiniState};
+use crate::cuda::plan::params::{InfiniCounters, InfiniState};
 use crate::error::{Error, Result};
 use crate::memory::Counters;
 use crate::problem::Problem;
@@ -25,7 +25,7 @@ use crate::problem::Problem;
 ///
 /// Everything that a call needs is loaded and allocated before its first step. Should the driver then
 /// refuse a step all the same, the slots that the call works on are unusable ([`Error::Unfinished`]) until
-/// [`Self::reset`].
+/// [`Self::reset`], [`Self::restore`] or a copy of another slot.
 ///
 /// ```no_run
 /// use infini_attn::{DType, Problem, cuda};
@@ -52,8 +52,14 @@ impl State {
     /// [`Error::Capturing`].
     pub fn new(device: &Device, problem: &Problem, slots: usize, rotation: bool) -> Result<Self> {
         let layout = StateLayout::new(problem, slots, rotation)?;
-        let state = Self::allocate(device, &layout, Mirror::new(&layout))?;
-        state.run(&layout.plan_init()?)?;
+        Self::empty(device, Mirror::new(&layout))
+    }
+
+    /// Empty slots, whatever the mirror says of them.
+    pub(super) fn empty(device: &Device, mirror: Mirror) -> Result<Self> {
+        let init = mirror.layout().plan_init()?;
+        let state = Self::allocate(device, mirror)?;
+        state.run(&init)?;
         Ok(state)
     }
 
@@ -71,9 +77,8 @@ impl State {
             let expected = "true: an open segment of the state holds rotated keys";
             return Err(Error::value("rotation", false, expected));
         }
-        let mirror = Mirror::with_counters(&layout, parts.counters.clone())?;
-        let copy = Self::allocate(device, &layout, mirror)?;
-        copy.run(&layout.plan_init()?)?;
+        let mirror = Mirror::of(&layout, parts.counters.clone())?;
+        let copy = Self::empty(device, mirror)?;
         let at = copy.parts();
         let counters: Vec<InfiniCounters> = parts.counters.iter().map(|&c| c.into()).collect();
         copy.upload(at.memory, bytemuck::cast_slice(&parts.memory))?;
@@ -116,6 +121,18 @@ impl State {
         parts.unpack(p)
     }
 
+    /// Takes over what the counters on the device are, where plans were run by hand that the mirror was
+    /// not told of. Waits for the device. Slots in which a call was broken off stay refused.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for counters that no sequence of calls leads to; the mirror stays as it was.
+    /// [`Error::Driver`], [`Error::Capturing`].
+    pub fn refresh(&mut self) -> Result<()> {
+        self.device.refuse_capture("reading counters", "read them after the capture has ended")?;
+        let found = self.download::<InfiniCounters>(self.parts().counters, self.sequences())?;
+        self.mirror.refresh(&found)
+    }
+
     /// Forgets everything the given slots have seen, a call that was broken off there included.
     ///
     /// # Errors
@@ -123,31 +140,6 @@ impl State {
     pub fn reset(&mut self, slots: &[usize]) -> Result<()> {
         let plan = self.mirror.layout().plan_reset(slots)?;
         self.advance_with(&plan, Addresses::new())
-    }
-
-    /// A new state whose slot i continues where `slots[i]` will stand. A slot may be named several
-    /// times.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a slot out of range, [`Error::Unfinished`], and those of [`Self::new`].
-    pub fn fork(&self, slots: &[usize]) -> Result<State> {
-        let from = self.mirror.layout();
-        if let Some(i) = slots.iter().position(|&slot| slot >= from.slots()) {
-            let expected = format!("less than the state's {} slots", from.slots());
-            return Err(Error::value(format!("slots[{i}]"), slots[i], expected));
-        }
-        self.mirror.check_finished(slots.iter().copied())?;
-        let layout = StateLayout::new(self.problem(), slots.len(), from.rotation())?;
-        let counters = slots.iter().map(|&slot| self.mirror.counters()[slot]).collect();
-        let mirror = Mirror::with_counters(&layout, counters)?;
-        let fork = Self::allocate(&self.device, &layout, mirror)?;
-        fork.run(&layout.plan_init()?)?;
-        for ((to, bytes), (from, _)) in slot_parts(&fork).into_iter().zip(slot_parts(self)) {
-            for (i, &slot) in slots.iter().enumerate() {
-                fork.copy_within_device(to + i as u64 * bytes, from + slot as u64 * bytes, bytes)?;
-            }
-        }
-        Ok(fork)
     }
 
     /// Reads the status word, in which kernels note indices they could not accept, and clears it.
@@ -217,8 +209,8 @@ impl State {
         self.data.len()
     }
 
-    pub(super) fn allocate(device: &Device, layout: &StateLayout, mirror: Mirror) -> Result<Self> {
-        let data = device.allocate(layout.bytes(), "a state")?;
+    fn allocate(device: &Device, mirror: Mirror) -> Result<Self> {
+        let data = device.allocate(mirror.layout().bytes(), "a state")?;
         Ok(Self { device: device.clone(), mirror, data })
     }
 
@@ -274,35 +266,6 @@ impl State {
         self.device.tell(Event::Waited);
         Ok(to)
     }
-
-    fn copy_within_device(&self, to: u64, from: u64, bytes: u64) -> Result<()> {
-        self.device.bind()?;
-        let stream = self.device.stream().cu_stream();
-        // SAFETY: both ranges belong to states of this stream, whose layouts say so.
-        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, stream) }
-            .map_err(|e| driver(format!("copying {bytes} B within the device"), e))
-    }
-}
-
-/// Address and bytes per slot of every part that belongs to slots.
-fn slot_parts(state: &State) -> Vec<(u64, u64)> {
-    let (p, at) = (state.problem(), state.parts());
-    let (h, t) = (p.kv_heads(), p.dtype().bytes());
-    let (dk, dv, n) = (p.key_dim(), p.value_dim(), p.segment_len());
-    let scales = dv / INFINI_SCALE_COLUMNS as usize;
-    let mut parts = vec![
-        (at.memory, h * dk * dv * 4),
-        (at.normalizer, h * dk * 4),
-        (at.snapshot, h * dk * dv * t),
-        (at.snapshot_scale, h * scales * 4),
-        (at.open_k, h * n * dk * t),
-        (at.open_v, h * n * dv * t),
-        (at.counters, size_of::<InfiniCounters>()),
-    ];
-    if state.mirror.layout().rotation() {
-        parts.push((at.open_k_rotated, h * n * dk * t));
-    }
-    parts.into_iter().map(|(at, bytes)| (at, bytes as u64)).collect()
 }
 
 impl crate::State {

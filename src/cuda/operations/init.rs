@@ -53,10 +53,11 @@ impl StateLayout {
         Ok(plan.finish(Vec::new(), &Allocation::new(Operand::Workspace)))
     }
 
-    /// Writes the counters of every slot.
-    pub(crate) fn set_counters(&self, plan: &mut Plan, counters: &[Counters]) {
+    /// Writes the counters of the slots from `first` on.
+    pub(crate) fn set_counters(&self, plan: &mut Plan, first: usize, counters: &[Counters]) {
         let counters: Vec<InfiniCounters> = counters.iter().map(|&c| c.into()).collect();
-        plan.copy(self.symbols().counters, Bytes::plain(&counters));
+        let at = self.symbols().counters + (first * size_of::<InfiniCounters>()) as u64;
+        plan.copy(at, Bytes::plain(&counters));
     }
 
     /// Launches that make the snapshots of `count` slots from `first` on from their memories.

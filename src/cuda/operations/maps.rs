@@ -24,7 +24,7 @@ use crate::call::maps::{MapTokens, check_batch, check_keys, check_map, sum_token
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Operand, Requirement};
 use crate::cuda::plan::allocation::{Allocation, PART_ALIGN};
-use crate::cuda::plan::effect::Effect;
+use crate::cuda::plan::effect::{Change, Effect};
 use crate::cuda::plan::kernels::find_for;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
@@ -355,8 +355,8 @@ pub fn plan_apply(map: &SegmentMapMirror, state: &Mirror) -> Result<Plan> {
     let after = map.run().apply(state.problem(), state.counters())?;
     let (p, layout, at) = (&map.problem, state.layout(), map.symbols(Operand::Map));
     let title = format!("apply {} maps; {}", map.tokens.len(), shapes(p));
-    let counters = state.counters().iter().copied().zip(after.iter().copied()).collect();
-    let mut plan = Plan::new(title, layout, Effect::Set(counters));
+    let changes = Change::all(state.counters(), &after);
+    let mut plan = Plan::new(title, layout, Effect::Set(changes));
     let mut workspace = Allocation::new(Operand::Workspace);
     let count = map.rows() * p.value_dim();
     let moved = workspace.part(&[count], 4)?;
@@ -367,7 +367,7 @@ pub fn plan_apply(map: &SegmentMapMirror, state: &Mirror) -> Result<Plan> {
     let z = own.normalizer;
     add_up(&[z, at.dz], z, map.rows(), "z + Δz", &mut plan, &mut workspace)?;
     layout.snapshots(&mut plan, 0, layout.slots())?;
-    layout.set_counters(&mut plan, &after);
+    layout.set_counters(&mut plan, 0, &after);
     Ok(plan.finish(vec![map.requirement(Operand::Map)], &workspace))
 }
 

@@ -9,7 +9,7 @@ use crate::call::merge::{check_partials, merge_counters};
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Bytes, Operand, Requirement};
 use crate::cuda::plan::allocation::{Allocation, PART_ALIGN};
-use crate::cuda::plan::effect::Effect;
+use crate::cuda::plan::effect::{Change, Effect};
 use crate::cuda::plan::kernels::find_for;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
@@ -130,8 +130,8 @@ pub fn plan_merge_memories(earlier: &[&Mirror], state: &Mirror) -> Result<Plan> 
     let (p, layout) = (state.problem(), state.layout());
     let title =
         format!("merge {} states of {} slots; {}", counted.len(), layout.slots(), shapes(p));
-    let counters = state.counters().iter().copied().zip(merged.iter().copied()).collect();
-    let mut plan = Plan::new(title, layout, Effect::Set(counters));
+    let changes = Change::all(state.counters(), &merged);
+    let mut plan = Plan::new(title, layout, Effect::Set(changes));
     let mut workspace = Allocation::new(Operand::Workspace);
     let matrix = layout.slots() * p.kv_heads() * p.key_dim();
     for (name, part, count) in
@@ -144,7 +144,7 @@ pub fn plan_merge_memories(earlier: &[&Mirror], state: &Mirror) -> Result<Plan> 
         inputs.push(out);
         add_up(&inputs, out, count, name, &mut plan, &mut workspace)?;
     }
-    layout.set_counters(&mut plan, &merged);
+    layout.set_counters(&mut plan, 0, &merged);
     layout.snapshots(&mut plan, 0, layout.slots())?;
     let requirements = (earlier.iter().enumerate())
         .map(|(i, s)| Requirement {

@@ -10,3 +10,4 @@ pub mod merge;
 pub mod phases;
 pub mod prefill;
 pub mod segment;
+pub mod slots;

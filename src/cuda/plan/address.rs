@@ -310,6 +310,7 @@ parameters! {
     InfiniCompose: a b d c;.
     InfiniSnapshot: memory snapshot snapshot_scale;.
     InfiniTable: to;.
+    InfiniCopySlots: pairs; from to.
 }
 
 #[cfg(test)]

@@ -7,8 +7,10 @@ use crate::memory::Counters;
 pub(crate) enum Effect {
     /// Nothing: no state is touched.
     None,
-    /// Every slot's counters change from what was found when it was planned.
-    Set(Vec<(Counters, Counters)>),
+    /// Counters of slots change from what was found when it was planned.
+    Set(Vec<Change>),
+    /// Slots become copies.
+    Copy(Vec<Copied>),
     /// Slots are emptied.
     Reset(Vec<usize>),
     /// Open segments are committed. With the counters found when it was planned.
@@ -22,13 +24,40 @@ impl Effect {
     pub fn slots(&self) -> Option<Vec<usize>> {
         match self {
             Self::None => Some(Vec::new()),
-            Self::Set(slots) => Some((0..slots.len()).collect()),
+            Self::Set(slots) => Some(slots.iter().map(|change| change.slot).collect()),
+            Self::Copy(slots) => Some(slots.iter().map(|copied| copied.to).collect()),
             Self::Reset(slots) => Some(slots.clone()),
             Self::Flush(slots) => Some(slots.iter().map(|(slot, _)| *slot).collect()),
             Self::Tokens(Tokens { kind: Kind::Table(_), .. }) => None,
             Self::Tokens(tokens) => Some(tokens.sequences.iter().map(|(slot, _)| *slot).collect()),
         }
     }
+}
+
+/// What becomes of one slot's counters.
+#[derive(Clone, Debug)]
+pub(crate) struct Change {
+    pub slot: usize,
+    pub found: Counters,
+    pub after: Counters,
+}
+
+impl Change {
+    /// Of every slot of a state, in their order.
+    pub fn all(found: &[Counters], after: &[Counters]) -> Vec<Self> {
+        let slots = found.iter().zip(after).enumerate();
+        slots.map(|(slot, (&found, &after))| Self { slot, found, after }).collect()
+    }
+}
+
+/// A slot that becomes a copy.
+#[derive(Clone, Debug)]
+pub(crate) struct Copied {
+    /// The slot it is a copy of, where that is of the same state.
+    pub from: Option<usize>,
+    pub to: usize,
+    /// Those of the copied slot when it was planned.
+    pub counters: Counters,
 }
 
 #[derive(Clone, Debug)]

@@ -108,6 +108,17 @@ impl StateLayout {
         self.state
     }
 
+    /// The same of a state at another operand than [`Operand::State`].
+    pub(crate) fn symbols_at(&self, operand: Operand) -> InfiniState {
+        let (mut state, offsets) = (self.state, Addresses::new());
+        state.addresses(&mut |symbol| {
+            if *symbol != 0 {
+                *symbol = operand.at(offsets.resolve(*symbol));
+            }
+        });
+        state
+    }
+
     /// Tickets of this state, with `partials` of a workspace. A call has no more sequences than the
     /// state has slots.
     pub(crate) fn exchange(&self, partials: u64) -> InfiniExchange {

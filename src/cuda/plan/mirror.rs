@@ -1,8 +1,11 @@
 //! The host's copy of a state's counters.
 
+use std::fmt::Display;
+
 use super::Plan;
-use super::effect::{Effect, Kind, Tokens};
+use super::effect::{Change, Copied, Effect, Kind, Tokens};
 use super::layout::StateLayout;
+use super::params::InfiniCounters;
 use crate::call::check::check_continued;
 use crate::call::form::{Sequence, pieces};
 use crate::error::{Error, Result};
@@ -26,15 +29,74 @@ impl Mirror {
         Self { layout: *layout, counters: vec![counters; layout.slots()], unfinished }
     }
 
-    /// The mirror of a state with these counters, one per slot.
-    #[cfg_attr(not(test), allow(dead_code, reason = "states that come from the host"))]
-    pub(crate) fn with_counters(layout: &StateLayout, counters: Vec<Counters>) -> Result<Self> {
-        if counters.len() != layout.slots() {
-            let (got, expected) = (counters.len(), format!("{} (slots)", layout.slots()));
+    /// The mirror of a state with these counters, one per slot, as they lie in device memory at
+    /// [`InfiniState::counters`]; `taken` and `reserved` are not looked at.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for another number of slots; [`Error::Value`] for counters that no sequence of
+    /// calls leads to, and for an open segment with rotation where the layout has no room for that.
+    ///
+    /// ```no_run
+    /// # use infini_attn::{DType, Problem};
+    /// use infini_attn::cuda::{Mirror, StateLayout, params::InfiniCounters};
+    /// # let problem = Problem::builder().head_dim(128).segment_len(256).dtype(DType::BF16).build()?;
+    /// let layout = StateLayout::new(&problem, 1, false)?;
+    /// let seen = InfiniCounters { tokens: 300, committed: 256, open_len: 44, ..Default::default() };
+    /// assert_eq!(Mirror::with_counters(&layout, &[seen])?.open_len(0), 44);
+    /// # Ok::<(), infini_attn::Error>(())
+    /// ```
+    pub fn with_counters(layout: &StateLayout, counters: &[InfiniCounters]) -> Result<Self> {
+        let counters: Vec<Counters> = counters.iter().map(|&c| c.into()).collect();
+        Self::of(layout, counters)
+    }
+
+    /// The same, in the host's form.
+    pub(crate) fn of(layout: &StateLayout, counters: Vec<Counters>) -> Result<Self> {
+        let mut mirror = Self::new(layout);
+        mirror.take_over(counters)?;
+        Ok(mirror)
+    }
+
+    /// Takes over what the device's counters are found to be. Slots in which a run was broken off keep
+    /// theirs, and stay refused.
+    ///
+    /// # Errors
+    /// Those of [`Self::with_counters`]; nothing changes then.
+    pub fn refresh(&mut self, counters: &[InfiniCounters]) -> Result<()> {
+        let kept = |slot| self.unfinished.get(slot) == Some(&true);
+        let found = counters.iter().enumerate();
+        let found = found.map(|(slot, &c)| if kept(slot) { self.counters[slot] } else { c.into() });
+        self.take_over(found.collect())
+    }
+
+    fn take_over(&mut self, counters: Vec<Counters>) -> Result<()> {
+        if counters.len() != self.layout.slots() {
+            let (got, expected) = (counters.len(), format!("{} (slots)", self.layout.slots()));
             return Err(Error::Length { argument: "state", got, expected });
         }
-        let unfinished = vec![false; counters.len()];
-        Ok(Self { layout: *layout, counters, unfinished })
+        for (slot, c) in counters.iter().enumerate() {
+            c.check(self.problem(), slot)?;
+            self.check_room(c, format_args!("rotated[{slot}]"))?;
+        }
+        self.counters = counters;
+        Ok(())
+    }
+
+    /// That there is room for the rotated keys of a slot with these counters.
+    pub(crate) fn check_room(&self, c: &Counters, argument: impl Display) -> Result<()> {
+        if c.open_len > 0 && c.rotated && !self.layout.rotation() {
+            let expected = "false: the state has no room for rotated keys";
+            return Err(Error::value(argument.to_string(), true, expected));
+        }
+        Ok(())
+    }
+
+    /// The mirror of a larger pool that begins with these slots, those in which a run was broken off
+    /// empty and refused; the slots that are to be copied.
+    pub(crate) fn resized(&self, layout: &StateLayout) -> (Self, Vec<usize>) {
+        let (mut resized, slots) = (Self::new(layout), 0..self.counters.len());
+        resized.unfinished[slots.clone()].copy_from_slice(&self.unfinished);
+        (resized, slots.filter(|&slot| !self.unfinished[slot]).collect())
     }
 
     /// The layout of the mirrored state.
@@ -87,14 +149,16 @@ impl Mirror {
     /// made; [`Error::RotationChanged`]; [`Error::Unfinished`] after [`Self::break_off`].
     pub fn advance(&mut self, plan: &Plan) -> Result<()> {
         self.counters = self.after(plan, None)?;
-        if let Effect::Reset(slots) = &plan.effect {
-            slots.iter().for_each(|&slot| self.unfinished[slot] = false);
+        if let (Effect::Reset(_) | Effect::Copy(_), Some(slots)) =
+            (&plan.effect, plan.effect.slots())
+        {
+            slots.into_iter().for_each(|slot| self.unfinished[slot] = false);
         }
         Ok(())
     }
 
     /// Accounts for a run of which the device has taken some steps and no more, in place of
-    /// [`Self::advance`]: until they are reset, the slots that it works on are refused.
+    /// [`Self::advance`]: until they are reset or become copies, the slots that it works on are refused.
     ///
     /// # Errors
     /// [`Error::Problem`] or [`Error::Length`] for a plan of another state; nothing changes then.
@@ -146,10 +210,19 @@ impl Mirror {
         match &plan.effect {
             Effect::None => {}
             Effect::Set(slots) => {
-                self.check_finished(0..slots.len())?;
-                for (slot, (planned, after)) in slots.iter().enumerate() {
-                    self.unmoved(slot, planned)?;
-                    counters[slot] = *after;
+                self.check_finished(slots.iter().map(|change| change.slot))?;
+                for Change { slot, found, after } in slots {
+                    self.unmoved(*slot, found)?;
+                    counters[*slot] = *after;
+                }
+            }
+            Effect::Copy(slots) => {
+                for from in slots.iter().filter_map(|copied| copied.from) {
+                    self.check_finished([from])?;
+                }
+                for Copied { from, to, counters: found } in slots {
+                    from.map_or(Ok(()), |from| self.unmoved(from, found))?;
+                    counters[*to] = *found;
                 }
             }
             Effect::Reset(slots) => slots.iter().for_each(|&s| counters[s] = Counters::default()),

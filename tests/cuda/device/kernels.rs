@@ -12,6 +12,7 @@ use crate::common::buffers::Asked;
 use crate::common::cases::{Batch, Case, Positions, Rotation, seed};
 use crate::full::is_small;
 use crate::groups::{Group, Work};
+use crate::slots;
 use crate::table::dims_name;
 
 /// A group per operation, architecture and head dimensions.
@@ -47,6 +48,7 @@ fn work(operation: &'static str, arch: Arch, dk: usize, dv: usize) -> Work {
     let entry = match operation {
         "merge_partials" => return Work::Check(calls::merge_partials),
         "snapshot" | "sum" | "compose" => return Work::Check(calls::maps_and_merges),
+        "copy_slots" => return Work::Check(slots::copies),
         "segment" => Entry::Segment,
         "decode" | "commit" => Entry::Decode,
         _ => Entry::Prefill,

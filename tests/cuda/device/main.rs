@@ -23,6 +23,7 @@ mod golden;
 mod groups;
 mod kernels;
 mod refusals;
+mod slots;
 mod table;
 
 use std::path::PathBuf;
@@ -42,9 +43,16 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let golden = vec![Group::check("golden::record", record_golden)];
-    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden]
-        .into_iter()
-        .flatten();
+    let all = [
+        kernels::groups(),
+        table::groups(),
+        full::groups(),
+        slots::groups(),
+        refusals::groups(),
+        golden,
+    ]
+    .into_iter()
+    .flatten();
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,

@@ -5,4 +5,5 @@ mod maps;
 mod offsets;
 mod prefill;
 mod segment;
+mod slots;
 mod table;
