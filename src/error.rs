@@ -158,19 +158,6 @@ pub enum Error {
         /// Tokens in its open segment.
         open_len: usize,
     },
-    /// Tokens were to be taken back that are in the memory already.
-    #[error(
-        "tokens: {tokens} given for slot {slot}, at least {least} expected: what is committed cannot be \
-         taken back"
-    )]
-    Committed {
-        /// The slot of the state.
-        slot: usize,
-        /// Tokens to be kept.
-        tokens: u64,
-        /// The least that can be: those before the open segment.
-        least: u64,
-    },
     /// Two finished delta-rule memories were to be merged; that has no closed form.
     #[error(
         "states: {first} and {second} both hold a finished delta-rule memory (slot {slot}: {first_tokens} and \

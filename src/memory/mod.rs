@@ -6,7 +6,7 @@ pub(crate) mod heads;
 pub(crate) mod io;
 pub(crate) mod open;
 pub(crate) mod parts;
-mod slots;
+pub(crate) mod slots;
 
 use std::fmt::Display;
 use std::sync::Arc;

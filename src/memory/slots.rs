@@ -1,6 +1,8 @@
 //! What happens to single slots: copied into others, taken out of a state and put back, cut short.
 
-use super::{Counters, State, check_slot, check_slots};
+use std::collections::HashMap;
+
+use super::{Counters, State};
 use crate::error::{Error, Result};
 
 impl State {
@@ -12,9 +14,8 @@ impl State {
     /// or a target named twice, [`Error::OutOfMemory`]. Nothing is copied then.
     pub fn copy_slots(&mut self, from: &State, pairs: &[(usize, usize)]) -> Result<()> {
         self.problem.check_same(&from.problem)?;
+        check_pairs(pairs, from.sequences(), self.sequences())?;
         let (sources, targets): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
-        (0..pairs.len()).try_for_each(|i| check_slot(&sources, i, from.sequences()))?;
-        check_slots(&targets, self.sequences())?;
         self.make_room(from, &sources)?;
         let problem = self.problem;
         let each = |all: &[f32]| all.len() / from.sequences().max(1);
@@ -36,10 +37,8 @@ impl State {
     /// # Errors
     /// As [`Self::copy_slots`], and [`Error::Value`] for a target that is a source.
     pub fn copy_within(&mut self, pairs: &[(usize, usize)]) -> Result<()> {
+        check_pairs_within(pairs, self.sequences())?;
         let (sources, targets): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
-        (0..pairs.len()).try_for_each(|i| check_slot(&sources, i, self.sequences()))?;
-        check_slots(&targets, self.sequences())?;
-        check_apart(&sources, &targets)?;
         self.own_open()?;
         let (problem, sequences) = (self.problem, self.sequences());
         let (m, z) = self.own_memory()?;
@@ -144,16 +143,36 @@ impl Counters {
     }
 }
 
-/// No target of copies inside one state is a source.
-pub(crate) fn check_apart(sources: &[usize], targets: &[usize]) -> Result<()> {
-    let sources: std::collections::HashSet<_> = sources.iter().collect();
-    match targets.iter().position(|target| sources.contains(target)) {
-        Some(i) => {
-            let expected = "a slot that none of the pairs copies from";
-            Err(Error::value(format!("pairs[{i}].1"), targets[i], expected))
+/// Pairs (source, target) must lie inside their states, no target twice.
+pub(crate) fn check_pairs(pairs: &[(usize, usize)], sources: usize, targets: usize) -> Result<()> {
+    let range = |i: usize, role: &str, slot: usize, slots: usize| {
+        let expected = format!("less than the state's {slots} slots");
+        let wrong = || Error::value(format!("pairs[{i}] ({role})"), slot, expected);
+        if slot < slots { Ok(()) } else { Err(wrong()) }
+    };
+    let mut written = HashMap::new();
+    for (i, &(source, target)) in pairs.iter().enumerate() {
+        range(i, "source", source, sources)?;
+        range(i, "target", target, targets)?;
+        if let Some(first) = written.insert(target, i) {
+            let expected = format!("a slot other than that of pairs[{first}]");
+            return Err(Error::value(format!("pairs[{i}] (target)"), target, expected));
         }
-        None => Ok(()),
     }
+    Ok(())
+}
+
+/// The same inside one state, where no target is a source.
+pub(crate) fn check_pairs_within(pairs: &[(usize, usize)], slots: usize) -> Result<()> {
+    check_pairs(pairs, slots, slots)?;
+    let written: HashMap<_, _> = pairs.iter().enumerate().map(|(i, &(_, to))| (to, i)).collect();
+    for (i, (from, _)) in pairs.iter().enumerate() {
+        if let Some(other) = written.get(from) {
+            let expected = format!("a slot other than that which pairs[{other}] writes");
+            return Err(Error::value(format!("pairs[{i}] (source)"), from, expected));
+        }
+    }
+    Ok(())
 }
 
 /// A slot for each of the state that is put back.

@@ -78,6 +78,9 @@ macro_rules! slots {
     };
 }
 
+#[cfg(feature = "cuda")]
+pub(crate) use slots;
+
 slots! { State,
     fn check_truncate(&self, slot: usize, tokens: u64) -> Result<()> {
         self.truncated(slot, tokens).map(drop)

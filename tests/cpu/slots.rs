@@ -127,10 +127,19 @@ fn what_does_not_fit_is_refused_and_nothing_changes() {
         assert!(error.contains(text), "{error}");
     };
     refused(state.copy_slots(&other, &[]), "segment_len = 4, the call has segment_len = 8");
-    refused(state.copy_slots(&source, &[(3, 0)]), "slots[0]: 3 given, less than the state's 3");
-    refused(state.copy_slots(&source, &[(0, 1), (0, 1)]), "slots[1]: 1 given, a slot other than");
-    refused(state.copy_within(&[(0, 1), (1, 2)]), "pairs[0].1: 1 given, a slot that none of the");
-    refused(state.copy_within(&[(0, 3)]), "slots[0]: 3 given");
+    refused(
+        state.copy_slots(&source, &[(3, 0)]),
+        "pairs[0] (source): 3 given, less than the state's 3",
+    );
+    refused(
+        state.copy_slots(&source, &[(0, 1), (0, 1)]),
+        "pairs[1] (target): 1 given, a slot other than that of pairs[0]",
+    );
+    refused(
+        state.copy_within(&[(0, 1), (1, 2)]),
+        "pairs[1] (source): 1 given, a slot other than that which pairs[0]",
+    );
+    refused(state.copy_within(&[(0, 3)]), "pairs[0] (target): 3 given");
     refused(state.restore(&[0], &source), "slots: 1 elements given, 3 (the slots of the state put");
     refused(state.resized(2).map(drop), "slots: 2 given, at least the 3 that there are");
     refused(state.truncate(3, 0), "slot: 3 given, less than the state's 3 slots");

@@ -7,6 +7,9 @@ use crate::cuda::plan::address::{Addresses, Operand};
 use crate::cuda::plan::layout::StateLayout;
 use crate::error::{Error, Result};
 use crate::memory::check_slots;
+use crate::memory::slots::{check_resized, check_restored};
+use crate::pool::slots::{sealed::Sealed, slots};
+use crate::problem::Problem;
 
 impl State {
     /// For every (slot of `from`, slot of this state) the second continues where the first will stand.
@@ -71,10 +74,7 @@ impl State {
     /// # Errors
     /// [`Error::Value`] for fewer slots than this state has; those of [`Self::new`].
     pub fn resized(&self, slots: usize) -> Result<Self> {
-        if slots < self.sequences() {
-            let expected = format!("at least the state's {} slots", self.sequences());
-            return Err(Error::value("slots", slots, expected));
-        }
+        check_resized(self.sequences(), slots)?;
         let rotation = self.mirror().layout().rotation();
         let layout = StateLayout::new(self.problem(), slots, rotation)?;
         let (mirror, kept) = self.mirror().resized(&layout);
@@ -103,10 +103,7 @@ impl State {
     pub fn restore(&mut self, slots: &[usize], from: &crate::State) -> Result<()> {
         from.problem().check_same(self.problem())?;
         check_slots(slots, self.sequences())?;
-        if slots.len() != from.sequences() {
-            let expected = format!("{} (slots of the state)", from.sequences());
-            return Err(Error::Length { argument: "slots", got: slots.len(), expected });
-        }
+        check_restored(slots, from)?;
         let rotation = self.mirror().layout().rotation();
         let from = Self::from_host(self.device(), from, rotation)?;
         self.copy_slots(&from, &slots.iter().copied().enumerate().collect::<Vec<_>>())
@@ -116,5 +113,19 @@ impl State {
     fn change(&mut self, plan: &Plan, others: Addresses) -> Result<()> {
         self.device().refuse_capture("a change of slots", "record its plan")?;
         self.advance_with(plan, others)
+    }
+}
+
+impl Sealed for State {}
+
+slots! { State,
+    fn check_truncate(&self, slot: usize, tokens: u64) -> Result<()> {
+        plan_truncate(self.mirror(), slot, tokens).map(drop)
+    }
+    fn to_host_slots(&self, slots: &[usize]) -> Result<crate::State> {
+        self.to_host_slots(slots)
+    }
+    fn state_bytes(problem: &Problem, slots: usize, rotation: bool) -> Result<u64> {
+        Ok(StateLayout::new(problem, slots, rotation)?.bytes())
     }
 }

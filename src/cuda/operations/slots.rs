@@ -12,7 +12,7 @@ use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
 use crate::cuda::plan::problem::{problem_params, shapes};
 use crate::error::{Error, Result};
-use crate::memory::Counters;
+use crate::memory::slots::{check_pairs, check_pairs_within};
 
 /// Plans that slots of `to`, at [`Operand::State`], continue where slots of `from`, at
 /// [`Operand::Source`]`(0)`, stand: `pairs` are (slot of `from`, slot of `to`). A slot of `from` may be
@@ -26,7 +26,7 @@ use crate::memory::Counters;
 /// [`Error::Unfinished`] for a slot of `from` in which a run was broken off.
 pub fn plan_copy_slots(from: &Mirror, to: &Mirror, pairs: &[(usize, usize)]) -> Result<Plan> {
     from.problem().check_same(to.problem())?;
-    let copied = check_pairs(from, to, pairs)?;
+    let copied = copied(from, to, pairs)?;
     let (operand, after) = (Operand::Source(0), from.layout().bytes());
     let requirement = Requirement { operand, align: PART_ALIGN, before: 0, after };
     plan_copies(from.layout().symbols_at(operand), to, copied, pairs, vec![requirement])
@@ -38,36 +38,18 @@ pub fn plan_copy_slots(from: &Mirror, to: &Mirror, pairs: &[(usize, usize)]) -> 
 /// Those of [`plan_copy_slots`], and [`Error::Value`] for a slot that is to be copied and to become a
 /// copy.
 pub fn plan_copy_within(state: &Mirror, pairs: &[(usize, usize)]) -> Result<Plan> {
-    let mut copied = check_pairs(state, state, pairs)?;
-    let mut becomes = vec![None; state.layout().slots()];
-    pairs.iter().enumerate().for_each(|(i, (_, to))| becomes[*to] = Some(i));
-    for (i, ((from, _), copied)) in pairs.iter().zip(&mut copied).enumerate() {
-        if let Some(other) = becomes[*from] {
-            let expected = format!("a slot other than that which pairs[{other}] writes");
-            return Err(Error::value(format!("pairs[{i}] (source)"), from, expected));
-        }
-        copied.from = Some(*from);
-    }
+    check_pairs_within(pairs, state.layout().slots())?;
+    let mut copied = copied(state, state, pairs)?;
+    copied.iter_mut().zip(pairs).for_each(|(copied, (from, _))| copied.from = Some(*from));
     plan_copies(state.layout().symbols(), state, copied, pairs, Vec::new())
 }
 
 /// Every pair, with the counters that its slot gets.
-fn check_pairs(from: &Mirror, to: &Mirror, pairs: &[(usize, usize)]) -> Result<Vec<Copied>> {
-    let range = |i: usize, role: &str, slot: usize, slots: usize| {
-        let expected = format!("less than the state's {slots} slots");
-        let wrong = || Error::value(format!("pairs[{i}] ({role})"), slot, expected);
-        if slot < slots { Ok(()) } else { Err(wrong()) }
-    };
-    let mut written = vec![None; to.layout().slots()];
-    for (i, &(source, target)) in pairs.iter().enumerate() {
-        range(i, "source", source, from.layout().slots())?;
-        range(i, "target", target, to.layout().slots())?;
-        if let Some(first) = written[target].replace(i) {
-            let expected = format!("a slot other than that of pairs[{first}]");
-            return Err(Error::value(format!("pairs[{i}] (target)"), target, expected));
-        }
+fn copied(from: &Mirror, to: &Mirror, pairs: &[(usize, usize)]) -> Result<Vec<Copied>> {
+    check_pairs(pairs, from.layout().slots(), to.layout().slots())?;
+    for (i, (source, _)) in pairs.iter().enumerate() {
         let room = format_args!("pairs[{i}] (source {source}, its open segment with rotation)");
-        to.check_room(&from.counters()[source], room)?;
+        to.check_room(&from.counters()[*source], room)?;
     }
     from.check_finished(pairs.iter().map(|(source, _)| *source))?;
     let copied = |&(source, to): &(usize, usize)| Copied {
@@ -137,21 +119,4 @@ pub fn plan_truncate(state: &Mirror, slot: usize, tokens: u64) -> Result<Plan> {
         layout.set_counters(&mut plan, slot, &[after]);
     }
     Ok(plan.finish(Vec::new(), &Allocation::new(Operand::Workspace)))
-}
-
-impl Counters {
-    /// Those of the first `tokens` tokens.
-    fn truncated(self, slot: usize, tokens: u64) -> Result<Self> {
-        let least = self.tokens - self.open_len as u64;
-        if tokens > self.tokens {
-            let expected = format!("at most {}, what slot {slot} has seen", self.tokens);
-            return Err(Error::value("tokens", tokens, expected));
-        }
-        if tokens < least {
-            return Err(Error::Committed { slot, tokens, least });
-        }
-        // At most N.
-        let open_len = (tokens - least) as usize;
-        Ok(Self { tokens, open_len, ..self })
-    }
 }
