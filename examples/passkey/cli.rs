@@ -2,11 +2,17 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use infini_attn::Update;
 
 use crate::features::VALUES;
-use crate::memory::Place;
+
+/// Where the memory lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Place {
+    Cpu,
+    Cuda,
+}
 
 /// Hides a passkey in up to a million tokens of real text and finds it again through the
 /// compressive memory of Infini-attention alone.

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use anyhow::Result;
 use indicatif::ProgressBar;
-use infini_attn::Problem;
+use infini_attn::{Problem, Slots};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cli::show_tokens;
 use crate::features::{DIGITS, PHRASE, Projections, WINDOW};
 use crate::haystack::Haystack;
-use crate::memory::{Backend, Feed, Memory};
+use crate::memory::{Backend, Text};
 
 /// Passkeys per cell of the table.
 pub const KEYS: usize = 5;
@@ -90,15 +90,15 @@ struct Stream {
     written: Vec<(usize, String)>,
 }
 
-pub struct Experiment<'a> {
+pub struct Experiment<'a, B> {
     pub problem: Problem,
-    pub backend: &'a Backend,
+    pub backend: &'a B,
     pub seed: u64,
     pub haystack: &'a Haystack,
     pub progress: &'a ProgressBar,
 }
 
-impl Experiment<'_> {
+impl<B: Backend> Experiment<'_, B> {
     /// All rows of one length.
     pub fn run(&self, length: usize) -> Result<Vec<Line>> {
         let (heads, dim) = (self.problem.heads(), self.problem.key_dim());
@@ -109,7 +109,7 @@ impl Experiment<'_> {
             self.progress.set_message(format!("{} tokens, {}", show_tokens(length), kind.name()));
             let projections = if kind == Kind::Random { &random } else { &constructed };
             let streams = self.streams(length, kind == Kind::Decoy);
-            let mut caller = Caller::new(&self.problem, projections);
+            let mut caller = Caller::new(self.backend, &self.problem, projections);
             let start = Instant::now();
             let mut state = self.read(&mut caller, &streams, length)?;
             let seconds = start.elapsed().as_secs_f64();
@@ -163,7 +163,12 @@ impl Experiment<'_> {
     /// Sends every stream through `prefill`, padded with text to the end of its last segment. Up to
     /// its first written byte a stream is the text alone: slot 0 reads that, and is forked where a
     /// stream departs from it. Slot i of the result belongs to stream i.
-    fn read(&self, caller: &mut Caller, streams: &[Stream], length: usize) -> Result<Memory> {
+    fn read(
+        &self,
+        caller: &mut Caller<'_, B>,
+        streams: &[Stream],
+        length: usize,
+    ) -> Result<B::State> {
         let mut state = self.backend.state(&self.problem)?;
         let mut readers = vec![None];
         for call in self.calls(length) {
@@ -188,7 +193,7 @@ impl Experiment<'_> {
             self.progress.inc((call.len() * readers.len()) as u64);
         }
         let slot_of = |s: &Stream| readers.iter().position(|r| *r == Some(s));
-        state.fork(&Vec::from_iter(streams.iter().filter_map(slot_of)))
+        Ok(state.fork(&Vec::from_iter(streams.iter().filter_map(slot_of)))?)
     }
 
     /// Token ranges of the calls that read a text: whole segments.
@@ -217,8 +222,8 @@ impl Experiment<'_> {
     /// decoded is the next token.
     fn ask(
         &self,
-        caller: &mut Caller,
-        state: &mut Memory,
+        caller: &mut Caller<'_, B>,
+        state: &mut B::State,
         streams: &[Stream],
         length: usize,
     ) -> Result<[Cell; DEPTHS.len()]> {
@@ -234,7 +239,7 @@ impl Experiment<'_> {
             for digit in &mut answer {
                 caller.encode(&bytes);
                 let output = caller.prefill(&[slot], state)?;
-                *digit = projections.decode(output, &mut ties);
+                *digit = projections.decode(&output, &mut ties);
                 bytes.drain(..bytes.len() - WINDOW);
                 bytes.push(b'0' + *digit);
             }
@@ -284,26 +289,32 @@ fn zone(depth: usize, length: usize, segment: usize) -> Range<usize> {
 }
 
 /// One call after another: features of some text, then `prefill`.
-struct Caller<'a> {
+struct Caller<'a, B: Backend> {
+    backend: &'a B,
     projections: &'a Projections,
-    feed: Feed,
+    text: Text,
+    features: Option<B::Features>,
 }
 
-impl<'a> Caller<'a> {
-    fn new(problem: &Problem, projections: &'a Projections) -> Self {
-        Self { projections, feed: Feed::new(problem) }
+impl<'a, B: Backend> Caller<'a, B> {
+    fn new(backend: &'a B, problem: &Problem, projections: &'a Projections) -> Self {
+        Self { backend, projections, text: Text::new(problem), features: None }
     }
 
     /// `bytes` begins with the WINDOW bytes before the first token.
     fn encode(&mut self, bytes: &[u8]) {
-        let (keys, values) = self.feed.features();
-        self.projections.encode(bytes, keys, values);
+        self.features = None;
+        self.projections.encode(bytes, &mut self.text.keys, &mut self.text.values);
     }
 
     /// Feeds the encoded text to each of `slots`; gives the last token's output, [H, D], in the
     /// last of them.
-    fn prefill(&mut self, slots: &[usize], state: &mut Memory) -> Result<&[f32]> {
-        self.feed.prefill(slots, state)
+    fn prefill(&mut self, slots: &[usize], state: &mut B::State) -> Result<Vec<f32>> {
+        let features = match &mut self.features {
+            Some(features) => features,
+            none => none.insert(self.backend.features(&self.text)?),
+        };
+        self.backend.prefill(&self.text, features, slots, state)
     }
 }
 
@@ -316,6 +327,7 @@ mod tests {
     use tempfile::NamedTempFile;
 
     use super::*;
+    use crate::memory::Cpu;
 
     /// A text that no change of the repository touches, for what chance finds depends on it: digits
     /// among other characters.
@@ -338,7 +350,7 @@ mod tests {
         let text = noise(length + segment);
         let haystack = Haystack::read(&[text.path().into()], length + segment, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let (seed, backend) = (7, &Backend::Cpu);
+        let (seed, backend) = (7, &Cpu);
         let experiment =
             Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         let lines = experiment.run(length).unwrap();
@@ -384,23 +396,17 @@ mod tests {
         let problem = Problem::builder().heads(2).head_dim(16).segment_len(256).build().unwrap();
         let haystack = Haystack::read(&[], 8192, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let (seed, backend) = (3, &Backend::Cpu);
+        let (seed, backend) = (3, &Cpu);
         let e = Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         let projections = Projections::random(2, 16, &mut e.rng(1));
-        let mut caller = Caller::new(&problem, &projections);
+        let mut caller = Caller::new(backend, &problem, &projections);
         let streams = e.streams(8000, true);
-        let host = |memory| match memory {
-            Memory::Cpu(state) => state,
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(_) => unreachable!("the backend is the CPU"),
-        };
-        let forked = host(e.read(&mut caller, &streams, 8000).unwrap());
+        let forked = e.read(&mut caller, &streams, 8000).unwrap();
         assert_eq!(forked.sequences(), streams.len());
         for (slot, stream) in streams.iter().enumerate() {
             let mut whole = backend.state(&problem).unwrap();
             caller.encode(&e.bytes(Some(stream), 0, 8192));
             caller.prefill(&[0], &mut whole).unwrap();
-            let whole = host(whole);
             assert_eq!(forked.tokens(slot), whole.tokens(0));
             for (head, d, c) in (0..2 * 256).map(|i| (i / 256, i / 16 % 16, i % 16)) {
                 let (a, b) =
@@ -415,7 +421,7 @@ mod tests {
         let problem = Problem::builder().segment_len(64).build().unwrap();
         let haystack = Haystack::read(&[], 640, PHRASE).unwrap();
         let progress = ProgressBar::hidden();
-        let (seed, backend) = (1, &Backend::Cpu);
+        let (seed, backend) = (1, &Cpu);
         let e = Experiment { problem, backend, seed, haystack: &haystack, progress: &progress };
         for stream in e.streams(640, true) {
             let text = e.bytes(Some(&stream), 0, 640);

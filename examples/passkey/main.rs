@@ -2,6 +2,8 @@
 //! alone: `cargo run --release --example passkey`. `--help` says how and what is constructed.
 
 mod cli;
+#[cfg(feature = "cuda")]
+mod device;
 mod experiment;
 mod features;
 mod haystack;
@@ -17,11 +19,11 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use infini_attn::{Error, Problem};
 
-use crate::cli::{Cli, show_tokens};
+use crate::cli::{Cli, Place, show_tokens};
 use crate::experiment::{Experiment, KEYS, Kind};
 use crate::features::PHRASE;
 use crate::haystack::Haystack;
-use crate::memory::Backend;
+use crate::memory::{Backend, Cpu};
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -39,15 +41,27 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether every passkey was recalled in the rows that are not there to fail.
 fn run(cli: &Cli) -> Result<bool> {
     cli.check()?;
+    match cli.device {
+        Place::Cpu => run_on(&Cpu, cli),
+        #[cfg(feature = "cuda")]
+        Place::Cuda => run_on(&device::Cuda::open()?, cli),
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda => anyhow::bail!(
+            "--device cuda: built without CUDA; cargo run --release --features cuda --example \
+             passkey -- --device cuda"
+        ),
+    }
+}
+
+/// Whether every passkey was recalled in the rows that are not there to fail.
+fn run_on(backend: &impl Backend, cli: &Cli) -> Result<bool> {
     let start = Instant::now();
     let mut out = std::io::stdout().lock();
     let mut lengths = cli.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
-    let backend = Backend::open(cli.device)?;
     let problem = Problem::builder()
         .heads(cli.heads)
         .head_dim(cli.dim)
@@ -76,13 +90,8 @@ fn run(cli: &Cli) -> Result<bool> {
     )?;
 
     let progress = bar();
-    let experiment = Experiment {
-        problem,
-        backend: &backend,
-        seed: cli.seed,
-        haystack: &haystack,
-        progress: &progress,
-    };
+    let experiment =
+        Experiment { problem, backend, seed: cli.seed, haystack: &haystack, progress: &progress };
     progress.set_length(experiment.total(&lengths));
     let mut lines = vec![];
     for &length in &lengths {
