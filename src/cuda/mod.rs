@@ -26,10 +26,13 @@ pub use device::maps::{KeySums, SegmentMap, apply, compose, key_sums, segment_ma
 pub use device::merge::{merge_memories, merge_partials};
 pub use device::observer::Event;
 pub use device::operator::{Inputs, Outputs, Rope};
-pub use device::operator::{decode, flush, prefill, prepare_decode, record_decode, segment};
+pub use device::operator::{
+    decode, flush, forward, prefill, prepare_decode, record_decode, segment,
+};
 pub use device::state::State;
 pub use operations::commit::plan_flush;
 pub use operations::decode::{DecodeOptions, Runs, plan_decode};
+pub use operations::forward::plan_forward;
 pub use operations::maps::{KeySumsMirror, MapAddresses, SegmentMapMirror};
 pub use operations::maps::{
     plan_add_key_sums, plan_apply, plan_compose, plan_key_sums, plan_segment_map,

@@ -47,5 +47,5 @@ fn beyond_the_table() {
 
 #[test]
 fn prefill_and_decode_take_turns() {
-    run(Cpu::Mixed, |case| case.calls.len() > 1);
+    run(Cpu::Forward, |case| case.calls.len() > 1);
 }

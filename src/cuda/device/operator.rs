@@ -14,6 +14,7 @@ use crate::call::builders::{input_builders, output_builders, rope_builders};
 use crate::call::form::{Lengths, Positions};
 use crate::cuda::operations::commit::plan_flush;
 use crate::cuda::operations::decode::{Runs, plan_decode};
+use crate::cuda::operations::forward::plan_forward;
 use crate::cuda::operations::prefill::plan_prefill;
 use crate::cuda::operations::segment::plan_segment;
 use crate::cuda::plan::Plan;
@@ -183,6 +184,22 @@ pub fn decode<T: Element + DeviceRepr>(
 ) -> Result<()> {
     let options = state.device().decode_options(Runs::Once)?;
     now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
+}
+
+/// [`crate::forward`] on the device: prompts and single tokens in one call and one plan
+/// ([`plan_forward`]).
+///
+/// # Errors
+/// Those of [`prefill`].
+pub fn forward<T: Element + DeviceRepr>(
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &Gate,
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+) -> Result<()> {
+    let options = state.device().prefill_options()?;
+    now(inputs, gate, state, outputs, |call, mirror| plan_forward(problem, call, mirror, &options))
 }
 
 /// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors

@@ -6,6 +6,7 @@
 
 use super::commit::{Chunks, commit};
 use super::phases::TILE;
+use super::prefill::once;
 use crate::call::MAX_DECODE_TOKENS;
 use crate::call::form::pieces;
 use crate::cuda::plan::Plan;
@@ -61,7 +62,7 @@ pub fn plan_decode(
     options.target.check()?;
     let call = call.resolve(problem, state, Some(MAX_DECODE_TOKENS))?;
     let kind = match options.runs {
-        Runs::Once => Kind::Once(call.sequences.iter().map(|s| state.counters()[s.slot]).collect()),
+        Runs::Once => once(&call, state),
         Runs::Replay => Kind::Replay,
         Runs::Table => Kind::Table(longest(&call, options)),
     };
@@ -119,7 +120,7 @@ fn most_keys(call: &Resolved<'_>, state: &Mirror, options: &DecodeOptions) -> us
     keys.max().unwrap_or(0).min(n)
 }
 
-fn launches(
+pub(super) fn launches(
     call: &Resolved<'_>,
     state: &Mirror,
     options: &DecodeOptions,

@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod commit;
 pub mod decode;
+pub mod forward;
 pub mod init;
 pub mod maps;
 pub mod merge;

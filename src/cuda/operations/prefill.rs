@@ -64,43 +64,76 @@ pub fn plan_prefill(
 ) -> Result<Plan> {
     options.target.check()?;
     let call = call.resolve(problem, state, None)?;
-    let counters = state.counters();
-    let all: Vec<_> =
-        call.sequences.iter().flat_map(|s| counted(&call, s, counters[s.slot])).collect();
-    let splits = Splits::of(problem, &options.target)?;
-    let mut one = Allocation::new(Operand::Workspace);
-    Arrays::new(&call, splits, 1, &mut one)?;
-    let per_run = Run::units(all.len(), 1, one.bytes(), options.workspace_bytes);
-    let runs: Vec<Run> = all.chunks(per_run).map(|pieces| run(problem, pieces)).collect();
-
-    let (segments, count) = (all.len(), runs.len());
-    let title = format!("prefill {}; segments: {segments}, runs: {count}", call.shapes());
-    let before = call.sequences.iter().map(|s| counters[s.slot]).collect();
-    let mut plan = Plan::new(title, state.layout(), call.effect(Kind::Once(before)));
+    let prefill = Prefill::new(&call, state, options)?;
+    let title = format!("prefill {}; {}", call.shapes(), prefill.extent());
+    let mut plan = Plan::new(title, state.layout(), call.effect(once(&call, state)));
     let mut workspace = Allocation::new(Operand::Workspace);
-    let params = call.copy_positions(&mut plan, &mut workspace)?;
-    let tables = Run::copy_tables(&runs, &mut plan, &mut workspace)?;
-    let (state, pieces) = (state.layout().symbols(), per_run.min(all.len()));
-    let (memory, arrays) = Arrays::new(&call, splits, pieces, &mut workspace)?;
-    let phases = Phases {
-        p: *problem,
-        target: options.target,
-        lead: call.lead(),
-        k: params.k,
-        v: params.v,
-        state,
-        splits,
-        arrays: memory,
-    };
-    let planner = Planner { call: &call, problem: problem_params(problem), params, phases, arrays };
-    let padding = padding(&call, None, &mut plan, &mut workspace)?;
-    for (run, table) in runs.iter().zip(tables) {
-        planner.run(run, table, &mut plan)?;
-    }
-    if let Some(sequences) = padding {
+    prefill.launches(&call, state, &mut plan, &mut workspace)?;
+    let params = call.params(0);
+    if let Some(sequences) = padding(&call, None, &mut plan, &mut workspace)? {
         clear_padding(&call, params, sequences, &mut plan)?;
     }
     Ok(plan.finish(call.requirements(), &workspace))
+}
+
+/// A plan for one run of a call, from where its slots stand.
+pub(super) fn once(call: &Resolved<'_>, state: &Mirror) -> Kind {
+    Kind::Once(call.sequences.iter().map(|s| state.counters()[s.slot]).collect())
+}
+
+/// The pieces of a call, cut into runs.
+pub(super) struct Prefill {
+    target: Target,
+    splits: Splits,
+    segments: usize,
+    per_run: usize,
+    runs: Vec<Run>,
+}
+
+impl Prefill {
+    pub fn new(call: &Resolved<'_>, state: &Mirror, options: &PrefillOptions) -> Result<Self> {
+        let (problem, counters) = (&call.problem, state.counters());
+        let all: Vec<_> =
+            call.sequences.iter().flat_map(|s| counted(call, s, counters[s.slot])).collect();
+        let splits = Splits::of(problem, &options.target)?;
+        let mut one = Allocation::new(Operand::Workspace);
+        Arrays::new(call, splits, 1, &mut one)?;
+        let per_run = Run::units(all.len(), 1, one.bytes(), options.workspace_bytes);
+        let runs: Vec<Run> = all.chunks(per_run).map(|pieces| run(problem, pieces)).collect();
+        Ok(Self { target: options.target, splits, segments: all.len(), per_run, runs })
+    }
+
+    /// For titles.
+    pub fn extent(&self) -> String {
+        format!("segments: {}, runs: {}", self.segments, self.runs.len())
+    }
+
+    pub fn launches(
+        &self,
+        call: &Resolved<'_>,
+        state: &Mirror,
+        plan: &mut Plan,
+        workspace: &mut Allocation,
+    ) -> Result<()> {
+        let Self { target, splits, segments, per_run, ref runs } = *self;
+        let params = call.copy_positions(plan, workspace)?;
+        let tables = Run::copy_tables(runs, plan, workspace)?;
+        let (state, pieces) = (state.layout().symbols(), per_run.min(segments));
+        let (memory, arrays) = Arrays::new(call, splits, pieces, workspace)?;
+        let phases = Phases {
+            p: call.problem,
+            target,
+            lead: call.lead(),
+            k: params.k,
+            v: params.v,
+            state,
+            splits,
+            arrays: memory,
+        };
+        let problem = problem_params(&call.problem);
+        let planner = Planner { call, problem, params, phases, arrays };
+        runs.iter().zip(tables).try_for_each(|(run, table)| planner.run(run, table, plan))
+    }
 }
 
 /// Pieces that run together, each with the counters after it.

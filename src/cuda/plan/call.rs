@@ -183,6 +183,13 @@ pub(crate) struct Resolved<'a> {
 }
 
 impl<'a> Resolved<'a> {
+    /// The same call without the tokens of sequences whose number of tokens is not wanted.
+    pub fn only(&self, wanted: impl Fn(usize) -> bool) -> Self {
+        let len = |s: &Sequence| if wanted(s.len) { s.len } else { 0 };
+        let sequences = self.sequences.iter().map(|s| Sequence { len: len(s), ..*s }).collect();
+        Self { sequences, ..*self }
+    }
+
     pub fn a_mem(&self) -> bool {
         self.call.a_mem.is_some()
     }

@@ -165,6 +165,7 @@ fn run_as<T: Element, D: Element + DeviceRepr>(
     match entry {
         Entry::Segment => cuda::segment(problem, &inputs, &gate, state, outputs)?,
         Entry::Decode => cuda::decode(problem, &inputs, &gate, state, outputs)?,
+        Entry::Forward => cuda::forward(problem, &inputs, &gate, state, outputs)?,
         _ => cuda::prefill(problem, &inputs, &gate, state, outputs)?,
     }
     download(&device, &o, &mut out.o);

@@ -11,6 +11,7 @@ pub enum Entry {
     Prefill,
     Segment,
     Decode,
+    Forward,
     /// Each in turn, where it serves the call.
     Mixed,
 }
@@ -39,7 +40,7 @@ impl Entry {
         match (decode, segment, turn % 3) {
             (true, _, 0) | (true, false, 1) => Entry::Decode,
             (_, true, 0 | 1) => Entry::Segment,
-            _ => Entry::Prefill,
+            _ => Entry::Forward,
         }
     }
 }

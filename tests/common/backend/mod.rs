@@ -8,7 +8,7 @@ pub mod entry;
 pub mod simulated;
 
 use infini_attn::{
-    Element, MAX_DECODE_TOKENS, Problem, Result, State, decode, flush, prefill, reference,
+    Element, MAX_DECODE_TOKENS, Problem, Result, State, decode, flush, forward, prefill, reference,
 };
 
 use crate::common::buffers::{MARGIN, OutputBuffers, Strided};
@@ -56,8 +56,8 @@ pub enum Cpu {
     Prefill,
     /// Every call by `decode`.
     Decode,
-    /// `decode` where it serves the call, else `prefill`.
-    Mixed,
+    /// Every call by `forward`.
+    Forward,
 }
 
 impl Backend for Cpu {
@@ -81,11 +81,11 @@ impl Backend for Cpu {
         state: &mut State,
         out: &mut OutputBuffers<T>,
     ) -> Result<()> {
-        let inputs = &call.inputs();
-        if *self == Cpu::Decode || (*self == Cpu::Mixed && call.longest() <= MAX_DECODE_TOKENS) {
-            decode(problem, inputs, gate, state, out.views())
-        } else {
-            prefill(problem, inputs, gate, state, out.views())
+        let (inputs, outputs) = (&call.inputs(), out.views());
+        match self {
+            Cpu::Prefill => prefill(problem, inputs, gate, state, outputs),
+            Cpu::Decode => decode(problem, inputs, gate, state, outputs),
+            Cpu::Forward => forward(problem, inputs, gate, state, outputs),
         }
     }
 

@@ -11,8 +11,8 @@ use bytemuck::{Pod, cast_slice};
 use infini_attn::cuda::params::{InfiniCounters, InfiniState};
 use infini_attn::cuda::{
     Addresses, Arch, Call as DeviceCall, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand,
-    Plan, PrefillOptions, Runs, StateLayout, Target, plan_decode, plan_flush, plan_prefill,
-    plan_segment,
+    Plan, PrefillOptions, Runs, StateLayout, Target, plan_decode, plan_flush, plan_forward,
+    plan_prefill, plan_segment,
 };
 use infini_attn::{DType, Element, Problem, Result};
 use ptxsim::Timing;
@@ -185,7 +185,8 @@ fn plan<T: Element>(
         _ => {
             // Little workspace makes many runs.
             let options = PrefillOptions { workspace_bytes: draw(1, &[1, 256 << 20]), target };
-            plan_prefill(p, &device, &state.mirror, &options)
+            let plan = if entry == Entry::Forward { plan_forward } else { plan_prefill };
+            plan(p, &device, &state.mirror, &options)
         }
     }
 }

@@ -1,5 +1,6 @@
 mod commit;
 mod decode;
+mod forward;
 mod init;
 mod maps;
 mod offsets;

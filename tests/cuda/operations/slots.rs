@@ -200,7 +200,7 @@ fn tokens_of_the_open_segment_can_be_taken_back() {
         refused(1, 31),
         "tokens: 31 given for slot 1, at least 32 expected: what is committed cannot be taken back"
     );
-    assert_eq!(refused(1, 33), "tokens: 33 given, at most 32, what slot 1 has seen expected");
+    assert_eq!(refused(1, 33), "tokens: 33 given, at most the 32 that slot 1 has seen expected");
     assert_eq!(refused(2, 0), "slot: 2 given, less than the state's 2 slots expected");
 }
 
