@@ -214,7 +214,7 @@ fn what_was_broken_off_is_replaced(device: &Device) -> Result<()> {
 /// A state that is taken apart, changed behind the mirror's back, and put together; a gate that is there.
 fn memory_of_the_application(device: &Device) -> Result<()> {
     let scene = Scene::new(device)?;
-    let mut state = scene.host.to_device(device, false)?;
+    let state = scene.host.to_device(device, false)?;
     let want = scene.step(&mut state.fork(&[2])?, 0, 130, 3);
     let (buffer, mirror) = state.into_buffer()?;
     assert_eq!((mirror.tokens(0), buffer.len() as u64), (80, mirror.layout().bytes()));
