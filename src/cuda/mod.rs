@@ -30,6 +30,7 @@ pub use device::operator::{
     decode, flush, forward, prefill, prepare_decode, record_decode, segment,
 };
 pub use device::state::State;
+pub use device::table::SequenceTable;
 pub use operations::commit::plan_flush;
 pub use operations::decode::{DecodeOptions, Runs, plan_decode};
 pub use operations::forward::plan_forward;
@@ -50,6 +51,7 @@ pub use plan::layout::StateLayout;
 pub use plan::mirror::Mirror;
 pub use plan::params;
 pub use plan::replaced::replace_kernels;
+pub use plan::sequences::PAD_SLOT;
 pub use plan::target::Target;
 pub use plan::tensor::DeviceTensor;
 pub use plan::tensor_map::{MAP_BYTES, MAP_CHANNELS, TensorMap};

@@ -72,6 +72,7 @@ fn parameter_bytes() -> BTreeMap<&'static str, usize> {
         "memory_scan": InfiniMemoryScan,
         "merge_partials": InfiniMergePartials,
         "normaliser_scan": InfiniNormaliserScan,
+        "copy_slots": InfiniCopySlots,
         "rotate_keys": InfiniRotateKeys,
         "segment": InfiniSegment,
         "segment_attention": InfiniSegmentAttention,

@@ -18,6 +18,7 @@ pub mod observer;
 pub mod operator;
 mod slots;
 pub mod state;
+pub mod table;
 mod target;
 mod transfer;
 mod wait_report;

@@ -10,6 +10,7 @@ use super::Device;
 use super::buffers::{Operands, TensorView, TensorViewMut};
 use super::gate::Gate;
 use super::state::State;
+use super::table::SequenceTable;
 use crate::call::builders::{input_builders, output_builders, rope_builders};
 use crate::call::form::{Lengths, Positions};
 use crate::cuda::operations::commit::plan_flush;
@@ -39,15 +40,24 @@ pub struct Inputs<'a, T> {
     lengths: Lengths<'a>,
     slots: Option<&'a [usize]>,
     rope: Option<Rope<'a>>,
+    table: Option<&'a SequenceTable>,
 }
 
 impl<'a, T> Inputs<'a, T> {
     /// A batch in which every sequence is T tokens long and sequence b uses slot b of the state.
     pub fn new(q: TensorView<'a, T>, k: TensorView<'a, T>, v: TensorView<'a, T>) -> Self {
-        Self { q, k, v, lengths: Lengths::Full, slots: None, rope: None }
+        Self { q, k, v, lengths: Lengths::Full, slots: None, rope: None, table: None }
     }
 
     input_builders!('a, Rope<'a>);
+
+    /// Slots and lengths from device memory, in place of the host's: for [`record_decode`] alone. Output
+    /// rows behind a sequence's tokens become 0, their log-sum-exp −∞, and so do all rows of a sequence
+    /// that is [padding](crate::cuda::PAD_SLOT).
+    pub fn sequences_table(mut self, table: &'a SequenceTable) -> Self {
+        self.table = Some(table);
+        self
+    }
 }
 
 /// Rotary position embedding of the local branch, tables in device memory; see [`crate::Rope`].
@@ -206,14 +216,19 @@ pub fn forward<T: Element + DeviceRepr>(
 /// then hold, from wherever the state then stands, across ends of segments; before each,
 /// [`State::advance`] with the plan that this returns. [`prepare_decode`] comes before the capture.
 ///
+/// With [`Inputs::sequences_table`] every replay also brings them to the slots that the table then names;
+/// before each, [`State::advance_table`].
+///
 /// # Errors
-/// Those of [`decode`]; [`Error::Value`] when the stream captures nothing.
+/// Those of [`decode`]; [`Error::Value`] when the stream captures nothing. With a table [`Error::Length`]
+/// where it has another number of sequences than the batch, or more than the state has slots;
+/// [`Error::Value`] for one of another stream, beside lengths or slots of the host, or with a packed batch.
 ///
 /// # Safety
 /// As long as the graph is replayed: the buffers of inputs, gate and outputs and the state live and
 /// stay where they are, and the application orders replays after what writes the inputs and before
 /// what reads the outputs; the graph runs on the device's stream, after a successful
-/// [`State::advance`] each time.
+/// [`State::advance`] each time, or [`State::advance_table`] with what the table then holds.
 pub unsafe fn record_decode<T: Element + DeviceRepr>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -255,8 +270,39 @@ fn plan_replay<T: Element + DeviceRepr>(
     state: &State,
     outputs: &Outputs<'_, T>,
 ) -> Result<Plan> {
-    let options = state.device().decode_options(Runs::Replay)?;
-    plan_decode(problem, &describe(inputs, gate, outputs)?, &state.mirror, &options)
+    let call = describe(inputs, gate, outputs)?;
+    let Some(table) = inputs.table else {
+        let options = state.device().decode_options(Runs::Replay)?;
+        return plan_decode(problem, &call, &state.mirror, &options);
+    };
+    inputs.check_table(table, state)?;
+    // What the table holds now is not known here: nothing.
+    let (slots, lens): (Vec<_>, Vec<_>) = (0..table.sequences()).map(|slot| (slot, 0)).unzip();
+    let call = call.seq_lens(&lens).slots(&slots);
+    plan_decode(problem, &call, &state.mirror, &state.device().decode_options(Runs::Table)?)
+}
+
+impl<T> Inputs<'_, T> {
+    fn check_table(&self, table: &SequenceTable, state: &State) -> Result<()> {
+        let length = |expected: String| {
+            let got = table.sequences();
+            Err(Error::Length { argument: "sequences_table", got, expected })
+        };
+        state.device().check_stream("sequences_table", table.device())?;
+        if self.slots.is_some() || !matches!(self.lengths, Lengths::Full) {
+            let got = "with lengths or slots of the host";
+            return Err(Error::value("sequences_table", got, "without: the table holds both"));
+        }
+        match *self.q.shape() {
+            [batch, ..] if self.q.shape().len() == 4 && batch != table.sequences() => {
+                length(format!("{batch} (sequences of q)"))
+            }
+            _ if table.sequences() > state.sequences() => {
+                length(format!("at most {} (slots of the state)", state.sequences()))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// [`crate::flush`] on the device: writes the open segments of the given slots into their memories.
@@ -278,6 +324,17 @@ impl State {
     pub fn advance(&mut self, plan: &Plan) -> Result<()> {
         self.mirror.advance(plan)
     }
+
+    /// The same for a graph recorded with [`Inputs::sequences_table`]: slot, or
+    /// [`PAD_SLOT`](crate::cuda::PAD_SLOT), and number of new tokens of every sequence, as the table
+    /// will hold them in that replay. Where other work on the device chooses them, [`Self::refresh`]
+    /// afterwards in place of this.
+    ///
+    /// # Errors
+    /// Those of [`Mirror::advance_table`]; nothing changes then.
+    pub fn advance_table(&mut self, plan: &Plan, sequences: &[(usize, usize)]) -> Result<()> {
+        self.mirror.advance_table(plan, sequences)
+    }
 }
 
 /// Plans, enqueues, and moves the mirror.
@@ -289,6 +346,10 @@ fn now<T: Element + DeviceRepr>(
     plan: impl FnOnce(&Call<'_>, &Mirror) -> Result<Plan>,
 ) -> Result<()> {
     state.device().refuse_capture("a call", "record it with record_decode, or run its plan")?;
+    if inputs.table.is_some() {
+        let expected = "slots and lengths of the host, but for record_decode";
+        return Err(Error::value("sequences_table", "a table in device memory", expected));
+    }
     let plan = plan(&describe(inputs, gate, &outputs)?, &state.mirror)?;
     let device = state.device().clone();
     let operands = operands(&device, inputs, gate, &mut outputs)?;
@@ -349,6 +410,10 @@ fn operands<'s, T: Element + DeviceRepr>(
         if let (Positions::Device(_), Some((positions, address))) = (rope.positions, rope.buffer) {
             operands.buffer(Operand::Positions, positions, address)?;
         }
+    }
+    if let Some(table) = inputs.table {
+        // On the call's own stream: nothing to order.
+        operands.addresses.set(Operand::Sequences, table.address());
     }
     operands.write(Operand::O, &mut outputs.o)?;
     if let Some(lse) = &mut outputs.lse {

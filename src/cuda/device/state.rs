@@ -1,6 +1,6 @@
 //! A pool of states that owns its device memory, and the buffers that calls read besides tensors.
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, result};
 
 use super::error::driver;
 use super::launcher::Stopped;
@@ -8,7 +8,8 @@ use super::observer::Event;
 use super::transfer::Parts;
 use super::{Buffer, Device};
 use crate::cuda::plan::Plan;
-use crate::cuda::plan::address::{Addresses, Operand};
+use crate::cuda::plan::address::{Addresses, Operand, Requirement};
+use crate::cuda::plan::allocation::PART_ALIGN;
 use crate::cuda::plan::layout::StateLayout;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::{InfiniCounters, InfiniState};
@@ -53,6 +54,54 @@ impl State {
     pub fn new(device: &Device, problem: &Problem, slots: usize, rotation: bool) -> Result<Self> {
         let layout = StateLayout::new(problem, slots, rotation)?;
         Self::empty(device, Mirror::new(&layout))
+    }
+
+    /// A state in memory that the application has allocated: [`Self::into_buffer`] the other way round, or
+    /// the beginning of a buffer on which the plan of [`StateLayout::plan_init`] was run by hand. The
+    /// problem, the number of slots and the layout are those of the mirror.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for a buffer of fewer bytes than [`StateLayout::bytes`], [`Error::Address`] for
+    /// one that does not begin at a multiple of 256, [`Error::Value`] for one of another stream or
+    /// context object than the device's, [`Error::Capturing`]; the buffer is dropped.
+    ///
+    /// # Safety
+    /// Once the work that is enqueued on the device's stream is done, the buffer holds what the layout's
+    /// `plan_init` and other plans of this crate have left there, with the counters of the mirror; nobody
+    /// else uses it from here on.
+    pub unsafe fn from_buffer(
+        device: &Device,
+        data: CudaSlice<u8>,
+        mirror: Mirror,
+    ) -> Result<Self> {
+        device.refuse_capture("a state of a buffer", "make it before the capture")?;
+        device.check_context(Operand::State, data.stream())?;
+        if data.stream() != device.stream() {
+            return Err(Error::value("state", "a buffer of another stream", "of the same stream"));
+        }
+        let bytes = mirror.layout().bytes();
+        if (data.len() as u64) < bytes {
+            let expected = format!("at least {bytes} (bytes of the layout)");
+            return Err(Error::Length { argument: "state", got: data.len(), expected });
+        }
+        let address = data.device_ptr(device.stream()).0;
+        let addresses = Addresses::new().with(Operand::State, address);
+        Requirement { operand: Operand::State, align: PART_ALIGN, before: 0, after: bytes }
+            .check(&addresses)?;
+        Ok(Self { device: device.clone(), mirror, data: Buffer { address, data } })
+    }
+
+    /// The buffer that holds the state, and the mirror of its counters. Other streams wait for what is
+    /// enqueued, as for every buffer.
+    ///
+    /// # Errors
+    /// [`Error::Capturing`]; the state is dropped.
+    pub fn into_buffer(self) -> Result<(CudaSlice<u8>, Mirror)> {
+        self.device.refuse_capture("the buffer of a state", "take it after the capture")?;
+        let mut data = self.data.data;
+        drop(data.device_ptr_mut(self.device.stream()));
+        self.device.pending("recording an event")?;
+        Ok((data, self.mirror))
     }
 
     /// Empty slots, whatever the mirror says of them.

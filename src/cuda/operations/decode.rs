@@ -44,7 +44,9 @@ pub enum Runs {
     Replay,
     /// The same, and slots and lengths are read there as well: [`Operand::Sequences`] is a table of
     /// [`InfiniSequence`], one per sequence of the call, up to [`MAX_DECODE_TOKENS`] tokens each.
-    /// The call's own lengths and slots only tell what it holds now.
+    /// The call's own lengths and slots only tell what it holds now. A sequence in slot −1
+    /// ([`PAD_SLOT`](crate::cuda::PAD_SLOT)) is padding: it is skipped, and in a batch that is not packed
+    /// its output rows become 0, as do those behind the tokens of the others.
     Table,
 }
 

@@ -217,11 +217,6 @@ impl<'a> Resolved<'a> {
         [batches, self.tokens()]
     }
 
-    /// Whether some sequences of a padded batch may be shorter than T.
-    pub fn padded(&self) -> bool {
-        matches!(self.form.lengths, Lengths::Padded(_))
-    }
-
     /// Whether sequence b is batch b in slot b, all T tokens of it.
     pub fn identity(&self) -> bool {
         let short = |s: &Sequence| s.len != self.tokens();

@@ -6,10 +6,11 @@ use super::Plan;
 use super::effect::{Change, Copied, Effect, Kind, Tokens};
 use super::layout::StateLayout;
 use super::params::InfiniCounters;
+use super::sequences::PAD_SLOT;
 use crate::call::check::check_continued;
 use crate::call::form::{Sequence, pieces};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, add_tokens, check_slots};
+use crate::memory::{Counters, add_tokens};
 use crate::problem::Problem;
 
 /// The host's copy of a state's counters: what plans are made from. [`Self::advance`] keeps it in
@@ -193,7 +194,7 @@ impl Mirror {
     }
 
     /// [`Self::advance`] for a plan whose sequences lie in device memory: what that table holds in
-    /// this run, slot and number of new tokens of every sequence.
+    /// this run, slot (or [`PAD_SLOT`]) and number of new tokens of every sequence.
     ///
     /// # Errors
     /// As [`Self::advance`], and [`Error::Value`] or [`Error::Length`] for a table that the plan does
@@ -258,9 +259,10 @@ impl Mirror {
             }
             _ => {}
         }
-        let slots = table.unwrap_or(&tokens.sequences).iter().map(|(slot, _)| *slot);
-        self.check_finished(slots)?;
-        let sequences: Vec<_> = (table.unwrap_or(&tokens.sequences).iter().enumerate())
+        let named = table.unwrap_or(&tokens.sequences).iter().enumerate();
+        let named = named.filter(|(_, (slot, _))| *slot != PAD_SLOT);
+        self.check_finished(named.clone().map(|(_, (slot, _))| *slot))?;
+        let sequences: Vec<_> = named
             .map(|(b, &(slot, len))| {
                 let seen = counters[slot].tokens;
                 add_tokens(format_args!("q (sequence {b})"), seen, len as u64)?;
@@ -300,12 +302,20 @@ fn check_table(table: &[(usize, usize)], tokens: &Tokens, most: usize, slots: us
         let expected = format!("{} (the number of sequences)", tokens.sequences.len());
         return Err(Error::Length { argument: "sequences", got: table.len(), expected });
     }
-    check_slots(&table.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots)?;
-    match table.iter().position(|(_, len)| *len > most) {
-        Some(b) => {
-            let expected = format!("0 to {most} new tokens");
-            Err(Error::value(format!("q (sequence {b})"), table[b].1, expected))
+    let mut named = vec![None; slots];
+    for (b, &(slot, len)) in table.iter().enumerate().filter(|(_, (slot, _))| *slot != PAD_SLOT) {
+        let Some(named) = named.get_mut(slot) else {
+            let expected = format!("less than the state's {slots} slots");
+            return Err(Error::value(format!("slots[{b}]"), slot, expected));
+        };
+        if let Some(first) = named.replace(b) {
+            let expected = format!("a slot other than slots[{first}]");
+            return Err(Error::value(format!("slots[{b}]"), slot, expected));
         }
-        None => Ok(()),
+        if len > most {
+            let expected = format!("0 to {most} new tokens");
+            return Err(Error::value(format!("q (sequence {b})"), len, expected));
+        }
     }
+    Ok(())
 }

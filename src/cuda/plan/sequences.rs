@@ -12,6 +12,15 @@ use super::params::*;
 use super::problem::problem_params;
 use crate::error::Result;
 
+/// Slot of a sequence that is padding of the batch, in a table of sequences ([`Runs::Table`]): nothing is
+/// read for it and no slot changes; its output rows become 0 like those of padding, its log-sum-exp −∞.
+/// Any number of sequences may be padding. In device memory −1, all bits set as well.
+///
+/// [`Runs::Table`]: crate::cuda::Runs::Table
+pub const PAD_SLOT: usize = usize::MAX;
+
+const _: () = assert!(PAD_SLOT as i32 == INFINI_PAD_SLOT);
+
 /// A list of sequences as launch parameter; a long one is copied to the workspace.
 pub fn listed(
     all: &[InfiniSequence],
@@ -72,7 +81,7 @@ pub fn padding(
     workspace: &mut Allocation,
 ) -> Result<Option<InfiniSequences>> {
     let short = table.is_some() || call.sequences.iter().any(|s| s.len < call.tokens());
-    (call.padded() && short).then(|| sequences(call, table, plan, workspace)).transpose()
+    (!call.packed() && short).then(|| sequences(call, table, plan, workspace)).transpose()
 }
 
 /// Output rows of padding become 0.

@@ -23,6 +23,7 @@ mod golden;
 mod groups;
 mod kernels;
 mod refusals;
+mod sequences;
 mod slots;
 mod table;
 
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         table::groups(),
         full::groups(),
         slots::groups(),
+        sequences::groups(),
         refusals::groups(),
         golden,
     ]

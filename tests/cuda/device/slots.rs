@@ -2,6 +2,7 @@
 //! memory comes from elsewhere.
 
 use anyhow::Result;
+use cudarc::driver::CudaContext;
 use half::bf16;
 use infini_attn::cuda::{self, Device, Gate};
 use infini_attn::{Error, Problem, State};
@@ -25,6 +26,7 @@ pub fn groups() -> Vec<Group> {
         check("truncate", drafts_are_taken_back),
         check("host", some_slots_visit_the_host),
         check("broken", what_was_broken_off_is_replaced),
+        check("buffers", memory_of_the_application),
     ]
 }
 
@@ -206,5 +208,56 @@ fn what_was_broken_off_is_replaced(device: &Device) -> Result<()> {
     state.copy_slots(&other, &[(0, 0)])?;
     assert_eq!(state.tokens(0), 0);
     assert!(state.to_host().is_ok());
+    Ok(())
+}
+
+/// A state that is taken apart, changed behind the mirror's back, and put together; a gate that is there.
+fn memory_of_the_application(device: &Device) -> Result<()> {
+    let scene = Scene::new(device)?;
+    let state = scene.host.to_device(device, false)?;
+    let want = scene.step(&mut state.fork(&[2])?, 0, 130, 3);
+    let (buffer, mirror) = state.into_buffer()?;
+    assert_eq!((mirror.tokens(0), buffer.len() as u64), (80, mirror.layout().bytes()));
+    // SAFETY: what has just been taken out.
+    let mut state = unsafe { cuda::State::from_buffer(device, buffer, mirror) }?;
+    assert!(bytes(&state) == scene.host.to_bytes()?, "another state");
+
+    let mut told = state.mirror().clone();
+    let plan = cuda::plan_truncate(&told, 0, 70)?;
+    let addresses = cuda::Addresses::new().with(cuda::Operand::State, state.address());
+    // SAFETY: a plan for this state, which the mirror is told of below.
+    unsafe { plan.run(&addresses, &mut device.launcher()) }?;
+    told.advance(&plan)?;
+    state.refresh()?;
+    assert!(*state.mirror() == told, "{:?}", state.mirror());
+
+    let logits = device.upload(&GATE)?;
+    let gate = Gate::from_slice(device, logits)?;
+    let scene = Scene { gate, ..scene };
+    assert!(scene.step(&mut state, 2, 130, 3) == want, "other bits by another gate");
+    let gate = Gate::from_slice(device, device.upload(&[f32::NAN, -0.4])?)?;
+    let scene = Scene { gate, ..scene };
+    let o = scene.step(&mut state, 2, 133, 1);
+    let rows: Vec<bf16> = bytemuck::pod_collect_to_vec(&o);
+    let nan = |x: &bf16| x.is_nan();
+    assert!(rows[..64].iter().all(nan) && !rows[64..].iter().any(nan), "{rows:?}");
+
+    let layout = *state.mirror().layout();
+    let mirror = || cuda::Mirror::new(&layout);
+    let room = |device: &Device, bytes: u64| device.stream().alloc_zeros::<u8>(bytes as usize);
+    let side = device.on(device.stream().context().new_stream()?)?;
+    let other = Device::from_stream(CudaContext::new(device.ordinal())?.new_stream()?)?;
+    for (buffer, expected) in [
+        (room(device, layout.bytes() - 1)?, "state: "),
+        (room(&side, layout.bytes())?, "state: a buffer of another stream given"),
+        (room(&other, layout.bytes())?, "state: a buffer of device 0, of another CudaContext"),
+    ] {
+        // SAFETY: it is refused.
+        let refused = unsafe { cuda::State::from_buffer(device, buffer, mirror()) };
+        let text = refused.expect_err(expected).to_string();
+        assert!(text.starts_with(expected), "{text}");
+    }
+    let refused = Gate::from_slice(device, other.upload(&GATE)?).expect_err("another context");
+    assert!(refused.to_string().starts_with("gate: a buffer of device 0, of another"), "{refused}");
     Ok(())
 }

@@ -14,8 +14,8 @@ use half::bf16;
 use infini_attn::cuda::{
     Addresses, Arch, Call, DecodeOptions, DeviceRope, DeviceTensor, KERNELS, Kernel, KeySumsMirror,
     Launch, Launcher, Mirror, Operand, Plan, PrefillOptions, Requirement, StateLayout, Target,
-    plan_apply, plan_compose, plan_decode, plan_flush, plan_key_sums, plan_merge_memories,
-    plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
+    plan_apply, plan_compose, plan_copy_slots, plan_decode, plan_flush, plan_key_sums,
+    plan_merge_memories, plan_merge_partials, plan_prefill, plan_segment, plan_segment_map,
 };
 use infini_attn::{DType, Problem, Result, Update};
 use ptxsim::Report;
@@ -192,7 +192,7 @@ fn on_sm90(shape: Shape) -> Result<Vec<Counted>> {
     Ok(counter.launches)
 }
 
-/// Two and a half segments by prefill, then decode, flush, a segment, a padded batch; with rotation,
+/// Two and a half segments by prefill, then decode, a copy, flush, a segment, a padded batch; with rotation,
 /// under the delta rule.
 fn streaming(counter: &mut Counter, shape: Shape) -> Result<()> {
     let (p, n) = (shape.problem(Update::Delta), shape.n);
@@ -202,6 +202,10 @@ fn streaming(counter: &mut Counter, shape: Shape) -> Result<()> {
     pool.run(counter, "prefill", &plan);
     let plan = plan_decode(&p, &call(1), &pool.mirror, &DecodeOptions::default())?;
     pool.run(counter, "decode", &plan);
+    let copy = Pool::new(counter, &p);
+    let plan = plan_copy_slots(&pool.mirror, &copy.mirror, &[(0, 0)])?;
+    let addresses = [(Operand::State, copy.address), (Operand::Source(0), pool.address)];
+    counter.run("copy", &plan, &addresses);
     let plan = plan_flush(&p, &pool.mirror, &[0])?;
     pool.run(counter, "flush", &plan);
     let plan = plan_segment(&p, &call(n), &pool.mirror, &Target::default())?;
@@ -369,6 +373,7 @@ fn bytes_move_once() {
         ("decode", "decode", 0),
         // The snapshot, in 16 bits, by three chunks.
         ("commit", "flush", 2 * 2 * d * d),
+        ("copy_slots", "copy", 0),
         ("merge_partials", "merge_partials", 0),
         ("sum", "merge_memories", 0),
         ("snapshot", "merge_memories", 0),

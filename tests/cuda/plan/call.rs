@@ -4,8 +4,8 @@
 use crate::common::plans::{Recorder, addresses, call, f32s, mirror, problem, run, tensor};
 use half::bf16;
 use infini_attn::cuda::{
-    Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, Plan, PrefillOptions, Runs,
-    StateLayout, Target, plan_decode, plan_flush, plan_prefill, plan_segment,
+    Call, DecodeOptions, DeviceRope, DeviceTensor, Mirror, Operand, PAD_SLOT, Plan, PrefillOptions,
+    Runs, StateLayout, Target, plan_decode, plan_flush, plan_prefill, plan_segment,
 };
 use infini_attn::{
     DType, Error, Inputs, Outputs, Problem, Result, Rope, State, TensorView, TensorViewMut, decode,
@@ -536,11 +536,16 @@ fn tables_of_sequences_in_device_memory() {
         (&[(0, 1), (4, 1)], "slots[1]: 4 given"),
         (&[(0, 1), (0, 1)], "slots[1]: 0 given"),
         (&[(0, 1), (1, 6)], "q (sequence 1): 6 given, 0 to 5 new tokens expected"),
+        (&[(PAD_SLOT, 1), (4, 6)], "slots[1]: 4 given, less than the state's 4 slots expected"),
     ] {
         let error = state.advance_table(&plan, table).expect_err(words).to_string();
         assert!(error.starts_with(words), "{error}");
     }
     assert_eq!(seen(&state), [(0, 0), (1, 0), (0, 0), (10, 8)]);
+    state.advance_table(&plan, &[(PAD_SLOT, 7), (PAD_SLOT, 0)]).expect("padding alone");
+    assert_eq!(seen(&state), [(0, 0), (1, 0), (0, 0), (10, 8)]);
+    state.advance_table(&plan, &[(PAD_SLOT, 1), (1, 2)]).expect("padding before");
+    assert_eq!(seen(&state), [(0, 0), (3, 0), (0, 0), (10, 8)]);
     let slots = [0, 1];
     let fixed = REPLAY(&p, &call(&p, &[2, 5]).slots(&slots), &state).expect("valid");
     state.advance_table(&fixed, &[(0, 1), (1, 1)]).expect_err("its own sequences");

@@ -358,12 +358,13 @@ fn the_last_piece_is_appended() {
 fn check_padding<T: Element>(dv: usize, how: Arrangement, asked: bool, table: &str) {
     const HEADS: usize = 3;
     const TOKENS: usize = 11;
-    let lens = [4, TOKENS, 0];
+    // The last is padding itself, whatever its length.
+    let (slots, lens) = ([5, 4, 3, INFINI_PAD_SLOT], [4, TOKENS, 0, 0]);
     let mut sim = simulator();
-    let sequences: Vec<_> = (lens.iter().enumerate())
+    let sequences: Vec<_> = ([4, TOKENS, 0, 7].iter().enumerate())
         .map(|(b, &len)| InfiniSequence {
             first: 0,
-            slot: 5 - b as i32,
+            slot: slots[b],
             batch: b as i32,
             len: len as i32,
             reserved: 0,

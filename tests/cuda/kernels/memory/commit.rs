@@ -270,9 +270,11 @@ fn commits_do_not_depend_on_the_order_of_blocks_and_copies() {
 fn what_only_the_device_knows_is_checked() {
     let problem = problem(64, 64, 40, true, EXACT);
     let states = vec![counters(80, 40), counters(40, 41), counters(40, 40)];
-    let named: [(Named<'_>, u32, &[usize]); 4] = [
+    let named: [(Named<'_>, u32, &[usize]); 5] = [
         (Named::InOrder(3), INFINI_STATUS_LENGTH, &[0, 2]),
-        (Named::Table(&[2, -1]), INFINI_STATUS_SLOT, &[2]),
+        (Named::Table(&[2, -2]), INFINI_STATUS_SLOT, &[2]),
+        // Padding.
+        (Named::Table(&[-1, 2, -1, 0]), 0, &[0, 2]),
         (Named::Inline(&[3, 0]), INFINI_STATUS_SLOT, &[0]),
         (Named::Inline(&[2, 0]), 0, &[0, 2]),
     ];
