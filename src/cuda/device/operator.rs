@@ -294,6 +294,7 @@ fn describe<'a, T: Element + DeviceRepr>(
     call = match inputs.lengths {
         Lengths::Full => call,
         Lengths::Padded(lens) => call.seq_lens(lens),
+        Lengths::Ranges(ranges) => call.seq_ranges(ranges),
         Lengths::Packed(cu) => call.cu_seqlens(cu),
     };
     if let Some(slots) = inputs.slots {

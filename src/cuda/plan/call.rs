@@ -212,7 +212,7 @@ impl<'a> Resolved<'a> {
 
     /// Whether some sequences of a padded batch may be shorter than T.
     pub fn padded(&self) -> bool {
-        matches!(self.form.lengths, Lengths::Padded(_))
+        self.form.lengths.padded()
     }
 
     /// Whether sequence b is batch b in slot b, all T tokens of it.
