@@ -97,13 +97,6 @@ impl Form<'_> {
     }
 }
 
-impl Lengths<'_> {
-    /// Whether sequences may be shorter than the token dimension.
-    pub fn padded(&self) -> bool {
-        matches!(self, Lengths::Padded(_) | Lengths::Ranges(_))
-    }
-}
-
 /// One sequence of a call: where its tokens lie and which slot holds its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequence {

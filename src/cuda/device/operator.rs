@@ -24,6 +24,7 @@ use crate::cuda::plan::tensor::DeviceTensor;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::problem::Problem;
+use crate::trace::{Span, span};
 
 /// Queries, keys and values of one call in device memory; see [`crate::Inputs`]. Rows start at
 /// multiples of 16 bytes. Lengths and slots are the host's.
@@ -149,8 +150,13 @@ pub fn prefill<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = state.device().prefill_options()?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_prefill(problem, call, mirror, &options))
+    let span = span!("prefill", problem.shapes());
+    span.run(|| {
+        let options = state.device().prefill_options()?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_prefill(problem, call, mirror, &options)
+        })
+    })
 }
 
 /// [`prefill`] in one launch, for at most what is left of each sequence's segment: streaming segment
@@ -165,8 +171,13 @@ pub fn segment<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let target = state.device().target()?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_segment(problem, call, mirror, &target))
+    let span = span!("segment", problem.shapes());
+    span.run(|| {
+        let target = state.device().target()?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_segment(problem, call, mirror, &target)
+        })
+    })
 }
 
 /// [`crate::decode`] on the device: 1 to [`crate::MAX_DECODE_TOKENS`] new tokens per sequence (0 in
@@ -181,8 +192,13 @@ pub fn decode<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = state.device().decode_options(Runs::Once)?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
+    let span = span!("decode", problem.shapes());
+    span.run(|| {
+        let options = state.device().decode_options(Runs::Once)?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_decode(problem, call, mirror, &options)
+        })
+    })
 }
 
 /// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors
@@ -204,15 +220,19 @@ pub unsafe fn record_decode<T: Element + DeviceRepr>(
     state: &State,
     mut outputs: Outputs<'_, T>,
 ) -> Result<Plan> {
-    if !state.device().is_capturing()? {
-        return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
-    }
-    let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
-    let operands = operands(state.device(), inputs, gate, &mut outputs)?;
-    let addresses = operands.addresses.clone().with(Operand::State, state.address());
-    state.device().run(&plan, addresses)?;
-    operands.finish()?;
-    Ok(plan)
+    let span = span!("record_decode", problem.shapes());
+    span.run(|| {
+        if !state.device().is_capturing()? {
+            return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
+        }
+        let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
+        plan.note(&span);
+        let operands = operands(state.device(), inputs, gate, &mut outputs)?;
+        let addresses = operands.addresses.clone().with(Operand::State, state.address());
+        state.device().run(&plan, addresses)?;
+        operands.finish()?;
+        Ok(plan)
+    })
 }
 
 /// Loads the kernels and makes the room that [`record_decode`] of the same shapes needs. (A plan for
@@ -247,9 +267,13 @@ fn plan_replay<T: Element + DeviceRepr>(
 /// # Errors
 /// Those of [`crate::flush`], and the device's.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
-    state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
-    let plan = plan_flush(problem, &state.mirror, slots)?;
-    state.advance_with(&plan, Addresses::new())
+    let span = span!("flush", problem.shapes());
+    span.run(|| {
+        state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
+        let plan = plan_flush(problem, &state.mirror, slots)?;
+        plan.note(&span);
+        state.advance_with(&plan, Addresses::new())
+    })
 }
 
 impl State {
@@ -265,6 +289,7 @@ impl State {
 
 /// Plans, enqueues, and moves the mirror.
 fn now<T: Element + DeviceRepr>(
+    span: &Span,
     inputs: &Inputs<'_, T>,
     gate: &Gate,
     state: &mut State,
@@ -273,6 +298,7 @@ fn now<T: Element + DeviceRepr>(
 ) -> Result<()> {
     state.device().refuse_capture("a call", "record it with record_decode, or run its plan")?;
     let plan = plan(&describe(inputs, gate, &outputs)?, &state.mirror)?;
+    plan.note(span);
     let device = state.device().clone();
     let operands = operands(&device, inputs, gate, &mut outputs)?;
     state.advance_with(&plan, operands.addresses.clone())?;

@@ -8,7 +8,6 @@ use super::kernel::Arch;
 use super::kernels::find;
 use super::mirror::Mirror;
 use super::params::*;
-use super::problem::shapes;
 use super::tensor::{DeviceTensor, ROW_ALIGN};
 use crate::call::builders::{input_builders, output_builders, rope_builders};
 use crate::call::check::{check_longest, dtype_is};
@@ -212,7 +211,7 @@ impl<'a> Resolved<'a> {
 
     /// Whether some sequences of a padded batch may be shorter than T.
     pub fn padded(&self) -> bool {
-        self.form.lengths.padded()
+        matches!(self.form.lengths, Lengths::Padded(_) | Lengths::Ranges(_))
     }
 
     /// Whether sequence b is batch b in slot b, all T tokens of it.
@@ -341,6 +340,6 @@ impl<'a> Resolved<'a> {
         } else {
             format!("{shortest} to {}", self.longest())
         };
-        format!("{}; sequences: {count}, new tokens: {range}", shapes(p))
+        format!("{}; sequences: {count}, new tokens: {range}", p.shapes())
     }
 }
