@@ -285,6 +285,21 @@ impl Problem {
             .build()
     }
 
+    /// Element type, heads and dimensions, for titles.
+    #[cfg(any(feature = "cuda", feature = "tracing"))]
+    pub(crate) fn shapes(&self) -> String {
+        format!(
+            "{}, Hq {}, Hkv {}, Dk {}, Dv {}, N {}, {}",
+            self.dtype(),
+            self.heads(),
+            self.kv_heads(),
+            self.key_dim(),
+            self.value_dim(),
+            self.segment_len(),
+            self.update()
+        )
+    }
+
     /// An error naming the first field in which `state` (the problem of a state or file) differs.
     pub(crate) fn check_same(&self, state: &Problem) -> Result<()> {
         for ((field, expected), (_, got)) in self.fields().into_iter().zip(state.fields()) {

@@ -13,9 +13,8 @@ __device__ __forceinline__ void clear_padding(const InfiniClearPadding& p, unsig
   const InfiniSequence s = sequence_of(p.sequences, blockIdx.z);
   const int token = blockIdx.x * 8 + threadIdx.x / 32, head = blockIdx.y, lane = threadIdx.x % 32;
   const int len = s.slot == INFINI_PAD_SLOT ? 0 : s.len;
-  if (token >= p.sequences.tokens || token < len || s.batch < 0 || s.batch >= p.sequences.count) {
-    return;
-  }
+  const bool padding = token < s.first || token - s.first >= len;
+  if (token >= p.sequences.tokens || !padding || s.batch < 0 || s.batch >= p.sequences.count) return;
   for (const InfiniTensor* x : {&p.call.o, &p.call.a_dot, &p.call.a_mem}) {
     if (!x->data) continue;
     Chunk* row = reinterpret_cast<Chunk*>(row_of<T>(*x, s.batch, token, head));

@@ -6,6 +6,7 @@ use infini_attn::{DType, Element, Error, Inputs, MAX_DECODE_TOKENS, Outputs, Rop
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::batch::{self, Batch};
 use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::error::Flag;
 use crate::problem::Policies;
@@ -21,7 +22,7 @@ pub struct Arguments<'py> {
     pub k: Memory<'py>,
     pub v: Memory<'py>,
     pub beta: Vec<f32>,
-    seq_lens: Option<Vec<i32>>,
+    pub batch: Batch,
     rope: Option<(Memory<'py>, Memory<'py>)>,
     positions: Option<Vec<i64>>,
     interleaved: bool,
@@ -32,7 +33,7 @@ pub type Tensors<'a, 'py> = [&'a Bound<'py, PyAny>; 4];
 
 /// The optional arguments that say which tokens there are, as given.
 pub struct Tokens<'a, 'py> {
-    pub seq_lens: Option<&'a Bound<'py, PyAny>>,
+    pub batch: batch::Given<'a, 'py>,
     pub rope: Option<&'a Bound<'py, PyAny>>,
     pub positions: Option<&'a Bound<'py, PyAny>>,
     pub interleaved: bool,
@@ -41,12 +42,17 @@ pub struct Tokens<'a, 'py> {
 impl<'py> Arguments<'py> {
     pub fn new([q, k, v, beta]: Tensors<'_, 'py>, tokens: Tokens<'_, 'py>) -> PyResult<Self> {
         let (kind, q) = tensor::borrow("q", q)?;
-        let [b, t, heads, key_dim] = q.extents("[B, T, Hq, Dk]")?;
+        let batch = Batch::new(&q, tokens.batch)?;
+        let [heads, key_dim] = columns(&q);
         let same_kind = |argument, object| {
             let (got, memory) = tensor::borrow(argument, object)?;
             tensor::check_kind(argument, got, "q", kind)?;
             if memory.data_type() != q.data_type() {
                 return Err(memory.wrong_dtype(format_args!("{} as q has", q.data_type())));
+            }
+            match batch.packed() {
+                true => memory.extents::<3>("[total, Hkv, D]").map(drop)?,
+                false => memory.extents::<4>("[B, T, Hkv, D]").map(drop)?,
             }
             Ok(memory)
         };
@@ -54,32 +60,19 @@ impl<'py> Arguments<'py> {
         if tokens.rope.is_none() && tokens.positions.is_some() {
             return Err(error::value("positions", "without rope", "rope=(cos, sin) with them"));
         }
+        let [b, t] = batch.rows();
         let rope = tokens.rope.map(|tables| rope::tables(tables, [b, t, key_dim])).transpose()?;
         Ok(Self {
             kind,
             k,
             v,
             beta: gate(beta, heads)?,
-            seq_lens: tokens.seq_lens.map(seq_lens).transpose()?,
             rope,
-            positions: tokens.positions.map(|p| positions(p, b, t)).transpose()?,
+            positions: tokens.positions.map(|p| positions(p, batch.lead())).transpose()?,
             interleaved: tokens.interleaved,
             q,
+            batch,
         })
-    }
-
-    /// B and T.
-    pub fn batch(&self) -> (usize, usize) {
-        (self.q.shape()[0], self.q.shape()[1])
-    }
-
-    /// Tokens of each sequence.
-    fn lens(&self) -> Vec<usize> {
-        let (b, t) = self.batch();
-        match &self.seq_lens {
-            Some(lens) => lens.iter().map(|&len| len as usize).collect(),
-            None => vec![t; b],
-        }
     }
 
     /// The problem of this call: `base` (the state's, or the defaults), with the extents and the
@@ -91,9 +84,8 @@ impl<'py> Arguments<'py> {
         policies: &Policies<'_, '_>,
         dtype: DType,
     ) -> PyResult<infini_attn::Problem> {
-        let [_, _, heads, key_dim] = self.q.extents("[B, T, Hq, Dk]")?;
-        let [_, _, kv_heads, _] = self.k.extents("[B, T, Hkv, Dk]")?;
-        let [_, _, _, value_dim] = self.v.extents("[B, T, Hkv, Dv]")?;
+        let [heads, key_dim] = columns(&self.q);
+        let ([kv_heads, _], [_, value_dim]) = (columns(&self.k), columns(&self.v));
         let builder = base.map_or_else(infini_attn::Problem::builder, |p| p.to_builder());
         policies.problem(builder, [heads, kv_heads, key_dim, value_dim], dtype)
     }
@@ -105,10 +97,7 @@ impl<'py> Arguments<'py> {
         k: TensorView<'a, T>,
         v: TensorView<'a, T>,
     ) -> PyResult<Inputs<'a, T>> {
-        let mut inputs = Inputs::new(q, k, v);
-        if let Some(lens) = &self.seq_lens {
-            inputs = inputs.seq_lens(lens);
-        }
+        let mut inputs = self.batch.of(Inputs::new(q, k, v));
         if let Some((cos, sin)) = &self.rope {
             let mut rope = Rope::new(cos.view()?, sin.view()?).interleaved(self.interleaved);
             if let Some(positions) = &self.positions {
@@ -134,18 +123,20 @@ fn gate(object: &Bound<'_, PyAny>, heads: usize) -> PyResult<Vec<f32>> {
     }
 }
 
-fn seq_lens(object: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
-    let (shape, lens) = tensor::integers("seq_lens", object)?;
-    if shape.len() != 1 {
-        return Err(error::shape("seq_lens", &shape, "[B]"));
-    }
-    tensor::narrow("seq_lens", lens, "0 to T")
+/// Heads and channels of q, k or v, whose rank was checked.
+fn columns(memory: &Memory<'_>) -> [usize; 2] {
+    let shape = memory.shape();
+    [shape[shape.len() - 2], shape[shape.len() - 1]]
 }
 
-fn positions(object: &Bound<'_, PyAny>, b: usize, t: usize) -> PyResult<Vec<i64>> {
+fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>> {
     let (shape, positions) = tensor::integers("positions", object)?;
-    if shape != [t] && shape != [b, t] {
-        let expected = format_args!("[T] = [{t}] or [B, T] = [{b}, {t}]");
+    let t = &lead[lead.len() - 1..];
+    if shape != t && shape != lead {
+        let expected = match lead {
+            [b, t] => format!("[T] = [{t}] or [B, T] = [{b}, {t}]"),
+            _ => format!("[total] = {lead:?}"),
+        };
         return Err(error::shape("positions", &shape, expected));
     }
     tensor::narrow("positions", positions, "an integer of 64 bits")
@@ -182,7 +173,7 @@ impl<'py> Results<'py> {
 ///
 /// Parameters
 /// ----------
-/// q : [B, T, Hq, Dk], k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]
+/// q : [B, T, Hq, Dk], k : [B, T, Hkv, Dk], v : [B, T, Hkv, Dv]; with cu_seqlens [total, H, D]
 ///     PyTorch CPU tensors, NumPy arrays, or other arrays in CPU memory that have `__dlpack__`, all
 ///     float32, float16 or bfloat16 (in NumPy by the package ml_dtypes), **unrotated**. PyTorch's do not
 ///     mix with others, whose results are NumPy's. The last dimension is contiguous, all other strides
@@ -198,13 +189,23 @@ impl<'py> Results<'py> {
 ///     an error.
 /// state : State, optional
 ///     Where the streams stand; new, empty streams by default.
+/// slots : int [B], optional
+///     The stream of `state` that each sequence continues, all distinct; by default sequence b continues
+///     stream b, and there are as many. The others stay as they are.
 /// seq_lens : int [B], optional
 ///     Tokens of each sequence, the rest of T is padding: its outputs are 0, its lse is -inf.
+/// attention_mask : zeros and ones [B, T], bool, int or float, optional
+///     The same for padding on either side, as Hugging Face's tokenizers make it (of the call's tokens: of
+///     generate's mask the last T columns). Ones lie side by side; under zeros there are no tokens, and
+///     positions count without them.
+/// cu_seqlens : int [B + 1], optional
+///     Sequences one after another in [total, H, D], without padding: sequence b is tokens cu_seqlens[b]
+///     to cu_seqlens[b + 1] - 1. Begins with 0 and ends with total.
 /// rope : (cos, sin), optional
 ///     float32 [positions, R / 2], one column per frequency, unlike the tables of Hugging Face's models,
 ///     which are refused with the line that converts them. Rotates the first R channels of q and k, in
 ///     the local attention only; the memory sees them as given.
-/// positions : int [T] or [B, T], optional
+/// positions : int [T], [B, T] or [total], optional
 ///     Rows of the tables; by default they count on from state.position.
 /// rope_interleaved : bool
 ///     Channel 2i pairs with 2i + 1, instead of i with i + R / 2.
@@ -217,7 +218,8 @@ impl<'py> Results<'py> {
 /// -------
 /// out, or a tuple in the order (out, state, lse, a_dot, a_mem) of what was asked for
 ///     out, a_dot, a_mem : [B, T, Hq, Dv] of q's kind and dtype; lse : float32 [B, Hq, T] of q's
-///     kind, the natural logarithm of the local attention's sum.
+///     kind, the natural logarithm of the local attention's sum. With cu_seqlens [total, Hq, Dv] and
+///     [Hq, total].
 ///
 /// Raises
 /// ------
@@ -239,8 +241,8 @@ impl<'py> Results<'py> {
 /// resize them or give them other storage.
 #[pyfunction]
 #[pyo3(
-    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
-    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, seq_lens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, return_state=True, return_lse=False, return_parts=False)"
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, return_state=True, return_lse=False, return_parts=False)"
 )]
 #[allow(clippy::too_many_arguments)]
 pub fn infini_attention<'py>(
@@ -255,7 +257,10 @@ pub fn infini_attention<'py>(
     empty_memory: Option<&Bound<'py, PyAny>>,
     denominator: Option<&Bound<'py, PyAny>>,
     state: Option<&Bound<'py, PyAny>>,
+    slots: Option<&Bound<'py, PyAny>>,
     seq_lens: Option<&Bound<'py, PyAny>>,
+    attention_mask: Option<&Bound<'py, PyAny>>,
+    cu_seqlens: Option<&Bound<'py, PyAny>>,
     rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
     rope_interleaved: Flag<'py>,
@@ -269,7 +274,8 @@ pub fn infini_attention<'py>(
     let return_state = return_state.or(true, "return_state")?;
     let return_lse = return_lse.or(false, "return_lse")?;
     let return_parts = return_parts.or(false, "return_parts")?;
-    let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
+    let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots };
+    let tokens = Tokens { batch, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let state: Option<Bound<'py, State>> =
@@ -280,7 +286,7 @@ pub fn infini_attention<'py>(
     let state = match &state {
         Some(state) => State::to_advance(state, inplace)?,
         None => {
-            let empty = infini_attn::State::new(&problem, arguments.batch().0);
+            let empty = infini_attn::State::new(&problem, arguments.batch.sequences());
             Bound::new(py, State::new(empty.map_err(error::python)?))?
         }
     };
@@ -332,11 +338,11 @@ fn run<'py, T: Element + Scalar>(
     lse: bool,
     parts: bool,
 ) -> PyResult<(Results<'py>, Option<Interrupt>)> {
-    let (b, t) = arguments.batch();
-    let (kind, shape) = (arguments.kind, [b, t, problem.heads(), problem.value_dim()]);
+    let (kind, batch) = (arguments.kind, &arguments.batch);
+    let [shape, lse_shape] = batch.outputs(problem.heads(), problem.value_dim());
     let like = || tensor::empty::<T>(py, kind, &shape);
     let (out, mut out_memory) = like()?;
-    let mut lse = lse.then(|| tensor::empty::<f32>(py, kind, &[b, shape[2], t])).transpose()?;
+    let mut lse = lse.then(|| tensor::empty::<f32>(py, kind, &lse_shape)).transpose()?;
     let mut parts = parts.then(|| Ok::<_, PyErr>([like()?, like()?])).transpose()?;
 
     let mut outputs = Outputs::new(out_memory.view_mut::<T>()?);
@@ -349,9 +355,10 @@ fn run<'py, T: Element + Scalar>(
     let (q, k, v) = (arguments.q.view()?, arguments.k.view()?, arguments.v.view()?);
     let (cancel, gate) = (AtomicBool::new(false), &arguments.beta[..]);
     let inputs = arguments.inputs::<T>(q, k, v)?.cancel(&cancel);
-    let decoding = t <= MAX_DECODE_TOKENS;
+    let longest = batch.lens().into_iter().max().unwrap_or(0);
+    let decoding = longest <= MAX_DECODE_TOKENS;
     let lane = match decoding {
-        true if state.decodes_inline(t) => Lane::Inline,
+        true if state.decodes_inline(longest) => Lane::Inline,
         true => Lane::Decode,
         false => Lane::Long,
     };
@@ -364,9 +371,9 @@ fn run<'py, T: Element + Scalar>(
     })?;
     let interrupt = match (result, interrupt) {
         (result, None) => result.map(|()| None).map_err(error::python)?,
-        (Ok(()), Some(error)) => Some(Interrupt { error, taken: arguments.lens() }),
+        (Ok(()), Some(error)) => Some(Interrupt { error, taken: batch.lens() }),
         (Err(Error::Cancelled { taken }), Some(error)) => Some(Interrupt { error, taken }),
-        (Err(_), Some(error)) => Some(Interrupt { error, taken: vec![0; b] }),
+        (Err(_), Some(error)) => Some(Interrupt { error, taken: vec![0; batch.sequences()] }),
     };
     let results = Results {
         out,

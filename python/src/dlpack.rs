@@ -199,6 +199,11 @@ impl<'py> Memory<'py> {
         self.data.as_ptr().addr().is_multiple_of(bytes)
     }
 
+    /// Whether the elements are booleans of a byte each.
+    pub fn is_bool(&self) -> bool {
+        self.data_type == DataType { code: 6, bits: 8, lanes: 1 }
+    }
+
     /// The same bits as numbers of another type of the same size.
     pub fn reinterpret<T: Scalar>(mut self) -> Self {
         debug_assert_eq!(usize::from(self.data_type.bits), 8 * size_of::<T>());

@@ -2,6 +2,7 @@
 //! the core; here arrays are borrowed, results allocated and errors translated.
 
 mod attend;
+mod batch;
 mod dlpack;
 mod error;
 mod merge;

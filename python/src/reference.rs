@@ -8,6 +8,7 @@ use infini_attn::{DType, Problem, TensorView, reference};
 use pyo3::prelude::*;
 
 use crate::attend::{Arguments, Results, Tokens};
+use crate::batch;
 use crate::dlpack::{Memory, Scalar};
 use crate::error::Flag;
 use crate::problem::Policies;
@@ -81,8 +82,8 @@ impl ReferenceState {
 /// test against.
 #[pyfunction]
 #[pyo3(
-    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, seq_lens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
-    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, seq_lens=None, rope=None, positions=None, rope_interleaved=False, return_state=True, return_lse=False, return_parts=False)"
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, return_state=True, return_lse=False, return_parts=False)"
 )]
 #[allow(clippy::too_many_arguments)]
 pub fn reference_infini_attention<'py>(
@@ -97,7 +98,10 @@ pub fn reference_infini_attention<'py>(
     empty_memory: Option<&Bound<'py, PyAny>>,
     denominator: Option<&Bound<'py, PyAny>>,
     state: Option<&Bound<'py, PyAny>>,
+    slots: Option<&Bound<'py, PyAny>>,
     seq_lens: Option<&Bound<'py, PyAny>>,
+    attention_mask: Option<&Bound<'py, PyAny>>,
+    cu_seqlens: Option<&Bound<'py, PyAny>>,
     rope: Option<&Bound<'py, PyAny>>,
     positions: Option<&Bound<'py, PyAny>>,
     rope_interleaved: Flag<'py>,
@@ -109,7 +113,8 @@ pub fn reference_infini_attention<'py>(
     let return_state = return_state.or(true, "return_state")?;
     let return_lse = return_lse.or(false, "return_lse")?;
     let return_parts = return_parts.or(false, "return_parts")?;
-    let tokens = Tokens { seq_lens, rope, positions, interleaved: rope_interleaved };
+    let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots };
+    let tokens = Tokens { batch, rope, positions, interleaved: rope_interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;
     let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let state: Option<Bound<'py, ReferenceState>> =
@@ -120,10 +125,16 @@ pub fn reference_infini_attention<'py>(
         let got = format!("made for {made_for:?}");
         return Err(error::value("state", got, format!("the call's {problem:?}")));
     }
-    let (batch, length) = arguments.batch();
-    let mut next = match &state {
-        Some(state) => state.get().read()?.try_clone().map_err(error::python)?,
-        None => reference::State::new(&problem, batch).map_err(error::python)?,
+    let batch = &arguments.batch;
+    let (mut next, sequences) = match &state {
+        Some(state) => {
+            let state = state.get();
+            (state.read()?.try_clone().map_err(error::python)?, state.sequences)
+        }
+        None => {
+            let empty = reference::State::new(&problem, batch.sequences());
+            (empty.map_err(error::python)?, batch.sequences())
+        }
     };
     let (q, k, v) = (widen(&arguments.q)?, widen(&arguments.k)?, widen(&arguments.v)?);
     fn view<'a>(elements: &'a [f64], memory: &Memory<'_>) -> PyResult<TensorView<'a, f64>> {
@@ -136,16 +147,16 @@ pub fn reference_infini_attention<'py>(
         reference::prefill(&problem, &inputs, gate, &mut next)
     })?;
 
-    let shape = [batch, length, problem.heads(), problem.value_dim()];
+    let [shape, lse_shape] = batch.outputs(problem.heads(), problem.value_dim());
     let array = |values: &[f64]| tensor::array(py, &shape, values);
-    let lse = || tensor::array(py, &[batch, shape[2], length], &output.lse);
+    let lse = || tensor::array(py, &lse_shape, &output.lse);
     let parts = || Ok::<_, PyErr>([array(&output.a_dot)?, array(&output.a_mem)?]);
     let results = Results {
         out: array(&output.o)?,
         lse: return_lse.then(lse).transpose()?,
         parts: return_parts.then(parts).transpose()?,
     };
-    let next = ReferenceState { problem, sequences: batch, state: RwLock::new(next) };
+    let next = ReferenceState { problem, sequences, state: RwLock::new(next) };
     results.pack(py, return_state.then_some(Bound::new(py, next)?.into_any()))
 }
 

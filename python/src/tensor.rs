@@ -314,34 +314,45 @@ pub fn narrow<T: TryFrom<i128>>(
     Ok(narrowed)
 }
 
-/// A number as f32: the nearest one, infinite beyond its range.
-trait Rounded {
+/// A number of any type.
+trait Number {
+    /// The nearest f32, infinite beyond its range.
     fn rounded(self) -> f32;
+    /// The nearest f64.
+    fn wide(self) -> f64;
 }
 
-macro_rules! rounded {
+macro_rules! number {
     ($($type:ty)+) => {$(
-        impl Rounded for $type {
+        impl Number for $type {
             fn rounded(self) -> f32 {
                 self as f32
+            }
+
+            fn wide(self) -> f64 {
+                self as f64
             }
         }
     )+};
 }
 
-rounded!(f32 f64 i64 i32 i16 i8 u64 u32 u16 u8);
+number!(f32 f64 i64 i32 i16 i8 u64 u32 u16 u8);
 
-impl Rounded for f16 {
-    fn rounded(self) -> f32 {
-        self.to_f32()
-    }
+macro_rules! half_number {
+    ($($type:ty)+) => {$(
+        impl Number for $type {
+            fn rounded(self) -> f32 {
+                self.to_f32()
+            }
+
+            fn wide(self) -> f64 {
+                self.to_f64()
+            }
+        }
+    )+};
 }
 
-impl Rounded for bf16 {
-    fn rounded(self) -> f32 {
-        self.to_f32()
-    }
-}
+half_number!(f16 bf16);
 
 /// Numbers (one, a list, or an array of any floating-point or integer type) as f32, row-major, and
 /// their shape.
@@ -356,8 +367,32 @@ const NUMBERS: &str = "numbers";
 /// The elements of a memory of numbers, row-major.
 pub fn as_f32(memory: &Memory<'_>) -> PyResult<Vec<f32>> {
     read!(
-        memory, NUMBERS, Rounded::rounded, f32 bf16 f16 f64 i64 i32 i16 i8 u64 u32 u16 u8
+        memory, NUMBERS, Number::rounded, f32 bf16 f16 f64 i64 i32 i16 i8 u64 u32 u16 u8
     )
+}
+
+/// Zeros and ones (lists, or an array of booleans or of any floating-point or integer type), row-major,
+/// and their shape.
+pub fn zeros_and_ones(
+    argument: &str,
+    object: &Bound<'_, PyAny>,
+) -> PyResult<(Vec<usize>, Vec<bool>)> {
+    const EXPECTED: &str = "zeros and ones";
+    let (shape, memory) = numbers(argument, object, "biuf", EXPECTED)?;
+    let Some(memory) = memory else { return Ok((shape, vec![])) };
+    let memory = if memory.is_bool() { memory.reinterpret::<u8>() } else { memory };
+    let all: Vec<f64> = read!(
+        memory, EXPECTED, Number::wide, i64 u8 f32 f64 bf16 f16 i32 i16 i8 u64 u32 u16
+    )?;
+    if let Some(i) = all.iter().position(|&x| x != 0.0 && x != 1.0) {
+        let (mut index, mut rest) = (vec![], i);
+        for extent in shape.iter().rev() {
+            index.insert(0, rest % extent);
+            rest /= extent;
+        }
+        return Err(error::value(&format!("{argument}{index:?}"), all[i], "0 or 1"));
+    }
+    Ok((shape, collect(all.into_iter().map(|x| x == 1.0))?))
 }
 
 /// The shape of a small argument and its memory, None where it has no elements (an empty list has no

@@ -106,13 +106,13 @@ class Call:
         results = list(self.result) if isinstance(self.result, tuple) else [self.result]
         flags = [True, asked.get("return_state", True), *[asked.get("return_lse", False)], *[asked.get("return_parts", False)] * 2]
         kept = dict(zip([n for n, f in zip(("out", "state", "lse", "a_dot", "a_mem"), flags) if f], results, strict=True))
-        shape = (*q.shape[:3], v.shape[3])
+        shape = (*q.shape[:-1], v.shape[-1])
         for name in {"out", "a_dot", "a_mem"} & kept.keys():
             array = kept[name]
             assert isinstance(array, torch.Tensor) == isinstance(q, torch.Tensor), name
             assert tuple(array.shape) == shape and array.dtype == q.dtype, f"{name}: {describe(array)}"
         if "lse" in kept:
-            assert tuple(kept["lse"].shape) == (shape[0], shape[2], shape[1]), "lse"
+            assert tuple(kept["lse"].shape) == (*shape[:-3], shape[-2], shape[-3]), "lse"
         if "state" in kept and asked.get("state") is not None:
             assert (kept["state"] is asked["state"]) == bool(asked.get("inplace")), "which state is returned"
         if self.rng.random() < 0.1:

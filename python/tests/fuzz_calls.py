@@ -69,14 +69,35 @@ class World:
         beta = self.numbers(self.heads, dtype=self.rng.choice(("f32", "f16")))
         forms = (lambda b: b, lambda b: b, lambda b: b.tolist(), lambda b: b[None, :, None], lambda b: float(b[0]))
         beta = self.rng.choice(forms)(beta)
-        options = self.some(0.2, seq_lens=self.integers(0, t, self.batch))
+        options, lead = self.layout(t)
         if self.rope:
             rotated = self.rng.randint(1, self.key_dim // 2)
             pair = self.rng.choice((tuple, list))
             options["rope"] = pair(self.numbers(64, rotated, dtype="f32") for _ in "cs")
-            shape = self.rng.choice(((t,), (self.batch, t)))
+            shape = self.rng.choice((lead[-1:], lead))
             options |= self.some(0.3, positions=self.integers(0, 63, *shape), rope_interleaved=self.chance(0.5))
-        return (self.numbers(self.batch, t, self.heads, self.key_dim), self.k(t), self.v(t), beta), options
+        q = self.numbers(*lead, self.heads, self.key_dim)
+        k = self.numbers(*lead, self.kv_heads, self.key_dim)
+        return (q, k, self.numbers(*lead, self.kv_heads, self.value_dim), beta), options
+
+    def layout(self, t):
+        """Options that lay out the sequences of a batch, and the leading extents of its tensors."""
+        slots = self.some(0.2, slots=self.rng.sample(range(self.batch), self.batch))
+        kind = self.rng.choice((None,) * 4 + ("seq_lens", "attention_mask", "cu_seqlens"))
+        if kind == "seq_lens":
+            return slots | dict(seq_lens=self.integers(0, t, self.batch)), (self.batch, t)
+        if kind == "cu_seqlens":
+            lens = [self.rng.randint(0, t) for _ in range(self.batch)]
+            cu = np.cumsum([0, *lens])
+            form = self.rng.choice((np.ndarray.tolist, np.asarray, lambda a: a.astype(np.int32), torch.from_numpy))
+            return slots | dict(cu_seqlens=form(cu)), (sum(lens),)
+        if kind == "attention_mask":
+            mask = np.zeros((self.batch, t), self.rng.choice((np.bool_, np.int64, np.float32, np.uint8)))
+            for row in mask:
+                first = self.rng.randint(0, t)
+                row[first : self.rng.randint(first, t)] = 1
+            return slots | dict(attention_mask=self.rng.choice((np.asarray, np.ndarray.tolist, torch.from_numpy))(mask)), mask.shape
+        return slots, (self.batch, t)
 
     def state(self):
         """The world's streams, which have seen up to two calls."""
@@ -122,8 +143,13 @@ def of_reference(w):
     return args, options | returns(w) | w.some(0.5, state=state) | w.policies
 
 
+def reference_state(w):
+    args, options = w.inputs(3)
+    return reference.infini_attention(*args, **options)[1]
+
+
 def flush_of_reference(w):
-    return (of_reference(w)[1].get("state") or reference.infini_attention(*w.inputs(3)[0])[1],), {}
+    return (of_reference(w)[1].get("state") or reference_state(w),), {}
 
 
 def make_problem(w):
@@ -278,7 +304,7 @@ CALLS = {
     **getters(State, of(World.state)),
     **getters(KeySums, of(lambda w: w.sums(3))),
     **getters(SegmentMap, of(lambda w: w.map(w.sums(3)))),
-    **getters(reference.State, lambda w: ((reference.infini_attention(*w.inputs(3)[0])[1],), {})),
+    **getters(reference.State, of(reference_state)),
 }
 
 # How often each is called.

@@ -18,6 +18,15 @@ def attend(q=Q, k=K, v=V, beta=BETA, **options):
 
 
 STATE = attend(segment_len=8)[1]
+ONES = torch.ones(2, 20)
+PACKED = dict(q=Q[0], k=K[0], v=V[0], cu_seqlens=[0, 5, 20])
+
+
+def mask(row, *first):
+    """Ones, but for the first of a row."""
+    mask = ONES.double()
+    mask[row, : len(first)] = torch.tensor(first, dtype=torch.float64)
+    return mask
 
 
 def freed(dtype, *shape):
@@ -135,6 +144,46 @@ OPERATOR = [
     (TypeError, "seq_lens: .* given, integers", dict(seq_lens="ab")),
     (ValueError, f"seq_lens.0.: {2**64 - 1} given, 0 to T", dict(seq_lens=[2**64 - 1, 2])),
     (TypeError, "seq_lens: numpy.ma.MaskedArray given", dict(seq_lens=np.ma.masked_array([1, 2]))),
+    (ValueError, "attention_mask: beside seq_lens given, one of the two", dict(seq_lens=[1, 2], attention_mask=ONES)),
+    (ValueError, "cu_seqlens: beside seq_lens given, one of the two", dict(seq_lens=[1, 2], cu_seqlens=[0, 1])),
+    (ValueError, "cu_seqlens: beside attention_mask given, one of", dict(attention_mask=ONES, cu_seqlens=[0, 1])),
+    (ValueError, r"attention_mask: shape \[2, 19\] given, \[B, T\] = \[2, 20\] expected", dict(attention_mask=ONES[:, 1:])),
+    (ValueError, r"attention_mask: shape \[20\] given, \[B, T\] = \[2, 20\] expected", dict(attention_mask=ONES[0])),
+    (ValueError, r"attention_mask: shape \[2, 1, 20, 20\] given, \[B, T\]", dict(attention_mask=torch.ones(2, 1, 20, 20))),
+    (ValueError, r"attention_mask: shape \[2, 24\] given, \[B, T\] = \[2, 20\], the call's tokens: attention_mask\[:, -20:\]",
+     dict(attention_mask=torch.ones(2, 24))),
+    (ValueError, r"attention_mask\[1\]: 0 at 5 between ones at 3 and 19 given, ones side by side", dict(attention_mask=mask(1, 0, 0, 0, *[1] * 2, 0))),
+    (ValueError, r"attention_mask\[1, 1\]: 0.5 given, 0 or 1", dict(attention_mask=mask(1, 0, 0.5))),
+    (ValueError, r"attention_mask\[0, 0\]: 2 given, 0 or 1", dict(attention_mask=mask(0, 2).long())),
+    (ValueError, r"attention_mask\[1, 0\]: -1 given, 0 or 1", dict(attention_mask=mask(1, -1).char())),
+    (ValueError, r"attention_mask\[0, 1\]: -inf given, 0 or 1", dict(attention_mask=mask(0, 1, -torch.inf).bfloat16())),
+    (ValueError, r"attention_mask\[1, 1\]: NaN given, 0 or 1", dict(attention_mask=mask(1, 1, torch.nan).numpy())),
+    (ValueError, r"attention_mask\[0, 1\]: 1.0000000000000002 given, 0 or 1", dict(attention_mask=mask(0, 1, 1 + 2**-52))),
+    (TypeError, "attention_mask: dtype complex64 given, zeros and ones", dict(attention_mask=ONES.to(torch.complex64))),
+    (TypeError, "attention_mask: .* given, zeros and ones", dict(attention_mask="11")),
+    (TypeError, "attention_mask: numpy.ma.MaskedArray given", dict(attention_mask=np.ma.masked_array(ONES.numpy()))),
+    (ValueError, r"q: shape \[2, 20, 4, 8\] given, rank 3 \[total, Hq, Dk\], as cu_seqlens is given", dict(cu_seqlens=[0, 20])),
+    (ValueError, r"k: shape \[2, 20, 2, 8\] given, rank 3 \[total, Hkv, D\]", PACKED | dict(k=K)),
+    (ValueError, r"v: shape \[19, 2, 8\] given, .*\[20, 2, 8\]", PACKED | dict(v=V[0, 1:])),
+    (ValueError, r"cu_seqlens\[0\]: nothing given, 0", PACKED | dict(cu_seqlens=[])),
+    (ValueError, r"cu_seqlens\[0\]: 1 given, 0", PACKED | dict(cu_seqlens=[1, 20])),
+    (ValueError, r"cu_seqlens\[2\]: 4 given, at least cu_seqlens\[1\] = 5", PACKED | dict(cu_seqlens=[0, 5, 4, 20])),
+    (ValueError, r"cu_seqlens\[1\]: -5 given, at least cu_seqlens\[0\] = 0", PACKED | dict(cu_seqlens=[0, -5, 20])),
+    (ValueError, r"cu_seqlens\[2\]: 19 given, total = 20", PACKED | dict(cu_seqlens=np.array([0, 5, 19]))),
+    (ValueError, r"cu_seqlens\[1\]: 4294967296 given, 0 to total", PACKED | dict(cu_seqlens=[0, 2**32])),
+    (ValueError, r"cu_seqlens\[2\]: -2147483648 given, at least", PACKED | dict(cu_seqlens=[0, 2**31 - 1, -(2**31)])),
+    (ValueError, r"cu_seqlens: shape \[1, 2\] given, \[B \+ 1\]", PACKED | dict(cu_seqlens=[[0, 20]])),
+    (TypeError, "cu_seqlens: dtype f32 given, integers", PACKED | dict(cu_seqlens=torch.tensor([0.0, 20.0]))),
+    (ValueError, r"positions: shape \[1, 20\] given, \[total\] = \[20\]", PACKED | dict(rope=(COS, COS), positions=[[0] * 20])),
+    (ValueError, r"positions \(sequence 1, token 4\): 20 given, 0 to 20", PACKED | dict(rope=(COS, COS), positions=[0] * 9 + [20] + [0] * 10)),
+    (ValueError, "state: 2 elements given, 3 .*or explicit slots", PACKED | dict(cu_seqlens=[0, 5, 9, 20], state=STATE)),
+    (ValueError, "slots: 1 elements given, 2 .the number of sequences", dict(slots=[0], state=STATE)),
+    (ValueError, r"slots\[1\]: 2 given, less than the state.s 2 slots", dict(slots=[0, 2], state=STATE)),
+    (ValueError, r"slots\[1\]: -1 given, at least 0", dict(slots=[0, -1], state=STATE)),
+    (ValueError, r"slots\[1\]: 1 given.*", dict(slots=[1, 1], state=STATE)),
+    (ValueError, r"slots\[0\]: 7 given, less than the state.s 2 slots", dict(slots=[7, 1])),
+    (ValueError, r"slots: shape \[\] given, \[B\]", dict(slots=1, state=STATE)),
+    (TypeError, "slots: dtype bool given, integers", dict(slots=torch.tensor([True, False]), state=STATE)),
     (TypeError, r"rope: int given, a tuple \(cos, sin\)", dict(rope=3)),
     (ValueError, r"rope: 3 tables given, a tuple \(cos, sin\)", dict(rope=[COS, COS, COS])),
     (TypeError, "rope.cos: dtype f64 given, f32", dict(rope=(COS.double(), COS))),

@@ -24,7 +24,8 @@ def test_signature_of_the_operator():
     signature = str(inspect.signature(infini_attn.infini_attention))
     assert signature == (
         "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None,"
-        " denominator=None, state=None, seq_lens=None, rope=None, positions=None,"
+        " denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None,"
+        " cu_seqlens=None, rope=None, positions=None,"
         " rope_interleaved=False, inplace=False, return_state=True, return_lse=False,"
         " return_parts=False)"
     )

@@ -10,6 +10,16 @@ macro_rules! input_builders {
             self
         }
 
+        /// Batch padded on either side: sequence b is the tokens `ranges[b]` of its row, which need not
+        /// begin at 0. The rest is as in [`Self::seq_lens`]; tokens before the range count in no
+        /// position that continues from the state, and given positions go by place in the row.
+        ///
+        /// `&[2..7, 0..7, 0..4]`: two tokens of padding on the left, none, three on the right.
+        pub fn seq_ranges(mut self, ranges: &$a [std::ops::Range<i32>]) -> Self {
+            self.lengths = $crate::call::form::Lengths::Ranges(ranges);
+            self
+        }
+
         /// Packed batch: q, k, v are [total, H, D] and sequence b is tokens `cu[b]..cu[b + 1]`;
         /// `cu[0]` = 0 and the last entry is total.
         pub fn cu_seqlens(mut self, cu: &$a [i32]) -> Self {

@@ -1,5 +1,7 @@
 //! The only place where shapes, lengths, slots and positions are checked.
 
+use std::ops::Range;
+
 use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
 use crate::alloc;
 use crate::dtype::{DType, Element};
@@ -175,16 +177,27 @@ fn check_lengths(lengths: &Lengths<'_>, lead: &[usize]) -> Result<usize> {
     match *lengths {
         Lengths::Full => Ok(lead[0]),
         Lengths::Padded(lens) => {
-            if lens.len() != lead[0] {
-                let expected = format!("{} (the batch size)", lead[0]);
-                return Err(Error::Length { argument: "seq_lens", got: lens.len(), expected });
-            }
+            check_batch("seq_lens", lens.len(), lead[0])?;
             let fits = |len: i32| usize::try_from(len).is_ok_and(|len| len <= lead[1]);
             if let Some(b) = lens.iter().position(|&len| !fits(len)) {
                 let expected = format!("0 to T = {}", lead[1]);
                 return Err(Error::value(format!("seq_lens[{b}]"), lens[b], expected));
             }
             Ok(lens.len())
+        }
+        Lengths::Ranges(ranges) => {
+            check_batch("seq_ranges", ranges.len(), lead[0])?;
+            let fits = |r: &Range<i32>| {
+                0 <= r.start
+                    && r.start <= r.end
+                    && usize::try_from(r.end).is_ok_and(|e| e <= lead[1])
+            };
+            if let Some(b) = ranges.iter().position(|range| !fits(range)) {
+                let expected = format!("a range of 0 to T = {}, not backwards", lead[1]);
+                let got = format!("{:?}", ranges[b]);
+                return Err(Error::value(format!("seq_ranges[{b}]"), got, expected));
+            }
+            Ok(ranges.len())
         }
         Lengths::Packed(cu) => {
             let Some((&0, _)) = cu.split_first() else {
@@ -205,6 +218,15 @@ fn check_lengths(lengths: &Lengths<'_>, lead: &[usize]) -> Result<usize> {
     }
 }
 
+/// As many entries of `argument` as there are rows in the batch.
+fn check_batch(argument: &'static str, got: usize, rows: usize) -> Result<()> {
+    if got != rows {
+        let expected = format!("{rows} (the batch size)");
+        return Err(Error::Length { argument, got, expected });
+    }
+    Ok(())
+}
+
 /// Sequence `i` of checked lengths.
 fn sequence(
     lengths: &Lengths<'_>,
@@ -216,6 +238,7 @@ fn sequence(
     let (batch, first, len) = match *lengths {
         Lengths::Full => (i, 0, lead[1]),
         Lengths::Padded(lens) => (i, 0, lens[i] as usize),
+        Lengths::Ranges(ranges) => (i, ranges[i].start as usize, ranges[i].len()),
         Lengths::Packed(cu) => (0, cu[i] as usize, (cu[i + 1] - cu[i]) as usize),
     };
     Sequence { slot, batch, first, len, position }

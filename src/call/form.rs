@@ -1,6 +1,8 @@
 //! A call without its data: shapes, strides, lengths, slots, positions. Two backends that resolve the
 //! same form get the same sequences, or the same error.
 
+use std::ops::Range;
+
 use crate::memory::Counters;
 use crate::problem::Problem;
 use crate::tensor::Layout;
@@ -12,6 +14,8 @@ pub(crate) enum Lengths<'a> {
     Full,
     /// [B, T, H, D], sequence b is `lens[b]` tokens long, the rest is padding.
     Padded(&'a [i32]),
+    /// [B, T, H, D], sequence b is the tokens `ranges[b]` of its row, the others are padding.
+    Ranges(&'a [Range<i32>]),
     /// [total, H, D], sequence b is tokens `cu[b]..cu[b + 1]`.
     Packed(&'a [i32]),
 }
@@ -82,7 +86,7 @@ impl Form<'_> {
     pub fn position(&self, seq: &Sequence, t: usize) -> usize {
         match self.rope.map(|r| r.positions) {
             Some(Positions::Given(p)) if self.shared(p.len()) => p[seq.first + t] as usize,
-            Some(Positions::Given(p)) => p[seq.batch * self.tokens() + t] as usize,
+            Some(Positions::Given(p)) => p[seq.batch * self.tokens() + seq.first + t] as usize,
             _ => seq.position + t,
         }
     }
@@ -100,7 +104,7 @@ pub(crate) struct Sequence {
     pub slot: usize,
     /// Index into the batch dimension (0 when packed).
     pub batch: usize,
-    /// Index of its first token in the token dimension (0 when padded).
+    /// Index of its first token in the token dimension.
     pub first: usize,
     /// Number of tokens.
     pub len: usize,

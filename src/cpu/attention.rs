@@ -253,18 +253,19 @@ impl<T: Element> Call<'_, T> {
 
     /// Writes zeros (log-sum-exp −∞) to the padded rows of a sequence.
     pub fn clear_padding(&self, seq: &Sequence, tokens: usize) {
-        let out = &self.outputs;
-        for h in 0..self.problem.heads() {
+        let (out, after) = (&self.outputs, seq.first + seq.len);
+        let heads = 0..self.problem.heads();
+        for (h, padding) in heads.flat_map(|h| [(h, 0..seq.first), (h, after..tokens)]) {
             // SAFETY: as in `write`; padded rows belong to no task.
             unsafe {
-                for t in seq.len..tokens {
+                if let Some(lse) = &out.lse {
+                    lse.part([seq.batch, 0, h], padding.clone()).fill(f32::NEG_INFINITY);
+                }
+                for t in padding {
                     let rows = [Some(&out.o), out.a_dot.as_ref(), out.a_mem.as_ref()];
                     for rows in rows.into_iter().flatten() {
                         rows.row(seq.batch, t, h).fill(bytemuck::Zeroable::zeroed());
                     }
-                }
-                if let Some(lse) = &out.lse {
-                    lse.part([seq.batch, 0, h], seq.len..tokens).fill(f32::NEG_INFINITY);
                 }
             }
         }

@@ -21,6 +21,7 @@ use crate::memory::State;
 use crate::memory::parts::check_len;
 use crate::problem::{Problem, Update};
 use crate::tensor::{Rows, TensorView};
+use crate::trace::{Span, span};
 
 const KEY_SUMS: &str = "key sums";
 const MAP: &str = "a segment map";
@@ -231,9 +232,19 @@ pub fn key_sums_until<T: Element>(
     k: TensorView<'_, T>,
     cancel: &AtomicBool,
 ) -> Result<KeySums> {
-    let cancel = Cancel::within_tasks(Some(cancel));
+    let span = span!("key_sums", problem.shapes());
+    span.run(|| sum_keys(&span, problem, k, &Cancel::within_tasks(Some(cancel))))
+}
+
+fn sum_keys<T: Element>(
+    span: &Span,
+    problem: &Problem,
+    k: TensorView<'_, T>,
+    cancel: &Cancel<'_>,
+) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
+    span.lens((0..batch).map(|_| tokens));
     pool::start()?;
     let mut out = KeySums::zero(problem, batch)?;
     out.tokens.fill(tokens as u64);
@@ -287,11 +298,23 @@ pub fn segment_map_until<T: Element>(
     before: &KeySums,
     cancel: &AtomicBool,
 ) -> Result<SegmentMap> {
-    let cancel = &Cancel::within_tasks(Some(cancel));
+    let span = span!("segment_map", problem.shapes());
+    span.run(|| map_segments(&span, problem, k, v, before, &Cancel::within_tasks(Some(cancel))))
+}
+
+fn map_segments<T: Element>(
+    span: &Span,
+    problem: &Problem,
+    k: TensorView<'_, T>,
+    v: TensorView<'_, T>,
+    before: &KeySums,
+    cancel: &Cancel<'_>,
+) -> Result<SegmentMap> {
     let (dk, dv) = (problem.key_dim(), problem.value_dim());
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
-    let (_, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
+    let (batch, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
+    span.lens((0..batch).map(|_| tokens));
     pool::start()?;
     let mut map = SegmentMap::zero(problem, before)?;
     map.sums.tokens.fill(tokens as u64);
@@ -388,7 +411,13 @@ fn run_map<T: Element>(
 /// not made for the tokens that `first` leaves behind,
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
+    let span = span!("compose", first.problem.shapes());
+    span.run(|| composed(&span, first, second))
+}
+
+fn composed(span: &Span, first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
     first.run().check_followed_by(&second.run())?;
+    span.lens(first.tokens().iter().zip(second.tokens()).map(|(a, b)| (a + b) as usize));
     pool::start()?;
     let (dk, dv) = (first.problem.key_dim(), first.problem.value_dim());
     let sums = first.sums.add(&second.sums)?;
@@ -415,7 +444,13 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// an open segment, [`Error::Value`](crate::Error::Value) when the map was made for another number
 /// of earlier tokens, [`Error::OutOfMemory`](crate::Error::OutOfMemory). The state is unchanged then.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
+    let span = span!("apply", map.problem.shapes());
+    span.run(|| apply_to(&span, map, state))
+}
+
+fn apply_to(span: &Span, map: &SegmentMap, state: &mut State) -> Result<()> {
     let counters = map.run().apply(&state.problem, &state.counters)?;
+    span.lens(map.tokens().iter().map(|&tokens| tokens as usize));
     pool::start()?;
     let (dk, dv) = (map.problem.key_dim(), map.problem.value_dim());
     let scratch = Pool::new(state.m.len() / (dk * dv), || alloc::reserved(&[dk, dv], SCRATCH))?;

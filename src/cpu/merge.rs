@@ -10,6 +10,7 @@ use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::State;
 use crate::tensor::{Rows, RowsMut, TensorView, TensorViewMut};
+use crate::trace::{Span, span};
 
 /// Merges local attentions of the same queries over disjoint sets of keys into the attention over
 /// all of them: out = Σ exp(lseᵢ − L) · A_dotᵢ with L = ln Σ exp(lseᵢ), which goes to `out_lse`.
@@ -27,6 +28,17 @@ use crate::tensor::{Rows, RowsMut, TensorView, TensorViewMut};
 pub fn merge_partials<T: Element>(
     a_dot: &[TensorView<'_, T>],
     lse: &[TensorView<'_, f32>],
+    out: TensorViewMut<'_, T>,
+    out_lse: Option<TensorViewMut<'_, f32>>,
+) -> Result<()> {
+    let span = span!("merge_partials", format_args!("{} parts, {:?}", a_dot.len(), out.shape()));
+    span.run(|| merge_rows(&span, a_dot, lse, out, out_lse))
+}
+
+fn merge_rows<T: Element>(
+    span: &Span,
+    a_dot: &[TensorView<'_, T>],
+    lse: &[TensorView<'_, f32>],
     mut out: TensorViewMut<'_, T>,
     mut out_lse: Option<TensorViewMut<'_, f32>>,
 ) -> Result<()> {
@@ -34,11 +46,12 @@ pub fn merge_partials<T: Element>(
     let lse_layouts = alloc::collected(lse.iter().map(TensorView::layout), PARTS)?;
     let out_lse_layout = out_lse.as_ref().map(TensorViewMut::layout);
     check_partials(&a_dot_layouts, &lse_layouts, &out.layout(), out_lse_layout.as_ref())?;
-    let (tokens, heads) = match *out.shape() {
-        [_, tokens, heads, _] => (tokens, heads),
-        [tokens, heads, _] => (tokens, heads),
+    let (batch, tokens, heads) = match *out.shape() {
+        [batch, tokens, heads, _] => (batch, tokens, heads),
+        [tokens, heads, _] => (1, tokens, heads),
         _ => unreachable!("check_partials accepts ranks 3 and 4"),
     };
+    span.lens((0..batch).map(|_| tokens));
     if out.layout().is_empty() && out_lse_layout.is_none_or(|lse| lse.is_empty()) {
         return Ok(());
     }
@@ -130,12 +143,18 @@ fn max_and_exp_sum(logs: &[f64]) -> (f64, f64) {
 /// [`crate::Error::DeltaMerge`], [`crate::Error::Value`] when the token counts overflow, and
 /// [`crate::Error::OutOfMemory`].
 pub fn merge_memories(states: &[&State]) -> Result<State> {
+    let span = span!("merge_memories", format_args!("{} states", states.len()));
+    span.run(|| sum_states(&span, states))
+}
+
+fn sum_states(span: &Span, states: &[&State]) -> Result<State> {
     let counted = states.iter().map(|s| (&s.problem, &s.counters[..]));
     let counted = alloc::collected(counted, "the list of states")?;
     let counters = merge_counters(&counted)?;
     let Some(last) = states.last() else { return Err(no_states()) };
     pool::start()?;
     let mut merged = last.try_clone()?;
+    span.lens(counters.iter().map(|c| c.tokens as usize));
     merged.counters = counters;
     let (m, z) = merged.own_memory()?;
     add_up(m, states, |s| &s.m);

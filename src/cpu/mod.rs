@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::memory::blocks::KeyBlocks;
 use crate::memory::{State, check_slots};
 use crate::problem::Problem;
+use crate::trace::{Span, span};
 
 /// Infini-attention over any number of new tokens per sequence; continues where `state` stands.
 ///
@@ -77,7 +78,8 @@ pub fn prefill<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    run(problem, inputs, gate, state, outputs, Entry::Prefill)
+    let span = span!("prefill", problem.shapes());
+    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Prefill))
 }
 
 /// [`prefill()`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
@@ -94,7 +96,8 @@ pub fn decode<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    run(problem, inputs, gate, state, outputs, Entry::Decode)
+    let span = span!("decode", problem.shapes());
+    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Decode))
 }
 
 /// [`prefill()`] or [`decode()`], whichever serves the batch: a step of continuous batching, in which some
@@ -128,7 +131,8 @@ pub fn forward<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    run(problem, inputs, gate, state, outputs, Entry::Forward)
+    let span = span!("forward", problem.shapes());
+    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Forward))
 }
 
 /// The function that was called.
@@ -157,14 +161,20 @@ impl State {
 /// [`Error::Value`] for a slot out of range or named twice,
 /// [`Error::OutOfMemory`]. Nothing is written then.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
-    problem.check_same(&state.problem)?;
-    check_slots(slots, state.sequences())?;
-    pool::start()?;
-    decode::flush(problem, state, slots)
+    let span = span!("flush", problem.shapes());
+    span.run(|| {
+        problem.check_same(&state.problem)?;
+        check_slots(slots, state.sequences())?;
+        span.slots(slots.iter().copied());
+        span.lens(slots.iter().map(|&slot| state.open_len(slot)));
+        pool::start()?;
+        decode::flush(problem, state, slots)
+    })
 }
 
 /// The one way in: everything is checked here, before anything is written.
 fn run<T: Element>(
+    span: &Span,
     problem: &Problem,
     inputs: &Inputs<'_, T>,
     gate: &[f32],
@@ -174,6 +184,8 @@ fn run<T: Element>(
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
     let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
+    span.slots(sequences.iter().map(|s| s.slot));
+    span.lens(sequences.iter().map(|s| s.len));
     check_outputs(problem, inputs, &outputs)?;
     check_longest(&sequences, (entry == Entry::Decode).then_some(MAX_DECODE_TOKENS))?;
     let short = || sequences.iter().all(|s| s.len <= MAX_DECODE_TOKENS);

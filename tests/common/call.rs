@@ -1,5 +1,7 @@
 //! One call of a case: its buffers and lengths, for every kind of backend.
 
+use std::ops::Range;
+
 use infini_attn::{Element, Inputs, Rope, TensorView};
 
 use super::buffers::Strided;
@@ -20,6 +22,8 @@ pub struct Call<'a, T> {
     pub batch: Batch,
     /// Tokens of every sequence.
     pub lens: Vec<i32>,
+    /// Where they lie in their rows.
+    pub ranges: Vec<Range<i32>>,
     /// Their running sum, from 0.
     pub cu: Vec<i32>,
     /// Slot of every sequence; none: the identity.
@@ -44,6 +48,7 @@ macro_rules! laid_out {
         let inputs = match $call.batch {
             $crate::common::cases::Batch::Full => $inputs,
             $crate::common::cases::Batch::Padded => $inputs.seq_lens(&$call.lens),
+            $crate::common::cases::Batch::Ranges => $inputs.seq_ranges(&$call.ranges),
             $crate::common::cases::Batch::Packed => $inputs.cu_seqlens(&$call.cu),
         };
         match &$call.slots {
@@ -97,7 +102,7 @@ pub fn rope<'a>(
 pub struct CallShape {
     /// [B, T] or [total].
     pub lead: Vec<usize>,
-    /// Packed: first row of every sequence.
+    /// First token of every sequence in the token dimension.
     first: Vec<usize>,
 }
 
@@ -106,20 +111,40 @@ impl CallShape {
         let longest = lens.iter().copied().max().unwrap_or(0);
         let lead = match batch {
             Batch::Full => vec![lens.len(), longest],
-            Batch::Padded => vec![lens.len(), longest + 2],
+            Batch::Padded | Batch::Ranges => vec![lens.len(), longest + 2],
             Batch::Packed => vec![lens.iter().sum()],
         };
-        let first = (0..lens.len()).map(|b| lens[..b].iter().sum()).collect();
+        let first = |b: usize| match batch {
+            Batch::Full | Batch::Padded => 0,
+            Batch::Ranges => (longest + 2 - lens[b]) * (2 - b % 3) / 2,
+            Batch::Packed => lens[..b].iter().sum(),
+        };
+        let first = (0..lens.len()).map(first).collect();
         Self { lead, first }
+    }
+
+    /// Where the tokens of every sequence, of so many each, lie in the token dimension.
+    pub fn ranges(&self, lens: &[usize]) -> Vec<Range<i32>> {
+        self.first.iter().zip(lens).map(|(&at, &len)| at as i32..(at + len) as i32).collect()
+    }
+
+    /// Rows of padding of a sequence of `len` tokens, as counted within its row.
+    pub fn padding(&self, b: usize, len: usize) -> impl Iterator<Item = usize> + use<> {
+        let padded = if let [_, tokens] = self.lead[..] { tokens } else { 0 };
+        let own = self.first[b]..self.first[b] + len;
+        (0..padded).filter(move |t| !own.contains(t))
     }
 
     /// Leading indices of a token in q, k, v and o.
     pub fn token(&self, b: usize, t: usize) -> Vec<usize> {
-        if self.lead.len() == 2 { vec![b, t] } else { vec![self.first[b] + t] }
+        if self.lead.len() == 2 { vec![b, self.first[b] + t] } else { vec![self.first[b] + t] }
     }
 
     /// Indices of a row's log-sum-exp.
     pub fn lse(&self, b: usize, t: usize, h: usize) -> Vec<usize> {
-        if self.lead.len() == 2 { vec![b, h, t] } else { vec![h, self.first[b] + t] }
+        match self.lead.len() {
+            2 => vec![b, h, self.first[b] + t],
+            _ => vec![h, self.first[b] + t],
+        }
     }
 }

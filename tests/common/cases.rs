@@ -7,6 +7,9 @@ use rand::{RngExt, SeedableRng};
 
 use super::buffers::{Arrangement, Asked};
 
+/// Every layout.
+pub const BATCHES: [Batch; 4] = [Batch::Full, Batch::Padded, Batch::Ranges, Batch::Packed];
+
 /// One stream per sequence, cut into calls. Data are seeded per sequence and do not depend on how
 /// they are laid out or cut.
 #[derive(Clone, Debug)]
@@ -35,6 +38,9 @@ pub enum Batch {
     Full,
     /// [B, T + 2, H, D] with lengths; two rows of padding after the longest.
     Padded,
+    /// The same with ranges: the two rows and what a sequence is shorter by stand before it, around it,
+    /// behind it, in turns.
+    Ranges,
     /// [total, H, D] with cumulative lengths.
     Packed,
 }
@@ -335,7 +341,7 @@ fn batches() -> Vec<Case> {
     let ragged = vec![vec![20, 0, 41, 7], vec![0, 0, 16, 16], vec![13, 0, 1, 33], vec![1, 2, 3, 4]];
     let even = vec![vec![20; 4], vec![1; 4], vec![0; 4], vec![31; 4]];
     let decode = [vec![vec![17, 3, 0, 30]], vec![vec![1, 0, 16, 5]; 4]].concat();
-    for (i, batch) in [Batch::Full, Batch::Padded, Batch::Packed].into_iter().enumerate() {
+    for (i, batch) in BATCHES.into_iter().enumerate() {
         for (j, dtype) in DTYPES.into_iter().enumerate() {
             for (k, calls) in [&ragged, &even, &decode].into_iter().enumerate() {
                 if batch == Batch::Full && k != 1 {
@@ -365,7 +371,7 @@ fn rotations() -> Vec<Case> {
     for (i, channels) in [16, 8, 2, 0].into_iter().enumerate() {
         for interleaved in [false, true] {
             for positions in [Positions::Continued, Positions::Shared, Positions::PerToken] {
-                for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
+                for batch in BATCHES {
                     let name = format!("rope {channels} {interleaved} {positions:?} {batch:?}");
                     let mut case = Case::base(name).with(|b| b.dtype(DTYPES[out.len() % 3]));
                     let magnitude = [1.0, 1.2, 0.7, 1.0][i];
@@ -429,12 +435,12 @@ fn arrangements() -> Vec<Case> {
     use Arrangement::{Contiguous, Gaps, HeadsFirst, Reversed};
     let mut out = vec![];
     for arrangement in [Contiguous, HeadsFirst, Gaps, Reversed] {
-        for (i, batch) in [Batch::Full, Batch::Padded, Batch::Packed].into_iter().enumerate() {
+        for (i, batch) in BATCHES.into_iter().enumerate() {
             for dims in [(16, 8), (64, 64)] {
                 let mut case =
                     Case::base(format!("arrangement {arrangement:?} {batch:?} {dims:?}"))
                         .with(|b| b.heads(4).kv_heads(2).key_dim(dims.0).value_dim(dims.1))
-                        .with(|b| b.dtype(DTYPES[i]));
+                        .with(|b| b.dtype(DTYPES[i % 3]));
                 (case.arrangement, case.batch) = (arrangement, batch);
                 case.calls = vec![vec![35, 35], vec![3, 3], vec![1, 1]];
                 out.push(case);
@@ -535,7 +541,7 @@ fn mixed_case(i: usize, rng: &mut StdRng) -> Case {
         .with(|b| b.key_dim(dk).value_dim(dv).segment_len(n).update(pick(rng, &RULES)))
         .with(|b| b.empty_memory(pick(rng, &EMPTY)).denominator(pick(rng, &DENOMINATORS)))
         .with(|b| b.dtype(pick(rng, &DTYPES)));
-    case.batch = pick(rng, &[Batch::Full, Batch::Padded, Batch::Packed]);
+    case.batch = pick(rng, &BATCHES);
     case.arrangement = pick(
         rng,
         &[

@@ -188,6 +188,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
                     v,
                     batch: Batch::Full,
                     lens: vec![len as i32],
+                    ranges: std::iter::once(0..len as i32).collect(),
                     cu: vec![0, len as i32],
                     slots: Some(vec![slot]),
                     rope: None,
@@ -291,6 +292,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
             v,
             batch: case.batch,
             lens: lens.iter().map(|&n| n as i32).collect(),
+            ranges: shape.ranges(lens),
             cu: (0..=lens.len()).map(sum).collect(),
             slots: case.slots.as_ref().map(|(slots, _)| slots.clone()),
             rope,
@@ -343,20 +345,16 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
             }
             self.seen[b] += len;
         }
-        if self.case.batch == Batch::Padded {
-            let clean = (0..lens.len()).all(|b| {
-                (lens[b]..shape.lead[1]).all(|t| {
-                    (0..heads).all(|h| {
-                        let zero =
-                            |x: &Strided<T>| widen(x.row(&[b, t, h])).iter().all(|&x| x == 0.0);
-                        out.named().iter().all(|(_, x)| x.is_none_or(zero))
-                            && (out.lse.as_ref())
-                                .is_none_or(|x| x.get(&[b, h, t]) == f32::NEG_INFINITY)
-                    })
-                })
-            });
-            self.expect(clean, format!("call {i}: padded rows are not 0 (log-sum-exp −∞)"));
-        }
+        let clean = (0..lens.len()).all(|b| {
+            let rows = shape.padding(b, lens[b]).flat_map(|t| (0..heads).map(move |h| (t, h)));
+            { rows }.all(|(t, h)| {
+                let zero = |x: &Strided<T>| widen(x.row(&[b, t, h])).iter().all(|&x| x == 0.0);
+                let minus = |x: &Strided<f32>| x.get(&[b, h, t]) == f32::NEG_INFINITY;
+                out.named().iter().all(|(_, x)| x.is_none_or(zero))
+                    && out.lse.as_ref().is_none_or(minus)
+            })
+        });
+        self.expect(clean, format!("call {i}: padded rows are not 0 (log-sum-exp −∞)"));
     }
 
     fn check_state(&mut self) {
@@ -515,15 +513,17 @@ fn positions(case: &Case) -> Vec<Vec<i64>> {
     let kind = case.rope.map_or(Positions::Continued, |r| r.positions);
     (0..case.sequences())
         .map(|b| {
-            let of_call = |(i, len): (usize, usize)| {
-                (0..len).map(move |t| match kind {
-                    Positions::Continued => None,
+            let of_call = |(i, lens): (usize, &Vec<usize>)| {
+                let shape = CallShape::new(case.batch, lens);
+                (0..lens[b]).map(move |t| match (kind, &shape.token(b, t)[..]) {
+                    (Positions::Continued, _) => None,
+                    (Positions::Shared, [_, t]) => Some((i * 37 + t * 3) % TABLE_ROWS),
                     // Packed tokens share no index, so there the list is per token as well.
-                    Positions::Shared => Some((i * 37 + t * 3) % TABLE_ROWS),
-                    Positions::PerToken => Some((i * 131 + b * 29 + t * 17) % TABLE_ROWS),
+                    (Positions::Shared, _) => Some((i * 37 + t * 3) % TABLE_ROWS),
+                    (Positions::PerToken, _) => Some((i * 131 + b * 29 + t * 17) % TABLE_ROWS),
                 })
             };
-            let all = case.calls.iter().map(|c| c[b]).enumerate().flat_map(of_call);
+            let all = case.calls.iter().enumerate().flat_map(of_call);
             all.enumerate().map(|(t, given)| given.unwrap_or(t) as i64).collect()
         })
         .collect()

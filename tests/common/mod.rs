@@ -19,6 +19,8 @@ pub mod plans;
 pub mod say;
 #[cfg(feature = "cuda")]
 pub mod simulator;
+#[cfg(feature = "tracing")]
+pub mod spans;
 pub mod stream;
 #[cfg(feature = "cuda")]
 pub mod switches;

@@ -1,5 +1,7 @@
 //! Every refusal: a typed error that names the argument and both values, and nothing written.
 
+use std::ops::Range;
+
 use crate::common::buffers::{Arrangement, Asked, OutputBuffers, Strided};
 use crate::common::stream::{Stream, normals};
 use half::f16;
@@ -225,6 +227,21 @@ fn lengths_of_padded_batches() {
     f.refuses(|i| i.seq_lens(&[3, 3, 3]), "Length", "seq_lens: ", &["3 elements", "2"]);
     f.refuses(|i| i.seq_lens(&[3, 4]), "Value", "seq_lens[1]: ", &["4 given", "0 to T = 3"]);
     f.refuses(|i| i.seq_lens(&[-1, 3]), "Value", "seq_lens[0]: ", &["-1 given", "0 to T = 3"]);
+}
+
+#[test]
+fn ranges_of_padded_batches() {
+    let f = Fixture::new();
+    let refuses = |ranges: &[Range<i32>], kind, argument, words: &[&str]| {
+        f.refuses(|i| i.seq_ranges(ranges), kind, argument, words);
+    };
+    refuses(&[], "Length", "seq_ranges: ", &["0 elements", "2"]);
+    refuses(&[0..3, 0..3, 0..3], "Length", "seq_ranges: ", &["3 elements", "2"]);
+    #[allow(clippy::reversed_empty_ranges, reason = "what is refused")]
+    for wrong in [1..4, 4..4, -1..2, 2..1, i32::MIN..i32::MAX] {
+        let got = format!("{wrong:?} given");
+        refuses(&[0..3, wrong], "Value", "seq_ranges[1]: ", &[&got, "0 to T = 3"]);
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::common::backend::Backend;
 use crate::common::buffers::{OutputBuffers, Strided};
 use crate::common::call::{Call, CallShape};
 use crate::common::cases::{
-    Batch, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
+    BATCHES, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
 };
 use crate::common::driver::run_cases;
 use crate::common::metric::{Axes, log_rms, relative_rms, rows_are_close};
@@ -38,7 +38,7 @@ fn the_table_covers_its_axes() {
                 (c.problem.key_dim(), c.problem.value_dim()) == dims && c.problem.dtype() == dtype
             });
         }
-        for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
+        for batch in BATCHES {
             has("batch", &|c| c.batch == batch && c.problem.dtype() == dtype && c.sequences() > 1);
         }
     }
@@ -135,7 +135,7 @@ fn pairs_of_levels_meet_in_every_shape() {
     }
     let has = |what: &str, f: &dyn Fn(&Case) -> bool| assert!(all.iter().any(f), "no case: {what}");
     for update in RULES {
-        for batch in [Batch::Full, Batch::Padded, Batch::Packed] {
+        for batch in BATCHES {
             for denominator in DENOMINATORS {
                 has("rule and batch", &|c| c.problem.update() == update && c.batch == batch);
                 has("batch and denominator", &|c| {
@@ -145,7 +145,8 @@ fn pairs_of_levels_meet_in_every_shape() {
             has("batch and flush", &|c| c.batch == batch && !c.flush_after.is_empty());
             let both = |lens: &Vec<usize>| {
                 let short = |len: usize| len > 0 && len <= MAX_DECODE_TOKENS;
-                lens.iter().any(|&len| short(len)) && lens.iter().any(|&len| len > MAX_DECODE_TOKENS)
+                lens.iter().any(|&len| short(len))
+                    && lens.iter().any(|&len| len > MAX_DECODE_TOKENS)
             };
             if batch != Batch::Full {
                 has("prompts and tokens in one of several calls", &|c| {
@@ -211,8 +212,10 @@ impl Backend for PlainBackend {
             let seen = state[slot].tokens as usize;
             let position = |t: usize| match call.rope.as_ref().and_then(|r| r.positions.as_ref()) {
                 None => (seen + t) as i64,
-                Some(list) if list.len() == padding => list[*shape.token(b, t).last().unwrap()],
-                Some(list) => list[b * padding + t],
+                Some(list) => {
+                    let at = *shape.token(b, t).last().expect("an index");
+                    list[if list.len() == padding { at } else { b * padding + at }]
+                }
             };
             let positions: Vec<i64> = (0..len).map(position).collect();
             let rope = call.rope.as_ref().map(|r| Rows {
@@ -223,20 +226,26 @@ impl Backend for PlainBackend {
             });
             let got = state[slot].run(&stream, rope, gate);
             let width = p.value_dim();
-            let padded = if call.batch == Batch::Padded { padding } else { len };
-            for (t, h) in (0..padded).flat_map(|t| (0..p.heads()).map(move |h| (t, h))) {
+            // Beyond the stream's end nothing is found: zeros, −∞.
+            let padded = shape.padding(b, len).zip(len..).map(|(t, i)| (vec![b, t], i));
+            let tokens = (0..len).map(|t| (shape.token(b, t), t)).chain(padded);
+            for (token, t, h) in
+                tokens.flat_map(|(at, t)| (0..p.heads()).map(move |h| (at.clone(), t, h)))
+            {
                 let i = t * p.heads() + h;
                 let row = |all: &[f64]| -> Vec<T> {
                     let row = all.get(i * width..(i + 1) * width);
                     narrow(&row.map_or(vec![0.0; width], |r| r.iter().map(|&x| x as f32).collect()))
                 };
-                let token = if t < len { shape.token(b, t) } else { vec![b, t] };
                 let at = [&token[..], &[h]].concat();
                 out.o.set_row(&at, &row(&got.o));
                 out.a_dot.iter_mut().for_each(|x| x.set_row(&at, &row(&got.a_dot)));
                 out.a_mem.iter_mut().for_each(|x| x.set_row(&at, &row(&got.a_mem)));
                 if let Some(lse) = &mut out.lse {
-                    let at = if t < len { shape.lse(b, t, h) } else { vec![b, h, t] };
+                    let at = match token[..] {
+                        [b, t] => vec![b, h, t],
+                        _ => vec![h, token[0]],
+                    };
                     let value = got.lse.get(i).map_or(f32::NEG_INFINITY, |&x| x as f32);
                     lse.set(&at, scalar(value));
                 }

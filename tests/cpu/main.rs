@@ -32,4 +32,6 @@ mod state_refusals;
 mod strides;
 mod table;
 mod threads;
+#[cfg(feature = "tracing")]
+mod tracing;
 mod views;

@@ -8,6 +8,7 @@ use cudarc::driver::{CudaFunction, DriverError, result};
 
 use super::error::{driver, reason};
 use super::observer::Event;
+use super::ranges::range;
 use super::{Device, Workspace};
 use crate::cuda::plan::Plan;
 use crate::cuda::plan::address::{Addresses, Operand};
@@ -76,6 +77,7 @@ impl Device {
         plan: &Plan,
         mut addresses: Addresses,
     ) -> std::result::Result<(), Stopped> {
+        let _range = range(plan.title());
         // Held to the end: steps of two calls from two threads must not alternate in one workspace.
         let workspace = self.prepared(plan).map_err(|error| Stopped { error, midway: false })?;
         if let Some(current) = &workspace.current {
@@ -118,6 +120,7 @@ impl Launcher for CudaLauncher<'_> {
         let function = self.device.function(kernel)?;
         self.device.bind()?;
         self.device.tell(Event::Launch(launch));
+        let _range = range(kernel.symbol);
         let parameter = launch.parameter(|map| self.device.encoded(map).map_err(reason))?;
         let mut arguments = [parameter.as_ptr().cast_mut().cast::<c_void>()];
         let stream = self.device.stream().cu_stream();

@@ -18,6 +18,7 @@ use crate::cuda::plan::address::{Addresses, Operand};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::problem::Problem;
+use crate::trace::span;
 
 /// Σ σ(k) over a run of tokens in device memory; see [`crate::KeySums`].
 #[derive(Debug)]
@@ -129,15 +130,19 @@ pub fn key_sums<T: Element + DeviceRepr>(
     problem: &Problem,
     k: TensorView<'_, T>,
 ) -> Result<KeySums> {
-    let (plan, mirror) = plan_key_sums(problem, &k.tensor())?;
-    let sums = KeySums::allocate(device, mirror)?;
-    let mut operands = Operands::new(device)?;
-    operands.read(Operand::K, &k)?;
-    operands.ordered()?;
-    let addresses = operands.addresses.clone().with(Operand::KeySums, sums.data.address);
-    device.run(&plan, addresses)?;
-    operands.finish()?;
-    Ok(sums)
+    let span = span!("key_sums", problem.shapes());
+    span.run(|| {
+        let (plan, mirror) = plan_key_sums(problem, &k.tensor())?;
+        plan.note(&span);
+        let sums = KeySums::allocate(device, mirror)?;
+        let mut operands = Operands::new(device)?;
+        operands.read(Operand::K, &k)?;
+        operands.ordered()?;
+        let addresses = operands.addresses.clone().with(Operand::KeySums, sums.data.address);
+        device.run(&plan, addresses)?;
+        operands.finish()?;
+        Ok(sums)
+    })
 }
 
 /// [`crate::segment_map`] on the stream of `before`: k [B, T, Hkv, Dk], v [B, T, Hkv, Dv].
@@ -150,19 +155,23 @@ pub fn segment_map<T: Element + DeviceRepr>(
     v: TensorView<'_, T>,
     before: &KeySums,
 ) -> Result<SegmentMap> {
-    let device = &before.device;
-    let options = device.prefill_options()?;
-    let (plan, mirror) =
-        plan_segment_map(problem, &k.tensor(), &v.tensor(), &before.mirror, &options)?;
-    let map = SegmentMap::allocate(device, mirror)?;
-    let mut operands = Operands::new(device)?;
-    operands.read(Operand::K, &k)?;
-    operands.read(Operand::V, &v)?;
-    operands.ordered()?;
-    let addresses = operands.addresses.clone().with(Operand::Before, before.data.address);
-    let map = map.run(&plan, addresses)?;
-    operands.finish()?;
-    Ok(map)
+    let span = span!("segment_map", problem.shapes());
+    span.run(|| {
+        let device = &before.device;
+        let options = device.prefill_options()?;
+        let (plan, mirror) =
+            plan_segment_map(problem, &k.tensor(), &v.tensor(), &before.mirror, &options)?;
+        plan.note(&span);
+        let map = SegmentMap::allocate(device, mirror)?;
+        let mut operands = Operands::new(device)?;
+        operands.read(Operand::K, &k)?;
+        operands.read(Operand::V, &v)?;
+        operands.ordered()?;
+        let addresses = operands.addresses.clone().with(Operand::Before, before.data.address);
+        let map = map.run(&plan, addresses)?;
+        operands.finish()?;
+        Ok(map)
+    })
 }
 
 /// [`crate::compose`] on the maps' stream: the map of `first` followed by `second`.
@@ -170,13 +179,17 @@ pub fn segment_map<T: Element + DeviceRepr>(
 /// # Errors
 /// Those of [`crate::compose`]; [`crate::Error::Value`] for another stream; the device's.
 pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
-    let (plan, mirror) = plan_compose(&first.mirror, &second.mirror)?;
-    first.device.check_stream("second", &second.device)?;
-    let map = SegmentMap::allocate(&first.device, mirror)?;
-    let addresses = Addresses::new()
-        .with(Operand::First, first.data.address)
-        .with(Operand::Second, second.data.address);
-    map.run(&plan, addresses)
+    let span = span!("compose", format_args!("{} maps", first.tokens().len()));
+    span.run(|| {
+        let (plan, mirror) = plan_compose(&first.mirror, &second.mirror)?;
+        plan.note(&span);
+        first.device.check_stream("second", &second.device)?;
+        let map = SegmentMap::allocate(&first.device, mirror)?;
+        let addresses = Addresses::new()
+            .with(Operand::First, first.data.address)
+            .with(Operand::Second, second.data.address);
+        map.run(&plan, addresses)
+    })
 }
 
 /// [`crate::apply`] on the state's stream.
@@ -184,10 +197,14 @@ pub fn compose(first: &SegmentMap, second: &SegmentMap) -> Result<SegmentMap> {
 /// # Errors
 /// Those of [`crate::apply`]; [`crate::Error::Value`] for another stream; the device's.
 pub fn apply(map: &SegmentMap, state: &mut State) -> Result<()> {
-    let plan = plan_apply(&map.mirror, state.mirror())?;
-    state.device().check_stream("map", &map.device)?;
-    state.device().refuse_capture("applying a map", "record the plan of plan_apply")?;
-    state.advance_with(&plan, Addresses::new().with(Operand::Map, map.data.address))
+    let span = span!("apply", state.problem().shapes());
+    span.run(|| {
+        let plan = plan_apply(&map.mirror, state.mirror())?;
+        plan.note(&span);
+        state.device().check_stream("map", &map.device)?;
+        state.device().refuse_capture("applying a map", "record the plan of plan_apply")?;
+        state.advance_with(&plan, Addresses::new().with(Operand::Map, map.data.address))
+    })
 }
 
 fn zeroed(device: &Device, bytes: u64, what: &str) -> Result<Buffer> {

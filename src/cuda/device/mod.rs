@@ -16,6 +16,7 @@ pub mod maps;
 pub mod merge;
 pub mod observer;
 pub mod operator;
+mod ranges;
 mod slots;
 pub mod state;
 pub mod table;

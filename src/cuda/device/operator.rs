@@ -26,6 +26,7 @@ use crate::cuda::plan::tensor::DeviceTensor;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::problem::Problem;
+use crate::trace::{Span, span};
 
 /// Queries, keys and values of one call in device memory; see [`crate::Inputs`]. Rows start at
 /// multiples of 16 bytes. Lengths and slots are the host's.
@@ -160,8 +161,13 @@ pub fn prefill<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = state.device().prefill_options()?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_prefill(problem, call, mirror, &options))
+    let span = span!("prefill", problem.shapes());
+    span.run(|| {
+        let options = state.device().prefill_options()?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_prefill(problem, call, mirror, &options)
+        })
+    })
 }
 
 /// [`prefill`] in one launch, for at most what is left of each sequence's segment: streaming segment
@@ -176,8 +182,13 @@ pub fn segment<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let target = state.device().target()?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_segment(problem, call, mirror, &target))
+    let span = span!("segment", problem.shapes());
+    span.run(|| {
+        let target = state.device().target()?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_segment(problem, call, mirror, &target)
+        })
+    })
 }
 
 /// [`crate::decode`] on the device: 1 to [`crate::MAX_DECODE_TOKENS`] new tokens per sequence (0 in
@@ -192,8 +203,13 @@ pub fn decode<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = state.device().decode_options(Runs::Once)?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_decode(problem, call, mirror, &options))
+    let span = span!("decode", problem.shapes());
+    span.run(|| {
+        let options = state.device().decode_options(Runs::Once)?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_decode(problem, call, mirror, &options)
+        })
+    })
 }
 
 /// [`crate::forward`] on the device: prompts and single tokens in one call and one plan
@@ -208,8 +224,13 @@ pub fn forward<T: Element + DeviceRepr>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let options = state.device().prefill_options()?;
-    now(inputs, gate, state, outputs, |call, mirror| plan_forward(problem, call, mirror, &options))
+    let span = span!("forward", problem.shapes());
+    span.run(|| {
+        let options = state.device().prefill_options()?;
+        now(&span, inputs, gate, state, outputs, |call, mirror| {
+            plan_forward(problem, call, mirror, &options)
+        })
+    })
 }
 
 /// [`decode`] into the graph that the state's stream captures. Every replay decodes what its tensors
@@ -236,15 +257,19 @@ pub unsafe fn record_decode<T: Element + DeviceRepr>(
     state: &State,
     mut outputs: Outputs<'_, T>,
 ) -> Result<Plan> {
-    if !state.device().is_capturing()? {
-        return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
-    }
-    let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
-    let operands = operands(state.device(), inputs, gate, &mut outputs)?;
-    let addresses = operands.addresses.clone().with(Operand::State, state.address());
-    state.device().run(&plan, addresses)?;
-    operands.finish()?;
-    Ok(plan)
+    let span = span!("record_decode", problem.shapes());
+    span.run(|| {
+        if !state.device().is_capturing()? {
+            return Err(Error::value("stream", "a stream that captures nothing", "one in capture"));
+        }
+        let plan = plan_replay(problem, inputs, gate, state, &outputs)?;
+        plan.note(&span);
+        let operands = operands(state.device(), inputs, gate, &mut outputs)?;
+        let addresses = operands.addresses.clone().with(Operand::State, state.address());
+        state.device().run(&plan, addresses)?;
+        operands.finish()?;
+        Ok(plan)
+    })
 }
 
 /// Loads the kernels and makes the room that [`record_decode`] of the same shapes needs. (A plan for
@@ -310,9 +335,13 @@ impl<T> Inputs<'_, T> {
 /// # Errors
 /// Those of [`crate::flush`], and the device's.
 pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()> {
-    state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
-    let plan = plan_flush(problem, &state.mirror, slots)?;
-    state.advance_with(&plan, Addresses::new())
+    let span = span!("flush", problem.shapes());
+    span.run(|| {
+        state.device().refuse_capture("a flush", "record the plan of plan_flush")?;
+        let plan = plan_flush(problem, &state.mirror, slots)?;
+        plan.note(&span);
+        state.advance_with(&plan, Addresses::new())
+    })
 }
 
 impl State {
@@ -339,6 +368,7 @@ impl State {
 
 /// Plans, enqueues, and moves the mirror.
 fn now<T: Element + DeviceRepr>(
+    span: &Span,
     inputs: &Inputs<'_, T>,
     gate: &Gate,
     state: &mut State,
@@ -351,6 +381,7 @@ fn now<T: Element + DeviceRepr>(
         return Err(Error::value("sequences_table", "a table in device memory", expected));
     }
     let plan = plan(&describe(inputs, gate, &outputs)?, &state.mirror)?;
+    plan.note(span);
     let device = state.device().clone();
     let operands = operands(&device, inputs, gate, &mut outputs)?;
     state.advance_with(&plan, operands.addresses.clone())?;
@@ -372,6 +403,7 @@ fn describe<'a, T: Element + DeviceRepr>(
     call = match inputs.lengths {
         Lengths::Full => call,
         Lengths::Padded(lens) => call.seq_lens(lens),
+        Lengths::Ranges(ranges) => call.seq_ranges(ranges),
         Lengths::Packed(cu) => call.cu_seqlens(cu),
     };
     if let Some(slots) = inputs.slots {

@@ -13,7 +13,7 @@ use crate::cuda::plan::kernel::Arch;
 use crate::cuda::plan::kernels::find;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
-use crate::cuda::plan::problem::{problem_params, shapes};
+use crate::cuda::plan::problem::problem_params;
 use crate::cuda::plan::sequences::listed;
 use crate::error::Result;
 use crate::memory::check_slots;
@@ -41,8 +41,11 @@ pub fn plan_flush(problem: &Problem, state: &Mirror, slots: &[usize]) -> Result<
             reserved: 0,
         })
         .collect();
-    let title =
-        format!("flush {}; open segments: {}, up to {longest} tokens", shapes(problem), open.len());
+    let title = format!(
+        "flush {}; open segments: {}, up to {longest} tokens",
+        problem.shapes(),
+        open.len()
+    );
     let mut plan = Plan::new(title, state.layout(), Effect::Flush(open));
     let mut workspace = Allocation::new(Operand::Workspace);
     if longest > 0 {

@@ -11,7 +11,6 @@ use crate::cuda::plan::kernel::Arch;
 use crate::cuda::plan::kernels::find;
 use crate::cuda::plan::layout::StateLayout;
 use crate::cuda::plan::params::*;
-use crate::cuda::plan::problem::shapes;
 use crate::error::Result;
 use crate::memory::{Counters, check_slots};
 
@@ -22,7 +21,7 @@ impl StateLayout {
     /// # Errors
     /// [`crate::Error::Unsupported`], as [`Self::new`].
     pub fn plan_init(&self) -> Result<Plan> {
-        let title = format!("init {}; slots: {}", shapes(self.problem()), self.slots());
+        let title = format!("init {}; slots: {}", self.problem().shapes(), self.slots());
         let mut plan = Plan::new(title, self, Effect::Reset((0..self.slots()).collect()));
         plan.fill(Operand::State.at(0), self.bytes(), 0);
         self.snapshots(&mut plan, 0, self.slots())?;
@@ -36,7 +35,7 @@ impl StateLayout {
     pub fn plan_reset(&self, slots: &[usize]) -> Result<Plan> {
         check_slots(slots, self.slots())?;
         let p = self.problem();
-        let title = format!("reset {}; slots: {} of {}", shapes(p), slots.len(), self.slots());
+        let title = format!("reset {}; slots: {} of {}", p.shapes(), slots.len(), self.slots());
         let mut plan = Plan::new(title, self, Effect::Reset(slots.to_vec()));
         let z = (4 * p.kv_heads() * p.key_dim()) as u64;
         let parts = [

@@ -28,7 +28,6 @@ use crate::cuda::plan::effect::{Change, Effect};
 use crate::cuda::plan::kernels::find_for;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
-use crate::cuda::plan::problem::shapes;
 use crate::cuda::plan::target::Target;
 use crate::cuda::plan::tensor::{DeviceTensor, ROW_ALIGN};
 use crate::dtype::DType;
@@ -151,7 +150,7 @@ pub fn plan_key_sums(problem: &Problem, k: &DeviceTensor) -> Result<(Plan, KeySu
     let (batch, tokens) = check_keys(problem, k.dtype(), &k.layout())?;
     k.check_row_align("k")?;
     let sums = KeySumsMirror { problem: *problem, tokens: vec![tokens as u64; batch] };
-    let title = format!("key sums of {batch} × {tokens} tokens; {}", shapes(problem));
+    let title = format!("key sums of {batch} × {tokens} tokens; {}", problem.shapes());
     let mut plan = Plan::stateless(title);
     let mut workspace = Allocation::new(Operand::Workspace);
     let splits = Splits { count: SPLITS, len: SPLIT };
@@ -189,7 +188,7 @@ pub fn plan_add_key_sums(
     check_batch("other", second.tokens.len(), first.tokens.len())?;
     let tokens = sum_tokens("other", &first.tokens, &second.tokens)?;
     let sums = KeySumsMirror { problem: first.problem, tokens };
-    let mut plan = Plan::stateless(format!("add key sums; {}", shapes(&first.problem)));
+    let mut plan = Plan::stateless(format!("add key sums; {}", first.problem.shapes()));
     let mut workspace = Allocation::new(Operand::Workspace);
     let inputs = [Operand::First, Operand::Second].map(|operand| operand.at(0));
     let out = Operand::KeySums.at(0);
@@ -226,7 +225,7 @@ pub fn plan_segment_map(
         before: before.tokens.clone(),
         tokens: vec![tokens as u64; batch],
     };
-    let title = format!("map of {batch} × {tokens} tokens; {}", shapes(problem));
+    let title = format!("map of {batch} × {tokens} tokens; {}", problem.shapes());
     let mut plan = Plan::stateless(title);
     let mut workspace = Allocation::new(Operand::Workspace);
     let (n, splits) = (problem.segment_len(), Splits::of(problem, &options.target)?);
@@ -331,7 +330,7 @@ pub fn plan_compose(
     let tokens = sum_tokens("second", &first.tokens, &second.tokens)?;
     let map = SegmentMapMirror { tokens, ..first.clone() };
     let p = &map.problem;
-    let title = format!("compose {} maps; {}", map.tokens.len(), shapes(p));
+    let title = format!("compose {} maps; {}", map.tokens.len(), p.shapes());
     let mut plan = Plan::stateless(title);
     let mut workspace = Allocation::new(Operand::Workspace);
     let [one, two, out] =
@@ -354,7 +353,7 @@ pub fn plan_compose(
 pub fn plan_apply(map: &SegmentMapMirror, state: &Mirror) -> Result<Plan> {
     let after = map.run().apply(state.problem(), state.counters())?;
     let (p, layout, at) = (&map.problem, state.layout(), map.symbols(Operand::Map));
-    let title = format!("apply {} maps; {}", map.tokens.len(), shapes(p));
+    let title = format!("apply {} maps; {}", map.tokens.len(), p.shapes());
     let changes = Change::all(state.counters(), &after);
     let mut plan = Plan::new(title, layout, Effect::Set(changes));
     let mut workspace = Allocation::new(Operand::Workspace);

@@ -13,7 +13,6 @@ use crate::cuda::plan::effect::{Change, Effect};
 use crate::cuda::plan::kernels::find_for;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
-use crate::cuda::plan::problem::shapes;
 use crate::cuda::plan::tensor::{DeviceTensor, ROW_ALIGN};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -129,7 +128,7 @@ pub fn plan_merge_memories(earlier: &[&Mirror], state: &Mirror) -> Result<Plan> 
     }
     let (p, layout) = (state.problem(), state.layout());
     let title =
-        format!("merge {} states of {} slots; {}", counted.len(), layout.slots(), shapes(p));
+        format!("merge {} states of {} slots; {}", counted.len(), layout.slots(), p.shapes());
     let changes = Change::all(state.counters(), &merged);
     let mut plan = Plan::new(title, layout, Effect::Set(changes));
     let mut workspace = Allocation::new(Operand::Workspace);

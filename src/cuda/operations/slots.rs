@@ -10,7 +10,7 @@ use crate::cuda::plan::kernel::Arch;
 use crate::cuda::plan::kernels::find;
 use crate::cuda::plan::mirror::Mirror;
 use crate::cuda::plan::params::*;
-use crate::cuda::plan::problem::{problem_params, shapes};
+use crate::cuda::plan::problem::problem_params;
 use crate::error::{Error, Result};
 use crate::memory::slots::{check_pairs, check_pairs_within};
 
@@ -72,7 +72,7 @@ fn plan_copies(
     /// Blocks of a pair and KV head at most; they stride over what is left.
     const BLOCKS: usize = 64;
     let (p, layout) = (to.problem(), to.layout());
-    let title = format!("copy {} slots; {}", pairs.len(), shapes(p));
+    let title = format!("copy {} slots; {}", pairs.len(), p.shapes());
     let mut plan = Plan::new(title, layout, Effect::Copy(copied));
     let mut workspace = Allocation::new(Operand::Workspace);
     // Slots are less than 2^31.
@@ -113,7 +113,7 @@ pub fn plan_truncate(state: &Mirror, slot: usize, tokens: u64) -> Result<Plan> {
     state.check_finished([slot])?;
     let found = state.counters()[slot];
     let after = found.truncated(slot, tokens)?;
-    let title = format!("keep {tokens} of {} tokens; {}", found.tokens, shapes(p));
+    let title = format!("keep {tokens} of {} tokens; {}", found.tokens, p.shapes());
     let mut plan = Plan::new(title, layout, Effect::Set(vec![Change { slot, found, after }]));
     if after != found {
         layout.set_counters(&mut plan, slot, &[after]);

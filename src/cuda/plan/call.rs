@@ -8,7 +8,6 @@ use super::kernel::Arch;
 use super::kernels::find;
 use super::mirror::Mirror;
 use super::params::*;
-use super::problem::shapes;
 use super::tensor::{DeviceTensor, ROW_ALIGN};
 use crate::call::builders::{input_builders, output_builders, rope_builders};
 use crate::call::check::{check_longest, dtype_is};
@@ -343,6 +342,6 @@ impl<'a> Resolved<'a> {
         } else {
             format!("{shortest} to {}", self.longest())
         };
-        format!("{}; sequences: {count}, new tokens: {range}", shapes(p))
+        format!("{}; sequences: {count}, new tokens: {range}", p.shapes())
     }
 }

@@ -20,9 +20,10 @@ pub mod tensor_map;
 use std::fmt;
 
 use crate::error::{Error, Result};
+use crate::trace::Span;
 use address::{Addresses, Bytes, Operand, Parameters, Requirement};
 use allocation::{Allocation, PART_ALIGN};
-use effect::Effect;
+use effect::{Effect, Tokens};
 use kernel::{Arch, Kernel};
 use launcher::{Launch, Launcher};
 use layout::StateLayout;
@@ -95,6 +96,27 @@ impl Plan {
     pub(crate) fn stateless(title: String) -> Self {
         let (steps, requirements) = (Vec::new(), Vec::new());
         Self { title, state: None, steps, workspace: 0, requirements, effect: Effect::None }
+    }
+
+    /// What it does, and to what.
+    pub(crate) fn title(&self) -> &str {
+        &self.title
+    }
+
+    /// Notes in a call's span what it does.
+    pub(crate) fn note(&self, span: &Span) {
+        span.plan(&self.title, self);
+        match &self.effect {
+            Effect::Tokens(Tokens { sequences, .. }) => {
+                span.slots(sequences.iter().map(|(slot, _)| *slot));
+                span.lens(sequences.iter().map(|(_, len)| *len));
+            }
+            Effect::Flush(slots) => {
+                span.slots(slots.iter().map(|(slot, _)| *slot));
+                span.lens(slots.iter().map(|(_, counters)| counters.open_len));
+            }
+            _ => {}
+        }
     }
 
     /// The layout of the states it works on; none for a plan that touches no state.

@@ -1,21 +1,7 @@
-//! A problem as title and as launch parameter.
+//! A problem as launch parameter.
 
 use super::params::*;
 use crate::problem::{Denominator, EmptyMemory, Problem, Update};
-
-/// Heads and dimensions, for messages and titles.
-pub(crate) fn shapes(p: &Problem) -> String {
-    format!(
-        "{}, Hq {}, Hkv {}, Dk {}, Dv {}, N {}, {}",
-        p.dtype(),
-        p.heads(),
-        p.kv_heads(),
-        p.key_dim(),
-        p.value_dim(),
-        p.segment_len(),
-        p.update()
-    )
-}
 
 /// The problem as launch parameter. Every extent is at most 2^24.
 pub(crate) fn problem_params(p: &Problem) -> InfiniProblem {

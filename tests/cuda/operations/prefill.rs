@@ -64,6 +64,9 @@ fn phases_that_find_nothing_to_do_are_not_launched() {
     assert_eq!(names(&delta, call(&delta, &[2, 5]).seq_lens(&[5, 4])), padded);
     assert_eq!(names(&delta, call(&delta, &[2, 5]).seq_lens(&[5, 5])), scans, "no padding");
     assert_eq!(names(&delta, call(&delta, &[2, 5]).seq_lens(&[0, 0])), ["clear_padding"]);
+    let ranges = [1..5, 0..5];
+    assert_eq!(names(&delta, call(&delta, &[2, 5]).seq_ranges(&ranges)), padded);
+    assert_eq!(names(&delta, call(&delta, &[2, 5]).seq_ranges(&[0..5, 0..5])), scans);
     let none: [&str; 0] = [];
     assert_eq!(names(&delta, call(&delta, &[2, 0])), none);
     assert_eq!(names(&delta, call(&delta, &[0]).cu_seqlens(&[0, 0, 0])), none);

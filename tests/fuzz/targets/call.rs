@@ -1,6 +1,8 @@
 //! Calls with arguments that fit, but for a few: a refusal leaves state and outputs as they were, and
 //! what is accepted gives what the float64 reference does.
 
+use std::ops::Range;
+
 use arbitrary::{Arbitrary, Result, Unstructured};
 use infini_attn::{
     Denominator, Error, Inputs, Outputs, Problem, Rope, State, TensorView, TensorViewMut, Update,
@@ -134,6 +136,7 @@ struct Call {
     /// q, k, v, o: shapes and data.
     tensors: [(Vec<usize>, Vec<f32>); 4],
     lens: Option<Vec<i32>>,
+    ranges: Option<Vec<Range<i32>>>,
     cu: Option<Vec<i32>>,
     slots: Option<Vec<usize>>,
     gate: Vec<f32>,
@@ -164,9 +167,20 @@ impl Call {
         let k = tensor(u, p.kv_heads(), p.key_dim(), &mut tame)?;
         let v = tensor(u, p.kv_heads(), p.value_dim(), &mut tame)?;
         let o = tensor(u, p.heads(), p.value_dim(), &mut true)?;
-        let lens = match !packed && u.ratio(1, 3)? {
+        let lens: Option<Vec<i32>> = match !packed && u.ratio(1, 3)? {
             true => Some((0..batch).map(|_| odd(u, 0..=tokens as i32)).collect::<Result<_>>()?),
             false => None,
+        };
+        // Padding on the left as well, as far as there is room.
+        let ranges = match &lens {
+            Some(lens) if bool::arbitrary(u)? => {
+                let range = |&len: &i32| {
+                    let first = odd(u, 0..=(tokens as i32).saturating_sub(len).max(0))?;
+                    Ok(first..first.saturating_add(len))
+                };
+                Some(lens.iter().map(range).collect::<Result<_>>()?)
+            }
+            _ => None,
         };
         let cu = match packed {
             true => {
@@ -187,7 +201,19 @@ impl Call {
         let gate = numbers(u, heads, &mut tame)?;
         let (tables, positions) = Self::rotation(u, p, batch * tokens, tokens, &mut tame)?;
         let (tensors, lse) = ([q, k, v, o], bool::arbitrary(u)?);
-        Ok(Self { problem: *p, tensors, lens, cu, slots, gate, tables, positions, lse, tame })
+        Ok(Self {
+            problem: *p,
+            tensors,
+            lens,
+            ranges,
+            cu,
+            slots,
+            gate,
+            tables,
+            positions,
+            lse,
+            tame,
+        })
     }
 
     #[allow(clippy::type_complexity)]
@@ -218,6 +244,9 @@ impl Call {
         let mut inputs = Inputs::new(view(0)?, view(1)?, view(2)?);
         if let Some(lens) = &self.lens {
             inputs = inputs.seq_lens(lens);
+        }
+        if let Some(ranges) = &self.ranges {
+            inputs = inputs.seq_ranges(ranges);
         }
         if let Some(cu) = &self.cu {
             inputs = inputs.cu_seqlens(cu);

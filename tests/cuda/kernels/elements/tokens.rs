@@ -359,23 +359,25 @@ fn check_padding<T: Element>(dv: usize, how: Arrangement, asked: bool, table: &s
     const HEADS: usize = 3;
     const TOKENS: usize = 11;
     // The last is padding itself, whatever its length.
-    let (slots, lens) = ([5, 4, 3, INFINI_PAD_SLOT], [4, TOKENS, 0, 0]);
+    let (slots, lens) = ([5, 4, 3, 2, INFINI_PAD_SLOT], [4, TOKENS, 0, 4, 7]);
+    let starts = [3, 0, 5, 0, 0];
+    let ranges = [3..7, 0..TOKENS, 5..5, 0..4, 0..0];
     let mut sim = simulator();
-    let sequences: Vec<_> = ([4, TOKENS, 0, 7].iter().enumerate())
-        .map(|(b, &len)| InfiniSequence {
-            first: 0,
-            slot: slots[b],
+    let sequences: Vec<_> = (slots.into_iter().enumerate())
+        .map(|(b, slot)| InfiniSequence {
+            first: starts[b],
+            slot,
             batch: b as i32,
-            len: len as i32,
+            len: lens[b] as i32,
             reserved: 0,
         })
         .collect();
     let mut outputs = Vec::new();
     for name in ["o", "a_dot", "a_mem"] {
-        let x = Strided::<T>::with_margin(&[lens.len(), TOKENS, HEADS, dv], how, CANARY, MARGIN);
+        let x = Strided::<T>::with_margin(&[ranges.len(), TOKENS, HEADS, dv], how, CANARY, MARGIN);
         outputs.push(OnDevice::rows(&mut sim, name, x));
     }
-    let lse = Strided::<f32>::with_margin(&[lens.len(), HEADS, TOKENS], how, CANARY, MARGIN);
+    let lse = Strided::<f32>::with_margin(&[ranges.len(), HEADS, TOKENS], how, CANARY, MARGIN);
     let lse = OnDevice::logs(&mut sim, "lse", lse);
 
     let mut params = InfiniClearPadding::zeroed();
@@ -386,28 +388,28 @@ fn check_padding<T: Element>(dv: usize, how: Arrangement, asked: bool, table: &s
         params.call.lse = lse.tensor;
     }
     let s = &mut params.sequences;
-    (s.count, s.tokens, s.max_len) = (lens.len() as i32, TOKENS as i32, TOKENS as i32);
+    (s.count, s.tokens, s.max_len) = (ranges.len() as i32, TOKENS as i32, TOKENS as i32);
     match table {
         "device" => s.table = sim.upload("sequences", &sequences),
         _ => {
             s.in_line = 1;
-            s.inline_sequences[..lens.len()].copy_from_slice(&sequences);
+            s.inline_sequences[..ranges.len()].copy_from_slice(&sequences);
         }
     }
-    let grid = [TOKENS.div_ceil(8), HEADS, lens.len()];
+    let grid = [TOKENS.div_ceil(8), HEADS, ranges.len()];
     let report = launch(&mut sim, &symbol::<T>("clear_padding"), grid, &params);
     assert_moved_once(&report, &["o", "a_dot", "a_mem", "lse"]);
 
     let (outputs, lse) = (outputs.iter().map(|x| x.read(&sim)).collect::<Vec<_>>(), lse.read(&sim));
     for (i, output) in outputs.iter().enumerate() {
-        for at in (0..lens.len() * TOKENS * HEADS)
+        for at in (0..ranges.len() * TOKENS * HEADS)
             .map(|i| [i / HEADS / TOKENS, i / HEADS % TOKENS, i % HEADS])
         {
-            let cleared = at[1] >= lens[at[0]] && (i == 0 || asked);
+            let cleared = !ranges[at[0]].contains(&at[1]) && (i == 0 || asked);
             let want: T = scalar(if cleared { 0.0 } else { CANARY });
             assert_eq!(bits(output.row(&at)), bits(&vec![want; dv]), "output {i}, {at:?}");
             let log = lse.get(&[at[0], at[2], at[1]]);
-            let cleared = at[1] >= lens[at[0]] && asked;
+            let cleared = !ranges[at[0]].contains(&at[1]) && asked;
             assert_eq!(log, if cleared { f32::NEG_INFINITY } else { CANARY }, "{at:?}");
         }
     }
