@@ -4,7 +4,7 @@ use crate::common::backend::Backend;
 use crate::common::buffers::{OutputBuffers, Strided};
 use crate::common::call::{Call, CallShape};
 use crate::common::cases::{
-    BATCHES, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
+    BATCHES, Batch, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
 };
 use crate::common::driver::run_cases;
 use crate::common::metric::{Axes, log_rms, relative_rms, rows_are_close};

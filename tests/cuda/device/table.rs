@@ -58,7 +58,7 @@ fn cases(device: &Device, entry: Entry, dims: (usize, usize)) -> Result<Vec<Case
     let divisor = if entry == Entry::Decode { 4 } else { 1 };
     let table = pairwise(&shapes(arch), budget / divisor).into_iter().enumerate().step_by(every);
     let cases = table.filter_map(|(i, case)| match entry {
-        Entry::Prefill => Some(case),
+        Entry::Prefill | Entry::Forward => Some(case),
         Entry::Segment => Some(case.within_segments()),
         Entry::Decode => Some(case.recut([16, 5, 1, 11][i % 4])),
         Entry::Mixed => Some(case).filter(|c| c.calls.len() > 1),
