@@ -4,25 +4,36 @@ use crate::error::Result;
 use crate::memory::State;
 use crate::problem::Problem;
 
-/// States by slot, on the host or on a device: [`State`], and `cuda::State` with the feature `cuda`. Each
-/// method is the type's own of the same name, which says what it does.
-#[allow(missing_docs, reason = "documented at the types")]
+/// States by slot, on the host or on a device: [`State`], and `cuda::State` with the feature `cuda`, whose
+/// own methods of the same names say more, errors included.
 pub trait Slots: Sized + sealed::Sealed {
+    /// The problem the state belongs to.
     fn problem(&self) -> &Problem;
+    /// Number of slots.
     fn sequences(&self) -> usize;
+    /// Tokens the slot has seen. Panics, as the next does, for a slot that there is not.
     fn tokens(&self, slot: usize) -> u64;
+    /// Tokens in the slot's open segment.
     fn open_len(&self, slot: usize) -> usize;
+    /// Bytes held.
     fn bytes(&self) -> usize;
+    /// Forgets what the slots have seen.
     fn reset(&mut self, slots: &[usize]) -> Result<()>;
+    /// A new state whose slot i continues where `slots[i]` stands.
     fn fork(&self, slots: &[usize]) -> Result<Self>;
+    /// Targets continue where sources of another state stand: (source, target).
     fn copy_slots(&mut self, from: &Self, pairs: &[(usize, usize)]) -> Result<()>;
+    /// The same inside this state, where no target is a source.
     fn copy_within(&mut self, pairs: &[(usize, usize)]) -> Result<()>;
+    /// Takes back all but the first `tokens` tokens of a slot, inside its open segment.
     fn truncate(&mut self, slot: usize, tokens: u64) -> Result<()>;
     /// Whether [`Self::truncate`] would be accepted.
     fn check_truncate(&self, slot: usize, tokens: u64) -> Result<()>;
     /// A host copy of these slots; on the host [`State::fork`].
     fn to_host_slots(&self, slots: &[usize]) -> Result<State>;
+    /// Slot i of a host state takes the place of `slots[i]`.
     fn restore(&mut self, slots: &[usize], from: &State) -> Result<()>;
+    /// A new state of so many slots, whose first are those of this one.
     fn resized(&self, slots: usize) -> Result<Self>;
     /// Bytes of a state before it is made: [`Problem::state_bytes`], or those of a `cuda::StateLayout`.
     fn state_bytes(problem: &Problem, slots: usize, rotation: bool) -> Result<u64>;

@@ -22,6 +22,7 @@ mod full;
 mod golden;
 mod groups;
 mod kernels;
+mod pool;
 mod refusals;
 mod sequences;
 mod slots;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         table::groups(),
         full::groups(),
         slots::groups(),
+        pool::groups(),
         sequences::groups(),
         refusals::groups(),
         golden,

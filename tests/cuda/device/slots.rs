@@ -108,7 +108,7 @@ pub fn copies(device: &Device) -> Result<()> {
         (b.copy_within(&[(0, 1), (1, 2)]), "pairs[1] (source): 1 given"),
         (b.copy_slots(&elsewhere, &[(0, 1)]), "from: of another stream given"),
         (b.copy_slots(&other, &[(0, 1)]), "state: made for segment_len = "),
-        (a.resized(2).map(drop), "slots: 2 given, at least the state's 3 slots expected"),
+        (a.resized(2).map(drop), "slots: 2 given, at least the 3 that there are expected"),
         (a.fork(&[0, 3]).map(drop), "slots[1]: 3 given"),
     ] {
         let text = result.expect_err(expected).to_string();
@@ -149,7 +149,7 @@ fn some_slots_visit_the_host(device: &Device) -> Result<()> {
     assert!(bytes(&state) == scene.host.fork(&[0, 2, 0])?.to_bytes()?, "restored");
     let before = bytes(&state);
     for (result, expected) in [
-        (state.restore(&[1], &two), "slots: 1 elements given, 2 (slots of the state) expected"),
+        (state.restore(&[1], &two), "slots: 1 elements given, 2 (the slots of the state put back) expected"),
         (state.restore(&[1, 3], &two), "slots[1]: 3 given"),
         (state.restore(&[1, 1], &two), "slots[1]: 1 given"),
         (state.restore(&[0], &State::new(&problem(2, 1, 64, 32), 1)?), "state: made for"),

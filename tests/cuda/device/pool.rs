@@ -1,0 +1,232 @@
+//! Pools of states on the device: conversations that come and go, and steps that a driver breaks off.
+
+use anyhow::{Context, Result, ensure};
+use half::bf16;
+use infini_attn::cuda::{
+    self, Device, Gate, Inputs, Outputs, TensorView, TensorViewMut,
+};
+use infini_attn::{Error, Pool, Problem, Slot, Snapshot};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::calls::problem;
+use crate::common::bits;
+use crate::common::say::say;
+use crate::common::stream::Stream;
+use crate::groups::Group;
+use crate::refusals::Driver;
+
+const GATE: [f32; 2] = [0.3, -0.2];
+const SLOTS: usize = 3;
+
+pub fn groups() -> Vec<Group> {
+    let check =
+        |name: &str, f: fn(&Device) -> Result<()>| Group::check(&format!("pool::{name}"), f);
+    vec![
+        check("streams", a_pool_is_as_many_streams_of_their_own),
+        check("refusals", a_step_that_is_refused_is_undone_or_its_slots_are_refused),
+    ]
+}
+
+/// Layers that differ in segment length.
+fn layers() -> [Problem; 2] {
+    [32, 64].map(|n| problem(2, 1, 64, n))
+}
+
+struct Scene {
+    device: Device,
+    gate: Gate,
+}
+
+impl Scene {
+    fn new(device: &Device) -> Result<Self> {
+        Ok(Self { device: device.clone(), gate: Gate::new(device, &GATE)? })
+    }
+
+    fn pool(&self, slots: usize) -> Result<Pool<cuda::State>> {
+        let states = layers().map(|p| cuda::State::new(&self.device, &p, slots, false));
+        Ok(Pool::from_layers(states.into_iter().collect::<infini_attn::Result<_>>()?)?)
+    }
+
+    /// Tokens of a seed each for sequences, through one layer: the output of every sequence.
+    fn forward(
+        &self,
+        state: &mut cuda::State,
+        sequences: &[(u64, usize)],
+        slots: &[usize],
+    ) -> infini_attn::Result<Vec<Vec<u8>>> {
+        let p = *state.problem();
+        let mut all = Stream::<bf16>::normal(&p, 0, 0);
+        let mut cu = vec![0];
+        for &(seed, count) in sequences {
+            all.append(&Stream::normal(&p, count, seed));
+            cu.push(all.tokens as i32);
+        }
+        if all.tokens == 0 {
+            return Ok(vec![vec![]; sequences.len()]);
+        }
+        let upload = |x: &[bf16]| self.device.upload(x);
+        let (q, k, v) = (upload(&all.q)?, upload(&all.k)?, upload(&all.v)?);
+        let mut o = upload(&all.q)?;
+        let (many, few) = ([all.tokens, 2, 64], [all.tokens, 1, 64]);
+        let inputs = Inputs::new(
+            TensorView::new(&q, &many)?,
+            TensorView::new(&k, &few)?,
+            TensorView::new(&v, &few)?,
+        );
+        let inputs = inputs.cu_seqlens(&cu).slots(slots);
+        let outputs = Outputs::new(TensorViewMut::new(&mut o, &many)?);
+        cuda::forward(&p, &inputs, &self.gate, state, outputs)?;
+        let o = self.device.stream().clone_dtoh(&o).expect("a copy");
+        self.device.synchronize()?;
+        let rows = |cu: &[i32]| bits(&o[cu[0] as usize * 128..cu[1] as usize * 128]);
+        Ok(cu.windows(2).map(rows).collect())
+    }
+
+    fn step(
+        &self,
+        pool: &mut Pool<cuda::State>,
+        sequences: &[(Slot, u64, usize)],
+    ) -> infini_attn::Result<Vec<Vec<Vec<u8>>>> {
+        let batch: Vec<_> = sequences.iter().map(|&(slot, _, count)| (slot, count)).collect();
+        let tokens: Vec<_> = sequences.iter().map(|&(_, seed, count)| (seed, count)).collect();
+        pool.step(&batch, |layers, slots| {
+            layers.iter_mut().map(|layer| self.forward(layer, &tokens, slots)).collect()
+        })
+    }
+}
+
+fn bytes(snapshot: &Snapshot) -> Vec<Vec<u8>> {
+    snapshot.layers().iter().map(|layer| layer.to_bytes().expect("bytes")).collect()
+}
+
+/// Each conversation stands, bit for bit, where a state of its own does.
+fn a_pool_is_as_many_streams_of_their_own(device: &Device) -> Result<()> {
+    let scene = Scene::new(device)?;
+    let mut pool = scene.pool(SLOTS)?;
+    let mut live: Vec<(Slot, Vec<cuda::State>)> = vec![];
+    let mut rng = StdRng::seed_from_u64(7);
+    for seed in 0..24 {
+        let i = rng.random_range(0..live.len().max(1));
+        match rng.random_range(0..8) {
+            _ if live.is_empty() => {}
+            0 => {
+                let (slot, _) = live.swap_remove(i);
+                pool.free(slot)?;
+            }
+            1 if pool.available() > 0 => {
+                let fork = pool.fork(live[i].0)?;
+                let alone = live[i].1.iter().map(|s| s.fork(&[0]));
+                let alone = alone.collect::<infini_attn::Result<_>>()?;
+                live.push((fork, alone));
+            }
+            2 => {
+                let (slot, alone) = &mut live[i];
+                let tokens = alone[0].tokens(0).saturating_sub(2);
+                match pool.truncate(*slot, tokens) {
+                    Ok(()) => alone.iter_mut().try_for_each(|s| s.truncate(0, tokens))?,
+                    Err(error) => ensure!(matches!(error, Error::Committed { .. }), "{error}"),
+                }
+            }
+            3 => {
+                let aside = pool.snapshot(&[live[i].0])?;
+                pool.free(live[i].0)?;
+                live[i].0 = pool.allocate()?;
+                pool.restore(&[live[i].0], &aside)?;
+            }
+            4 => pool.reserve(SLOTS + 1)?,
+            _ => {}
+        }
+        if pool.available() > 0 {
+            let states = layers().map(|p| cuda::State::new(device, &p, 1, false));
+            let alone = states.into_iter().collect::<infini_attn::Result<_>>()?;
+            live.push((pool.allocate()?, alone));
+        }
+        let counts: Vec<_> =
+            live.iter().map(|_| [1, 1, 5, 40, 0][rng.random_range(0..5)]).collect();
+        let batch = live.iter().zip(&counts).zip(0..);
+        let batch: Vec<_> =
+            batch.map(|(((slot, _), &count), b)| (*slot, 10 * seed + b, count)).collect();
+        let outputs = scene.step(&mut pool, &batch)?;
+        for (l, outputs) in outputs.iter().enumerate() {
+            for (b, (_, alone)) in live.iter_mut().enumerate() {
+                let (_, seed, count) = batch[b];
+                let want = scene.forward(&mut alone[l], &[(seed, count)], &[0])?;
+                ensure!(outputs[b] == want[0], "layer {l}, {count} tokens in a batch of {counts:?}");
+            }
+        }
+    }
+    for (slot, alone) in &live {
+        let want = alone.iter().map(|s| Ok(s.to_host()?.to_bytes()?)).collect::<Result<Vec<_>>>()?;
+        ensure!(bytes(&pool.snapshot(&[*slot])?) == want, "another state");
+    }
+    Ok(())
+}
+
+/// Slots in which a step of both layers completes a segment, or stays inside it, with each call of the
+/// driver refused in turn.
+fn a_step_that_is_refused_is_undone_or_its_slots_are_refused(device: &Device) -> Result<()> {
+    let Some(driver) = Driver::open() else {
+        say(format_args!("skipped: only the simulator's driver refuses calls"));
+        return Ok(());
+    };
+    let scene = Scene::new(device)?;
+    let first = [(1, 30), (2, 3)];
+    let next = [(3, 5), (4, 1)];
+    let begun = || -> Result<_> {
+        let mut pool = scene.pool(SLOTS)?;
+        let slots = [pool.allocate()?, pool.allocate()?];
+        let batch = [0, 1].map(|b| (slots[b], first[b].0, first[b].1));
+        scene.step(&mut pool, &batch)?;
+        Ok((pool, slots))
+    };
+    let go_on = |pool: &mut Pool<cuda::State>, slots: [Slot; 2]| {
+        scene.step(pool, &[0, 1].map(|b| (slots[b], next[b].0, next[b].1)))
+    };
+    let all = |pool: &Pool<cuda::State>, slots: &[Slot]| -> Result<Vec<Vec<u8>>> {
+        Ok(bytes(&pool.snapshot(slots)?))
+    };
+    let (mut pool, slots) = begun()?;
+    let before = all(&pool, &slots)?;
+    driver.refuse(None);
+    let outputs = go_on(&mut pool, slots)?;
+    let calls = driver.calls();
+    let after = all(&pool, &slots)?;
+    let (mut runs, mut undone, mut refused) = (0, 0, 0);
+    for (function, count) in calls {
+        for nth in 1..=count {
+            let (mut pool, slots) = begun()?;
+            driver.refuse(Some((&function, nth)));
+            let result = go_on(&mut pool, slots);
+            driver.refuse(None);
+            let what = || format!("call {nth} of {function} refused: {:?}", result.as_ref().err());
+            runs += 1;
+            _ = device.is_capturing();
+            let [good, bad]: [Vec<Slot>; 2] =
+                [true, false].map(|ok| slots.into_iter().filter(|s| pool.index(*s).is_ok() == ok).collect());
+            if result.is_ok() {
+                ensure!(all(&pool, &slots)? == after, "accepted: {}", what());
+            } else if bad.is_empty() {
+                undone += 1;
+                ensure!(all(&pool, &slots).with_context(what)? == before, "{}", what());
+                ensure!(go_on(&mut pool, slots).with_context(what)? == outputs, "{}", what());
+                ensure!(all(&pool, &slots)? == after, "again: {}", what());
+            } else {
+                refused += 1;
+                for slot in bad {
+                    let error = pool.index(slot);
+                    ensure!(matches!(error, Err(Error::Unfinished { .. })), "{}", what());
+                    pool.free(slot).with_context(what)?;
+                    let again = pool.allocate()?;
+                    ensure!(pool.tokens(again)? == 0, "{}", what());
+                }
+                for slot in good {
+                    pool.snapshot(&[slot]).with_context(what)?;
+                }
+            }
+        }
+    }
+    say(format_args!("{runs} calls refused: undone {undone}, slots refused {refused}"));
+    ensure!(undone > 0, "no step was undone");
+    Ok(())
+}
