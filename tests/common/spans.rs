@@ -49,7 +49,8 @@ impl Keeper {
 
 impl Subscriber for Keeper {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "infini_attn" && self.level.is_some_and(|most| *metadata.level() <= most)
+        metadata.target() == "infini_attn"
+            && self.level.is_some_and(|most| *metadata.level() <= most)
     }
 
     fn new_span(&self, span: &Attributes<'_>) -> Id {

@@ -4,8 +4,8 @@ use ::tracing::Level;
 
 use crate::common::spans::{Recorded, recorded};
 use infini_attn::{
-    Inputs, KeySums, Outputs, Problem, State, TensorView, TensorViewMut, apply, compose, decode, flush,
-    key_sums, merge_memories, merge_partials, prefill, segment_map,
+    Inputs, KeySums, Outputs, Problem, State, TensorView, TensorViewMut, apply, compose, decode,
+    flush, key_sums, merge_memories, merge_partials, prefill, segment_map,
 };
 
 const SHAPES: &str = "f32, Hq 2, Hkv 1, Dk 4, Dv 4, N 4, delta";
@@ -15,7 +15,11 @@ fn problem() -> Problem {
 }
 
 /// A call of two sequences in slots 2 and 0 of three, [2, 3, H, 4].
-fn call(state: &mut State, decoding: bool, ranges: &[std::ops::Range<i32>]) -> infini_attn::Result<()> {
+fn call(
+    state: &mut State,
+    decoding: bool,
+    ranges: &[std::ops::Range<i32>],
+) -> infini_attn::Result<()> {
     let (q, k, mut o) = (vec![0.5f32; 48], vec![0.25f32; 24], vec![0.0f32; 48]);
     let q = TensorView::new(&q, &[2, 3, 2, 4]).expect("its shape");
     let k = TensorView::new(&k, &[2, 3, 1, 4]).expect("its shape");
@@ -35,7 +39,10 @@ fn expect(spans: &[Recorded], name: &str, fields: &[(&str, &str)]) {
     for (field, value) in fields {
         assert_eq!(span.field(field), *value, "{field}");
     }
-    assert_eq!(span.fields.contains_key("error"), fields.iter().any(|(field, _)| *field == "error"));
+    assert_eq!(
+        span.fields.contains_key("error"),
+        fields.iter().any(|(field, _)| *field == "error")
+    );
 }
 
 #[test]
@@ -45,8 +52,7 @@ fn calls_have_spans_of_what_they_do() {
         let spans = recorded(Level::DEBUG, || {
             call(&mut state, decoding, &[0..3, 1..2]).expect("valid");
         });
-        let fields =
-            [("shapes", SHAPES), ("sequences", "2"), ("tokens", "4"), ("slots", "[2, 0]")];
+        let fields = [("shapes", SHAPES), ("sequences", "2"), ("tokens", "4"), ("slots", "[2, 0]")];
         expect(&spans, name, &fields);
     }
     let spans = recorded(Level::DEBUG, || flush(&problem(), &mut state, &[2, 0]).expect("slots"));
@@ -69,7 +75,11 @@ fn spans_say_why_a_call_has_failed() {
     let spans = recorded(Level::DEBUG, || {
         flush(&problem(), &mut state, &[3]).expect_err("no slot");
     });
-    expect(&spans, "flush", &[("error", "slots[0]: 3 given, less than the state's 3 slots expected")]);
+    expect(
+        &spans,
+        "flush",
+        &[("error", "slots[0]: 3 given, less than the state's 3 slots expected")],
+    );
 }
 
 #[test]
@@ -96,7 +106,11 @@ fn maps_and_merges_have_spans() {
 
     let empty = State::new(&p, 2).expect("room");
     let spans = recorded(Level::DEBUG, || drop(merge_memories(&[&state, &empty]).expect("valid")));
-    expect(&spans, "merge_memories", &[("shapes", "2 states"), ("sequences", "2"), ("tokens", "12")]);
+    expect(
+        &spans,
+        "merge_memories",
+        &[("shapes", "2 states"), ("sequences", "2"), ("tokens", "12")],
+    );
     let (a, l, mut o) = (vec![0.5f32; 3 * 2 * 4], vec![0.0f32; 6], vec![0.0f32; 3 * 2 * 4]);
     let a = TensorView::new(&a, &[3, 2, 4]).expect("its shape");
     let l = TensorView::new(&l, &[2, 3]).expect("its shape");

@@ -37,7 +37,7 @@ pub fn groups() -> Vec<Group> {
     ]
 }
 
-fn problem(heads: usize, kv_heads: usize, dim: usize, segment_len: usize) -> Problem {
+pub fn problem(heads: usize, kv_heads: usize, dim: usize, segment_len: usize) -> Problem {
     let b = Problem::builder().heads(heads).kv_heads(kv_heads).head_dim(dim);
     b.segment_len(segment_len).dtype(DType::BF16).build().expect("valid")
 }
@@ -51,7 +51,7 @@ fn long(device: &Device) -> Result<(Problem, usize)> {
 }
 
 /// q, k, v of some tokens and room for their output, in device memory.
-struct Tokens<T> {
+pub struct Tokens<T> {
     q: CudaSlice<T>,
     k: CudaSlice<T>,
     v: CudaSlice<T>,
@@ -60,7 +60,7 @@ struct Tokens<T> {
 }
 
 impl<T: Element + DeviceRepr> Tokens<T> {
-    fn new(device: &Device, stream: &Stream<T>) -> Self {
+    pub fn new(device: &Device, stream: &Stream<T>) -> Self {
         let p = &stream.problem;
         let upload = |x: &[T]| device.upload(x).expect("room");
         let shapes = [p.heads(), p.kv_heads()].map(|h| [1, stream.tokens, h, p.key_dim()]);
@@ -73,14 +73,14 @@ impl<T: Element + DeviceRepr> Tokens<T> {
         }
     }
 
-    fn views(&mut self) -> (Inputs<'_, T>, Outputs<'_, T>) {
+    pub fn views(&mut self) -> (Inputs<'_, T>, Outputs<'_, T>) {
         let Self { q, k, v, o, shapes: [many, few] } = self;
         let view = |x, shape| TensorView::new(x, shape).expect("a stream's own shape");
         let inputs = Inputs::new(view(q, many), view(k, few), view(v, few));
         (inputs, Outputs::new(TensorViewMut::new(o, many).expect("a stream's own shape")))
     }
 
-    fn prefill(&mut self, state: &mut cuda::State, gate: &Gate) -> Vec<T> {
+    pub fn prefill(&mut self, state: &mut cuda::State, gate: &Gate) -> Vec<T> {
         let problem = *state.problem();
         let (inputs, outputs) = self.views();
         cuda::prefill(&problem, &inputs, gate, state, outputs).expect("a valid call");

@@ -24,6 +24,8 @@ mod groups;
 mod kernels;
 mod refusals;
 mod table;
+#[cfg(all(feature = "tracing", feature = "nvtx", target_os = "linux"))]
+mod watching;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,9 +44,10 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let golden = vec![Group::check("golden::record", record_golden)];
-    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden]
-        .into_iter()
-        .flatten();
+    let all = [kernels::groups(), table::groups(), full::groups(), refusals::groups(), golden];
+    let all = all.into_iter().flatten();
+    #[cfg(all(feature = "tracing", feature = "nvtx", target_os = "linux"))]
+    let all = all.chain(watching::groups());
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,
