@@ -48,8 +48,8 @@
 //! Features, none of them on by default: `cuda`, whose build needs nvcc and g++ (docs/building.md);
 //! `serde`, for a [`Problem`] as data; `tracing`, for a span of that crate around every call (level DEBUG,
 //! target `infini_attn`, fields `shapes`, `sequences`, `tokens`, `slots`, `plan`, `error`; the table of a
-//! plan is an event of level TRACE); `nvtx`, for a range around every call on a device and every launch, where
-//! the library `libnvToolsExt` is found.
+//! plan is an event of level TRACE); `nvtx`, for a range around every call on a device and every launch, for
+//! profilers.
 //!
 //! Without optimisation the CPU backend is a hundred times slower. In debug builds, Cargo.toml of the
 //! program can optimise what it depends on: `[profile.dev.package."*"]` with `opt-level = 3`.

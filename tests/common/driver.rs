@@ -188,7 +188,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
                     v,
                     batch: Batch::Full,
                     lens: vec![len as i32],
-                    ranges: std::iter::once(0..len as i32).collect(),
+                    ranges: CallShape::new(Batch::Full, &[len]).ranges(&[len]),
                     cu: vec![0, len as i32],
                     slots: Some(vec![slot]),
                     rope: None,

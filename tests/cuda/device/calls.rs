@@ -80,7 +80,7 @@ impl<T: Element + DeviceRepr> Tokens<T> {
         (inputs, Outputs::new(TensorViewMut::new(o, many).expect("a stream's own shape")))
     }
 
-    fn prefill(&mut self, state: &mut cuda::State, gate: &Gate) -> Vec<T> {
+    pub fn prefill(&mut self, state: &mut cuda::State, gate: &Gate) -> Vec<T> {
         let problem = *state.problem();
         let (inputs, outputs) = self.views();
         cuda::prefill(&problem, &inputs, gate, state, outputs).expect("a valid call");

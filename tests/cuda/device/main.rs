@@ -27,6 +27,8 @@ mod refusals;
 mod sequences;
 mod slots;
 mod table;
+#[cfg(all(feature = "tracing", feature = "nvtx", target_os = "linux"))]
+mod watching;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,9 +56,10 @@ fn main() -> ExitCode {
         sequences::groups(),
         refusals::groups(),
         golden,
-    ]
-    .into_iter()
-    .flatten();
+    ];
+    let all = all.into_iter().flatten();
+    #[cfg(all(feature = "tracing", feature = "nvtx", target_os = "linux"))]
+    let all = all.chain(watching::groups());
     let all: Vec<_> = all.collect();
     let skipped = match arguments.list {
         true => false,
