@@ -13,6 +13,7 @@
 #include "params.h"
 
 // Equal dimensions are named once.
+#define INFINI_NAME_32_32 d32
 #define INFINI_NAME_64_64 d64
 #define INFINI_NAME_96_96 d96
 #define INFINI_NAME_128_128 d128

@@ -4,12 +4,13 @@
 // and bytes of every launch.
 #pragma once
 
-// (Dk, Dv) of the attention and memory kernels.
+// (Dk, Dv) of the attention and memory kernels: multiples of 32, the columns of M that share a scale
+// and the least that the swizzle of a tile permutes.
 #define INFINI_HEAD_DIMS(X) \
-  X(64, 64) X(96, 96) X(128, 128) X(256, 256) X(64, 128) X(128, 64) X(192, 128)
+  X(32, 32) X(64, 64) X(96, 96) X(128, 128) X(256, 256) X(64, 128) X(128, 64) X(192, 128)
 
 // Dk alone, each once.
-#define INFINI_KEY_DIMS(X) X(64) X(96) X(128) X(192) X(256)
+#define INFINI_KEY_DIMS(X) X(32) X(64) X(96) X(128) X(192) X(256)
 
 namespace infini {
 

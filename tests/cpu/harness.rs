@@ -115,7 +115,8 @@ fn the_metric_fails_on_what_it_must() {
 
 /// Shapes of kernels.
 fn shapes() -> Vec<Shape> {
-    let dims = [(64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)];
+    let dims =
+        [(32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)];
     [DType::BF16, DType::F16].into_iter().flat_map(|t| dims.map(|(k, v)| (t, k, v))).collect()
 }
 

@@ -146,14 +146,15 @@ fn what_is_not_compiled_is_refused_with_what_is() {
             Err(Error::Unsupported { argument, got, accepted }) => (argument, got, accepted),
             other => panic!("{operation} {dtype} {dk} {dv}: {other:?}"),
         };
-    let dims = "(64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)";
+    let dims =
+        "(32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)";
     for operation in ["segment_attention", "segment", "decode", "segment_state", "commit"] {
         let (argument, got, accepted) = refused(operation, DType::BF16, 80, 96);
         assert_eq!((argument, &*got), ("(key_dim, value_dim)", "(80, 96)"), "{operation}");
         assert_eq!(accepted, dims, "{operation}");
     }
     let (argument, got, accepted) = refused("memory_scan", DType::F16, 80, 80);
-    assert_eq!((argument, &*got, &*accepted), ("key_dim", "80", "64, 96, 128, 192, 256"));
+    assert_eq!((argument, &*got, &*accepted), ("key_dim", "80", "32, 64, 96, 128, 192, 256"));
     let (argument, got, accepted) = refused("append", DType::F32, 64, 64);
     assert_eq!((argument, &*got, &*accepted), ("dtype", "f32", "bf16, f16"));
     let (argument, _, accepted) = refused("sgement", DType::F16, 64, 64);

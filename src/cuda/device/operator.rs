@@ -246,10 +246,11 @@ pub fn forward<T: Element + DeviceRepr>(
 /// [`Error::Value`] for one of another stream, beside lengths or slots of the host, or with a packed batch.
 ///
 /// # Safety
-/// As long as the graph is replayed: the buffers of inputs, gate and outputs and the state live and
-/// stay where they are, and the application orders replays after what writes the inputs and before
+/// As long as the graph is replayed: the buffers of inputs, gate and outputs, the table and the state live
+/// and stay where they are, and the application orders replays after what writes the inputs and before
 /// what reads the outputs; the graph runs on the device's stream, after a successful
-/// [`State::advance`] each time, or [`State::advance_table`] with what the table then holds.
+/// [`State::advance`] each time, or [`State::advance_table`] with what the table then holds. A table
+/// that the device writes names no slot twice.
 pub unsafe fn record_decode<T: Element + DeviceRepr>(
     problem: &Problem,
     inputs: &Inputs<'_, T>,

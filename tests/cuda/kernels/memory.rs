@@ -14,8 +14,8 @@ use infini_attn::cuda::params::{
 use model::Policy;
 
 /// Head dimensions that the kernels are compiled for.
-const DIMS: [(usize, usize); 7] =
-    [(64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)];
+const DIMS: [(usize, usize); 8] =
+    [(32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (64, 128), (128, 64), (192, 128)];
 
 const EXACT: Policy = Policy { kind: INFINI_DENOMINATOR_EXACT, epsilon: 0.0 };
 
