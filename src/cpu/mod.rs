@@ -16,10 +16,12 @@ mod pool;
 mod prefill;
 mod segment;
 pub mod simd;
+mod workspace;
 
 use call::{Call, decode_flops, gate_weights, taken_in};
 
 use cancel::Cancel;
+use workspace::Workspace;
 
 use crate::alloc;
 use crate::call::check::check_longest;
@@ -127,26 +129,44 @@ fn run<T: Element>(
     inputs: &Inputs<'_, T>,
     gate: &[f32],
     state: &mut State,
+    outputs: Outputs<'_, T>,
+    max_tokens: Option<usize>,
+) -> Result<()> {
+    let mut workspace = Workspace::take();
+    run_in(&mut workspace, problem, inputs, gate, state, outputs, max_tokens)?;
+    workspace.keep();
+    Ok(())
+}
+
+fn run_in<T: Element>(
+    workspace: &mut Workspace,
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
     mut outputs: Outputs<'_, T>,
     max_tokens: Option<usize>,
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
-    let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
+    let Workspace { tables, gates, decoding: scratch, spare } = workspace;
+    let batch = resolve(problem, inputs, gate, &state.counters, tables)?;
+    let sequences = &mut tables.sequences;
     check_outputs(problem, inputs, &outputs)?;
-    check_longest(&sequences, max_tokens)?;
+    check_longest(sequences, max_tokens)?;
     let decoding = max_tokens.is_some();
     let lens = || sequences.iter().map(|s| (s.len, state.counters[s.slot].open_len));
     let inline = decoding && pool::inline(decode_flops(problem, lens()));
     if !inline {
         pool::start()?;
     }
+    alloc::refill(gates, gate.iter().copied().map(gate_weights), "the gate's weights")?;
     let call = Call {
         problem: *problem,
         batch,
         blocks: KeyBlocks::new(problem),
         inputs: inputs.rows(),
         outputs: outputs.rows(),
-        gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
+        gates,
         cancel: match decoding {
             true => Cancel::between_tasks(inputs.cancel),
             false => Cancel::within_tasks(inputs.cancel),
@@ -155,11 +175,11 @@ fn run<T: Element>(
     };
     let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;
     let mut result = match decoding {
-        true => decode::run(&call, &sequences, state),
-        false => prefill::run(&call, &mut sequences, state),
+        true => decode::run(&call, sequences, state, (scratch, spare)),
+        false => prefill::run(&call, sequences, state),
     };
     if let Err(Error::Cancelled { taken }) = &mut result {
-        *taken = taken_in(&mut sequences, &state.counters);
+        *taken = taken_in(sequences, &state.counters);
     }
     let nothing_written = match &result {
         Err(Error::Cancelled { taken }) => taken.iter().all(|&taken| taken == 0),
