@@ -17,8 +17,7 @@ pub(crate) fn zeroed<T: Zeroable>(extents: &[usize], what: impl Display) -> Resu
 /// An empty vector with room for the product of `extents`, none of it touched.
 pub(crate) fn reserved<T>(extents: &[usize], what: impl Display) -> Result<Vec<T>> {
     let mut vec = Vec::new();
-    (product(extents).and_then(|len| vec.try_reserve_exact(len).ok()))
-        .ok_or_else(|| refused::<T>(extents, what))?;
+    room(&mut vec, extents, what)?;
     Ok(vec)
 }
 
@@ -34,9 +33,33 @@ pub(crate) fn collected<T>(
     items: impl ExactSizeIterator<Item = T>,
     what: impl Display,
 ) -> Result<Vec<T>> {
-    let mut vec = reserved(&[items.len()], what)?;
-    vec.extend(items);
+    let mut vec = Vec::new();
+    refill(&mut vec, items, what)?;
     Ok(vec)
+}
+
+/// The same in the place of what `vec` holds, in its room if that suffices.
+pub(crate) fn refill<T>(
+    vec: &mut Vec<T>,
+    items: impl ExactSizeIterator<Item = T>,
+    what: impl Display,
+) -> Result<()> {
+    vec.clear();
+    room(vec, &[items.len()], what)?;
+    vec.extend(items);
+    Ok(())
+}
+
+/// Makes room for the product of `extents` in all, none of it touched.
+pub(crate) fn room<T>(vec: &mut Vec<T>, extents: &[usize], what: impl Display) -> Result<()> {
+    let held = vec.len();
+    (product(extents).and_then(|len| vec.try_reserve_exact(len.saturating_sub(held)).ok()))
+        .ok_or_else(|| refused::<T>(extents, what))
+}
+
+/// Bytes of the room of some vectors.
+pub(crate) fn bytes(vecs: &[&Vec<f32>]) -> usize {
+    vecs.iter().map(|vec| size_of::<f32>() * vec.capacity()).sum()
 }
 
 /// Makes room for one more item.

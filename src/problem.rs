@@ -302,6 +302,9 @@ impl Problem {
 
     /// An error naming the first field in which `state` (the problem of a state or file) differs.
     pub(crate) fn check_same(&self, state: &Problem) -> Result<()> {
+        if self == state {
+            return Ok(());
+        }
         for ((field, expected), (_, got)) in self.fields().into_iter().zip(state.fields()) {
             if got != expected {
                 return Err(Error::Problem { field, got, expected });

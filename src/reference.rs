@@ -6,6 +6,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::alloc;
+use crate::call::check::Tables;
 use crate::call::form::Sequence;
 use crate::call::{self, Batch, Inputs};
 use crate::error::{Error, Result};
@@ -249,7 +250,9 @@ pub fn prefill<T: Copy + Into<f64>>(
     state: &mut State,
 ) -> Result<Output> {
     state.check(problem)?;
-    let (batch, sequences) = call::resolve(problem, inputs, gate, &state.counters)?;
+    let mut tables = Tables::default();
+    let batch = call::resolve(problem, inputs, gate, &state.counters, &mut tables)?;
+    let sequences = tables.sequences;
     let shape = inputs.q.shape();
     let rows = &shape[..shape.len() - 1];
     let output = || alloc::zeroed(&[rows, &[problem.value_dim()]].concat(), OUTPUTS);

@@ -80,18 +80,19 @@ impl Layout {
     /// True when no two indices reach the same element: sorted by stride, each dimension steps over
     /// everything the smaller ones span.
     fn is_injective(&self) -> bool {
-        let mut dims: Vec<(u64, u64)> = (self.shape().iter().zip(self.strides()))
-            .filter(|(extent, _)| **extent > 1)
-            .map(|(&extent, &stride)| (stride.unsigned_abs(), extent as u64 - 1))
-            .collect();
-        dims.sort_unstable();
+        if self.is_empty() {
+            return true;
+        }
+        let step = |i: usize| (self.strides[i].unsigned_abs(), self.shape[i] as u64 - 1);
         let mut reach = 0u64;
-        self.is_empty()
-            || dims.iter().all(|&(stride, steps)| {
-                let ok = stride > reach;
-                reach += stride * steps;
-                ok
-            })
+        let mut dims: [(u64, u64); MAX_RANK] = std::array::from_fn(step);
+        dims.sort_unstable();
+        let steps = dims.iter().filter(|(_, steps)| *steps > 0);
+        steps.copied().all(|(stride, steps)| {
+            let ok = stride > reach;
+            reach += stride * steps;
+            ok
+        })
     }
 
     /// The last dimension must be contiguous for the kernels; everything else is free (all of it in
@@ -108,14 +109,15 @@ impl Layout {
         Ok(())
     }
 
+    /// The shape must be that of `expected`, one part after another.
     pub fn check_shape(
         &self,
         argument: &'static str,
-        expected: &[usize],
+        expected: &[&[usize]],
         names: &str,
     ) -> Result<()> {
-        if self.shape() != expected {
-            let expected = format!("{names} = {expected:?}");
+        if !self.shape().iter().eq(expected.iter().copied().flatten()) {
+            let expected = format!("{names} = {:?}", expected.concat());
             return Err(Error::shape(argument, self.shape(), expected));
         }
         Ok(())

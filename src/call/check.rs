@@ -6,13 +6,41 @@ use super::form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence
 use crate::alloc;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::{Counters, add_tokens, check_slots};
+use crate::memory::{Counters, Named, add_tokens, check_slots_by};
 use crate::problem::Problem;
 use crate::tensor::Layout;
 
+/// What a call's arguments come to, in room that the next call can use again.
+#[derive(Default)]
+pub(crate) struct Tables {
+    pub sequences: Vec<Sequence>,
+    named: Named,
+}
+
+impl Tables {
+    /// Bytes of its room.
+    pub fn bytes(&self) -> usize {
+        size_of::<Sequence>() * self.sequences.capacity()
+            + size_of::<(usize, usize)>() * self.named.capacity()
+    }
+}
+
 impl Form<'_> {
     /// Checks everything against the problem and a state's counters, and names the sequences.
+    #[allow(dead_code, reason = "only devices make tables of their own")]
     pub fn resolve(&self, problem: &Problem, counters: &[Counters]) -> Result<Vec<Sequence>> {
+        let mut tables = Tables::default();
+        self.resolve_into(problem, counters, &mut tables)?;
+        Ok(tables.sequences)
+    }
+
+    /// The same, into tables of an earlier call.
+    pub fn resolve_into(
+        &self,
+        problem: &Problem,
+        counters: &[Counters],
+        tables: &mut Tables,
+    ) -> Result<()> {
         let rank = if self.packed() { 3 } else { 4 };
         let names = if self.packed() { "[total, H, D]" } else { "[B, T, H, D]" };
         if self.q.shape().len() != rank {
@@ -24,23 +52,23 @@ impl Form<'_> {
             ("k", &self.k, problem.kv_heads(), problem.key_dim()),
             ("v", &self.v, problem.kv_heads(), problem.value_dim()),
         ] {
-            layout.check_shape(argument, &[lead, &[heads, dim]].concat(), names)?;
+            layout.check_shape(argument, &[lead, &[heads, dim]], names)?;
             layout.check_rows(argument)?;
         }
         check_gate(problem, self.gate)?;
         let count = check_lengths(&self.lengths, lead)?;
-        check_slot_list(count, self.slots, counters.len())?;
+        check_slot_list(count, self.slots, counters.len(), &mut tables.named)?;
         let slot = |i| self.slots.map_or(i, |slots| slots[i]);
         let sequences = (0..count).map(|i| {
             let position = counters[slot(i)].tokens as usize;
             sequence(&self.lengths, lead, i, slot(i), position)
         });
-        let sequences = alloc::collected(sequences, "the table of sequences")?;
+        alloc::refill(&mut tables.sequences, sequences, "the table of sequences")?;
+        let sequences = &tables.sequences;
         for (i, s) in sequences.iter().enumerate() {
             add_tokens(format_args!("q (sequence {i})"), s.position as u64, s.len as u64)?;
         }
-        self.check_rope(problem, &sequences, counters)?;
-        Ok(sequences)
+        self.check_rope(problem, sequences, counters)
     }
 
     fn check_rope(
@@ -100,7 +128,7 @@ impl RopeForm<'_> {
         if cos.len() != 2 {
             return Err(Error::shape("rope.cos", cos, "[positions, R/2]"));
         }
-        self.sin.check_shape("rope.sin", cos, "the shape of rope.cos")?;
+        self.sin.check_shape("rope.sin", &[cos], "the shape of rope.cos")?;
         if cos[1] > problem.key_dim() / 2 {
             let expected = format!("[positions, R/2] with R ≤ Dk = {}", problem.key_dim());
             return Err(Error::shape("rope.cos", cos, expected));
@@ -129,8 +157,8 @@ impl OutputForm {
     /// Checks every output's shape against the problem and the queries.
     pub fn check(&self, problem: &Problem, q: &Layout) -> Result<()> {
         let lead = &q.shape()[..q.shape().len() - 2];
-        let o = [lead, &[problem.heads(), problem.value_dim()]].concat();
-        let lse = [&lead[..lead.len() - 1], &[problem.heads(), lead[lead.len() - 1]]].concat();
+        let o = [lead, &[problem.heads(), problem.value_dim()]];
+        let lse = [&lead[..lead.len() - 1], &[problem.heads(), lead[lead.len() - 1]]];
         let named =
             [("o", Some(&self.o)), ("a_dot", self.a_dot.as_ref()), ("a_mem", self.a_mem.as_ref())];
         for (argument, layout) in named.into_iter().filter_map(|(n, l)| Some((n, l?))) {
@@ -245,7 +273,12 @@ fn sequence(
 }
 
 /// Every sequence must have a slot of its own, of those that are there.
-fn check_slot_list(sequences: usize, slots: Option<&[usize]>, available: usize) -> Result<()> {
+fn check_slot_list(
+    sequences: usize,
+    slots: Option<&[usize]>,
+    available: usize,
+    named: &mut Named,
+) -> Result<()> {
     let Some(slots) = slots else {
         if sequences != available {
             let expected = format!("{sequences} (the batch size), or explicit slots");
@@ -257,7 +290,7 @@ fn check_slot_list(sequences: usize, slots: Option<&[usize]>, available: usize) 
         let expected = format!("{sequences} (the number of sequences)");
         return Err(Error::Length { argument: "slots", got: slots.len(), expected });
     }
-    check_slots(slots, available)
+    check_slots_by(slots, available, named)
 }
 
 /// Refuses a sequence of more than `max` new tokens.

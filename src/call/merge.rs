@@ -30,7 +30,7 @@ pub(crate) fn check_partials(
     };
     out.check_rows("out")?;
     if let Some(out_lse) = out_lse {
-        out_lse.check_shape("out_lse", &lse_shape, "[B, Hq, T] or packed [Hq, total]")?;
+        out_lse.check_shape("out_lse", &[&lse_shape], "[B, Hq, T] or packed [Hq, total]")?;
         out_lse.check_rows("out_lse")?;
     }
     for (i, (a_dot, lse)) in a_dot.iter().zip(lse).enumerate() {

@@ -15,7 +15,7 @@ use crate::memory::Counters;
 use crate::problem::Problem;
 use crate::tensor::{Rows, RowsMut, TensorView, TensorViewMut};
 use builders::{input_builders, output_builders, rope_builders};
-use check::check_dtype;
+use check::{Tables, check_dtype};
 use form::{Form, Gate, Lengths, OutputForm, Positions, RopeForm, Sequence};
 
 /// Most new tokens per sequence that [`decode`](crate::decode()) takes.
@@ -186,13 +186,14 @@ impl Batch<'_> {
     }
 }
 
-/// Checks inputs and gate against the problem and a state's counters.
+/// Checks inputs and gate against the problem and a state's counters; the sequences go to `tables`.
 pub(crate) fn resolve<'a, T>(
     problem: &Problem,
     inputs: &Inputs<'a, T>,
     gate: &'a [f32],
     counters: &[Counters],
-) -> Result<(Batch<'a>, Vec<Sequence>)> {
+    tables: &mut Tables,
+) -> Result<Batch<'a>> {
     let form = Form {
         q: inputs.q.layout(),
         k: inputs.k.layout(),
@@ -202,8 +203,8 @@ pub(crate) fn resolve<'a, T>(
         slots: inputs.slots,
         rope: inputs.rope.as_ref().map(Rope::form),
     };
-    let sequences = form.resolve(problem, counters)?;
-    Ok((Batch { rope: inputs.rope, form }, sequences))
+    form.resolve_into(problem, counters, tables)?;
+    Ok(Batch { rope: inputs.rope, form })
 }
 
 /// Checks the element type and every output's shape.

@@ -32,6 +32,7 @@ pub(crate) struct Segment<'a> {
 }
 
 /// Buffers of one running task.
+#[derive(Default)]
 pub(crate) struct Scratch {
     /// Queries as given, later their retrieval weights, [rows, Dk].
     q: Vec<f32>,
@@ -50,27 +51,35 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub fn new<T>(call: &Call<'_, T>) -> Result<Self> {
-        let (dk, dv) = (call.problem.key_dim(), call.problem.value_dim());
-        let rows = |width| alloc::reserved(&[TILE_ROWS, width], SCRATCH);
-        Ok(Self {
-            q: rows(dk)?,
-            q_local: rows(dk)?,
-            s: rows(call.blocks.width)?,
-            o: rows(dv)?,
-            mem: rows(dv)?,
-            running: Vec::with_capacity(TILE_ROWS),
-            visible: Vec::with_capacity(TILE_ROWS),
-        })
+        let mut scratch = Self::default();
+        scratch.fit(call)?;
+        Ok(scratch)
+    }
+
+    /// Makes room for the tiles of another call.
+    pub fn fit<T>(&mut self, call: &Call<'_, T>) -> Result<()> {
+        alloc::room(&mut self.running, &[TILE_ROWS], SCRATCH)?;
+        alloc::room(&mut self.visible, &[TILE_ROWS], SCRATCH)?;
+        let mut buffers = self.buffers(call).into_iter();
+        buffers.try_for_each(|(x, width)| alloc::room(x, &[TILE_ROWS, width], SCRATCH))
     }
 
     /// Lengthens everything into its room; the task does that, not who made the scratch.
     fn lengthen<T>(&mut self, call: &Call<'_, T>) {
+        for (x, width) in self.buffers(call) {
+            x.resize(TILE_ROWS * width, 0.0);
+        }
+    }
+
+    /// Buffers of rows, and the widths of those.
+    fn buffers<T>(&mut self, call: &Call<'_, T>) -> [(&mut Vec<f32>, usize); 5] {
         let (dk, dv) = (call.problem.key_dim(), call.problem.value_dim());
-        self.q.resize(TILE_ROWS * dk, 0.0);
-        self.q_local.resize(TILE_ROWS * dk, 0.0);
-        self.s.resize(TILE_ROWS * call.blocks.width, 0.0);
-        self.o.resize(TILE_ROWS * dv, 0.0);
-        self.mem.resize(TILE_ROWS * dv, 0.0);
+        let Self { q, q_local, s, o, mem, .. } = self;
+        [(q, dk), (q_local, dk), (s, call.blocks.width), (o, dv), (mem, dv)]
+    }
+
+    pub fn bytes(&self) -> usize {
+        alloc::bytes(&[&self.q, &self.q_local, &self.s, &self.o, &self.mem])
     }
 }
 
@@ -198,17 +207,19 @@ impl<T: Element> Call<'_, T> {
             if self.cancel.abandons() {
                 return;
             }
-            let n = width.min(keys - first);
+            let here = width.min(keys - first);
+            // Scores in whole vectors: `gemm` would pack the keys otherwise.
+            let n = here.next_multiple_of(simd::LANES).min(width);
             let s = &mut x.s[..rows * n];
             let q = Mat::rows(&x.q_local, rows, dk, dk);
             let k = Mat::rows(self.blocks.block(segment.keys, b), dk, n, width);
             matmul(s, Into::Store, q, k);
             let o = &mut x.o[..rows * dv];
             simd::softmax_block(s, n, &x.visible, &mut x.running, o, dv);
-            x.visible.iter_mut().for_each(|keys| *keys = keys.saturating_sub(n));
-            let v = Mat::rows(&segment.values[first * dv..], n, dv, dv);
+            x.visible.iter_mut().for_each(|keys| *keys = keys.saturating_sub(here));
+            let v = Mat::rows(&segment.values[first * dv..], here, dv, dv);
             let mode = if b == 0 { Into::Store } else { Into::Add };
-            matmul(o, mode, Mat::rows(s, rows, n, n), v);
+            matmul(o, mode, Mat::rows(s, rows, here, n), v);
         }
     }
 

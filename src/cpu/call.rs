@@ -15,7 +15,7 @@ pub(crate) struct Call<'a, T> {
     pub inputs: InputRows<'a, T>,
     pub outputs: OutputRows<'a, T>,
     /// Per query head: weight of the memory branch, weight of the local branch.
-    pub gates: Vec<[f32; 2]>,
+    pub gates: &'a [[f32; 2]],
     pub cancel: Cancel<'a>,
     /// Whether it is so little work that the calling thread does it alone.
     pub inline: bool,

@@ -18,29 +18,41 @@ use crate::memory::{Counters, State};
 use crate::problem::Problem;
 
 /// Buffers of one running task.
-struct Scratch {
+#[derive(Default)]
+pub(super) struct Scratch {
     tiles: TileScratch,
     append: AppendScratch,
-    /// If any segment is completed.
-    segment: Option<SegmentScratch>,
+    /// Without room unless a segment was completed.
+    segment: SegmentScratch,
+}
+
+impl Scratch {
+    /// Makes room for a call's tasks.
+    fn fit<T>(&mut self, call: &Call<'_, T>, completes: bool) -> Result<()> {
+        self.tiles.fit(call)?;
+        self.append.fit(&call.problem)?;
+        if completes { self.segment.fit_commits(&call.problem) } else { Ok(()) }
+    }
+
+    /// Bytes of its room.
+    pub fn bytes(&self) -> usize {
+        self.tiles.bytes() + self.append.bytes() + self.segment.bytes()
+    }
 }
 
 pub(super) fn run<T: Element>(
     call: &Call<'_, T>,
     sequences: &[Sequence],
     state: &mut State,
+    (scratch, spare): (&mut Pool<Scratch>, &mut Vec<Scratch>),
 ) -> Result<()> {
     let p = &call.problem;
     let completes = Extent::of(p, sequences, &state.counters).completes;
     let tasks = sequences.len() * p.kv_heads();
-    let scratch = Pool::new(if call.inline { tasks.min(1) } else { tasks }, || {
-        Ok(Scratch {
-            tiles: TileScratch::new(call)?,
-            append: AppendScratch::new(p)?,
-            segment: completes.then(|| SegmentScratch::for_commits(p)).transpose()?,
-        })
-    })?;
-    let appended = !completes && append_shared(call, sequences, state, &scratch);
+    let tasks = if call.inline { tasks.min(1) } else { tasks };
+    scratch.refit(tasks, spare, |x| x.fit(call, completes))?;
+    let scratch = &*scratch;
+    let appended = !completes && append_shared(call, sequences, state, scratch);
     if completes {
         state.own_memory()?;
     }
@@ -50,9 +62,9 @@ pub(super) fn run<T: Element>(
     for group in sequences.chunks(call.per_check(sequences.len())) {
         call.cancel.go_on(0)?;
         match (completes, appended) {
-            (true, _) => complete(call, group, state, &scratch)?,
-            (false, true) => attend_shared(call, group, state, &scratch),
-            (false, false) => append_and_attend(call, group, state, &scratch),
+            (true, _) => complete(call, group, state, scratch)?,
+            (false, true) => attend_shared(call, group, state, scratch),
+            (false, false) => append_and_attend(call, group, state, scratch),
         }
         advance(call, group, &mut state.counters);
     }
@@ -89,10 +101,9 @@ fn complete<T: Element>(
         let mut head = unsafe { heads.head(piece.seq.slot, h) };
         call.append(piece, h, &mut head.open, &mut x.append);
         attend(call, piece, h, (head.open.read(), head.m, head.z), x);
-        if piece.full
-            && let Some(scratch) = &mut x.segment
-        {
-            commit(&call.problem, call.problem.segment_len(), piece.empty, &mut head, scratch);
+        if piece.full {
+            let n = call.problem.segment_len();
+            commit(&call.problem, n, piece.empty, &mut head, &mut x.segment);
         }
     });
     Ok(())

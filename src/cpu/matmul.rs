@@ -1,6 +1,15 @@
-//! Safe access to the `gemm` crate's single-threaded product; tasks, not products, are parallel.
+//! Safe access to the `gemm` crate's single-threaded product; tasks, not products, are parallel. A product
+//! of few rows does so little with each element of its right factor that packing it, as `gemm` does, costs
+//! more than the product: those have a loop of our own.
+
+use std::ops::Range;
 
 use gemm::Parallelism;
+
+use super::simd;
+
+/// Up to so many rows are few (docs/cpu.md).
+pub(crate) const FEW_ROWS: usize = 8;
 
 /// A strided f32 matrix: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
@@ -22,6 +31,11 @@ impl<'a> Mat<'a> {
         Self { data, rows, cols, row: stride, col: 1 }
     }
 
+    /// Some of the rows.
+    fn part(self, rows: Range<usize>) -> Self {
+        Self { data: &self.data[rows.start * self.row..], rows: rows.len(), ..self }
+    }
+
     /// The transpose; nothing moves.
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
@@ -34,6 +48,25 @@ pub(crate) enum Into {
     Store,
     Add,
     Subtract,
+}
+
+/// dst ← dst + `factor`·a·b, a few rows at a time by way of `rows`, which has room for [`FEW_ROWS`] of them:
+/// `gemm` would allocate in every call.
+pub(crate) fn add_by_rows(
+    dst: &mut [f32],
+    factor: f32,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    rows: &mut Vec<f32>,
+) {
+    let n = b.cols;
+    rows.resize(FEW_ROWS * n, 0.0);
+    for (i, dst) in dst[..a.rows * n].chunks_mut(FEW_ROWS * n).enumerate() {
+        let first = i * FEW_ROWS;
+        let part = a.part(first..first + dst.len() / n);
+        matmul_scaled(rows, Into::Store, factor, part, b);
+        simd::add_rows(&rows[..dst.len()], dst);
+    }
 }
 
 /// dst ← a·b, dst + a·b or dst − a·b; dst is row-major without gaps.
@@ -50,6 +83,18 @@ pub(crate) fn matmul_scaled(dst: &mut [f32], mode: Into, factor: f32, a: Mat<'_>
         dst[..m * n].fill(0.0);
     }
     if m * n * k == 0 {
+        return;
+    }
+    let stores = mode == Into::Store;
+    if m <= FEW_ROWS && b.col == 1 && (stores || mode == Into::Add && factor == 1.0) {
+        let dst = &mut dst[..m * n];
+        if stores {
+            dst.fill(0.0);
+        }
+        simd::add_product(dst, (a.data, [a.row, a.col]), (b.data, b.row), n, k);
+        if factor != 1.0 {
+            simd::scale(dst, factor);
+        }
         return;
     }
     let beta = if mode == Into::Subtract { -factor } else { factor };

@@ -16,10 +16,12 @@ mod pool;
 mod prefill;
 mod segment;
 pub mod simd;
+mod workspace;
 
 use call::{Call, decode_flops, gate_weights, taken_in};
 
 use cancel::Cancel;
+use workspace::Workspace;
 
 use crate::alloc;
 use crate::call::check::check_longest;
@@ -78,8 +80,7 @@ pub fn prefill<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let span = span!("prefill", problem.shapes());
-    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Prefill))
+    run(problem, inputs, gate, state, outputs, Entry::Prefill)
 }
 
 /// [`prefill()`] for generation: 1 to [`MAX_DECODE_TOKENS`] new tokens per sequence (0 in a ragged
@@ -96,8 +97,7 @@ pub fn decode<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let span = span!("decode", problem.shapes());
-    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Decode))
+    run(problem, inputs, gate, state, outputs, Entry::Decode)
 }
 
 /// [`prefill()`] or [`decode()`], whichever serves the batch: a step of continuous batching, in which some
@@ -131,8 +131,7 @@ pub fn forward<T: Element>(
     state: &mut State,
     outputs: Outputs<'_, T>,
 ) -> Result<()> {
-    let span = span!("forward", problem.shapes());
-    span.run(|| run(&span, problem, inputs, gate, state, outputs, Entry::Forward))
+    run(problem, inputs, gate, state, outputs, Entry::Forward)
 }
 
 /// The function that was called.
@@ -174,20 +173,42 @@ pub fn flush(problem: &Problem, state: &mut State, slots: &[usize]) -> Result<()
 
 /// The one way in: everything is checked here, before anything is written.
 fn run<T: Element>(
-    span: &Span,
+    problem: &Problem,
+    inputs: &Inputs<'_, T>,
+    gate: &[f32],
+    state: &mut State,
+    outputs: Outputs<'_, T>,
+    entry: Entry,
+) -> Result<()> {
+    let span = match entry {
+        Entry::Prefill => span!("prefill", problem.shapes()),
+        Entry::Decode => span!("decode", problem.shapes()),
+        Entry::Forward => span!("forward", problem.shapes()),
+    };
+    let mut workspace = Workspace::take();
+    let called = (entry, &span);
+    span.run(|| run_in(&mut workspace, called, problem, inputs, gate, state, outputs))?;
+    workspace.keep();
+    Ok(())
+}
+
+fn run_in<T: Element>(
+    workspace: &mut Workspace,
+    (entry, span): (Entry, &Span),
     problem: &Problem,
     inputs: &Inputs<'_, T>,
     gate: &[f32],
     state: &mut State,
     mut outputs: Outputs<'_, T>,
-    entry: Entry,
 ) -> Result<()> {
     problem.check_same(&state.problem)?;
-    let (batch, mut sequences) = resolve(problem, inputs, gate, &state.counters)?;
+    let Workspace { tables, gates, decoding: scratch, spare } = workspace;
+    let batch = resolve(problem, inputs, gate, &state.counters, tables)?;
+    let sequences = &mut tables.sequences;
     span.slots(sequences.iter().map(|s| s.slot));
     span.lens(sequences.iter().map(|s| s.len));
     check_outputs(problem, inputs, &outputs)?;
-    check_longest(&sequences, (entry == Entry::Decode).then_some(MAX_DECODE_TOKENS))?;
+    check_longest(sequences, (entry == Entry::Decode).then_some(MAX_DECODE_TOKENS))?;
     let short = || sequences.iter().all(|s| s.len <= MAX_DECODE_TOKENS);
     let decoding = entry == Entry::Decode || entry == Entry::Forward && short();
     let lens = || sequences.iter().map(|s| (s.len, state.counters[s.slot].open_len));
@@ -195,13 +216,14 @@ fn run<T: Element>(
     if !inline {
         pool::start()?;
     }
+    alloc::refill(gates, gate.iter().copied().map(gate_weights), "the gate's weights")?;
     let call = Call {
         problem: *problem,
         batch,
         blocks: KeyBlocks::new(problem),
         inputs: inputs.rows(),
         outputs: outputs.rows(),
-        gates: alloc::collected(gate.iter().copied().map(gate_weights), "the gate's weights")?,
+        gates,
         cancel: match decoding {
             true => Cancel::between_tasks(inputs.cancel),
             false => Cancel::within_tasks(inputs.cancel),
@@ -210,11 +232,11 @@ fn run<T: Element>(
     };
     let first_rotation = batch.rope.is_some() && state.ensure_rotated()?;
     let mut result = match decoding {
-        true => decode::run(&call, &sequences, state),
-        false => prefill::run(&call, &mut sequences, state),
+        true => decode::run(&call, sequences, state, (scratch, spare)),
+        false => prefill::run(&call, sequences, state),
     };
     if let Err(Error::Cancelled { taken }) = &mut result {
-        *taken = taken_in(&mut sequences, &state.counters);
+        *taken = taken_in(sequences, &state.counters);
     }
     let nothing_written = match &result {
         Err(Error::Cancelled { taken }) => taken.iter().all(|&taken| taken == 0),

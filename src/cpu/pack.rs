@@ -42,6 +42,7 @@ impl Packed {
 }
 
 /// Buffers of a task that appends to an open segment.
+#[derive(Default)]
 pub(crate) struct AppendScratch {
     /// Keys, [GROUP, Dk].
     keys: Vec<f32>,
@@ -51,8 +52,19 @@ pub(crate) struct AppendScratch {
 
 impl AppendScratch {
     pub fn new(p: &Problem) -> Result<Self> {
-        let rows = || alloc::reserved(&[GROUP, p.key_dim()], SCRATCH);
-        Ok(Self { keys: rows()?, rotated: rows()? })
+        let mut scratch = Self::default();
+        scratch.fit(p)?;
+        Ok(scratch)
+    }
+
+    /// Makes room for another problem's tokens.
+    pub fn fit(&mut self, p: &Problem) -> Result<()> {
+        let rows = [&mut self.keys, &mut self.rotated];
+        rows.into_iter().try_for_each(|x| alloc::room(x, &[GROUP, p.key_dim()], SCRATCH))
+    }
+
+    pub fn bytes(&self) -> usize {
+        alloc::bytes(&[&self.keys, &self.rotated])
     }
 }
 

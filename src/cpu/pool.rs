@@ -6,6 +6,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
 
+use super::segment::SCRATCH;
+use crate::alloc;
 use crate::error::{Error, Result};
 
 /// The work, in flop, up to which waking other threads costs more than it saves (docs/cpu.md).
@@ -49,12 +51,46 @@ pub(super) fn each(count: usize, inline: bool, task: impl Fn(usize) + Sync + Sen
 /// starts, so that memory that is not there leaves state and outputs as they were.
 pub(super) struct Pool<S>(Mutex<Vec<S>>);
 
+impl<S> Default for Pool<S> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+/// How many of so many tasks run at once in the caller's rayon pool.
+fn at_once(tasks: usize) -> usize {
+    if tasks > 1 { tasks.min(rayon::current_num_threads()) } else { tasks }
+}
+
 impl<S> Pool<S> {
-    /// Buffers for `tasks` tasks in the caller's rayon pool.
+    /// Buffers for `tasks` tasks.
     pub fn new(tasks: usize, make: impl Fn() -> Result<S>) -> Result<Self> {
-        let count = if tasks > 1 { tasks.min(rayon::current_num_threads()) } else { tasks };
-        let buffers = (0..count).map(|_| make());
+        let buffers = (0..at_once(tasks)).map(|_| make());
         Ok(Self(Mutex::new(buffers.collect::<Result<_>>()?)))
+    }
+
+    /// The same from buffers of earlier calls, which `fit` makes large enough; those that are not needed
+    /// go to `spare`.
+    pub fn refit(
+        &mut self,
+        tasks: usize,
+        spare: &mut Vec<S>,
+        mut fit: impl FnMut(&mut S) -> Result<()>,
+    ) -> Result<()>
+    where
+        S: Default,
+    {
+        let (buffers, count) = (self.all(), at_once(tasks));
+        alloc::room(buffers, &[count], SCRATCH)?;
+        alloc::room(spare, &[spare.len() + buffers.len()], SCRATCH)?;
+        spare.extend(buffers.drain(count.min(buffers.len())..));
+        buffers.resize_with(count, || spare.pop().unwrap_or_default());
+        buffers.iter_mut().try_for_each(&mut fit)
+    }
+
+    /// All buffers, while no task has one.
+    pub fn all(&mut self) -> &mut Vec<S> {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs one of those tasks. `f` must not wait for other tasks.

@@ -2,7 +2,7 @@
 //!
 //! Keys are σ-mapped in chunks of [`CHUNK`] tokens, so that scratch does not grow with N.
 
-use super::matmul::{Into, Mat, matmul, matmul_scaled};
+use super::matmul::{FEW_ROWS, Into, Mat, add_by_rows, matmul, matmul_scaled};
 use super::simd;
 use crate::alloc;
 use crate::call::form::Piece;
@@ -16,6 +16,7 @@ pub(crate) const CHUNK: usize = 256;
 pub(super) const SCRATCH: &str = "scratch of a task";
 
 /// Buffers of one running task.
+#[derive(Default)]
 pub(crate) struct Scratch {
     /// Keys as given, then σ(K), [CHUNK, Dk].
     k: Vec<f32>,
@@ -26,25 +27,51 @@ pub(crate) struct Scratch {
     /// M and z as [`commit`] finds them, under the delta rule.
     m: Vec<f32>,
     z: Vec<f32>,
+    /// Σ σ(k) of a chunk that is committed, [Dk].
+    dz: Vec<f32>,
+    /// A few rows of a product, [FEW_ROWS, Dv].
+    rows: Vec<f32>,
 }
 
 impl Scratch {
     /// Room for everything but [`commit`].
     pub fn new(p: &Problem) -> Result<Self> {
-        let rows = |width| alloc::reserved(&[CHUNK.min(p.segment_len()), width], SCRATCH);
-        let w = if p.update() == Update::Delta { rows(p.key_dim())? } else { Vec::new() };
-        let (m, z) = (Vec::new(), Vec::new());
-        Ok(Self { k: rows(p.key_dim())?, w, v: rows(p.value_dim())?, m, z })
+        let mut scratch = Self::default();
+        scratch.fit(p)?;
+        Ok(scratch)
     }
 
     /// Room for [`commit`] too.
     pub fn for_commits(p: &Problem) -> Result<Self> {
-        let mut scratch = Self::new(p)?;
-        if p.update() == Update::Delta {
-            scratch.m = alloc::reserved(&[p.key_dim(), p.value_dim()], SCRATCH)?;
-            scratch.z = alloc::reserved(&[p.key_dim()], SCRATCH)?;
-        }
+        let mut scratch = Self::default();
+        scratch.fit_commits(p)?;
         Ok(scratch)
+    }
+
+    fn fit(&mut self, p: &Problem) -> Result<()> {
+        let rows = |x, width| alloc::room(x, &[CHUNK.min(p.segment_len()), width], SCRATCH);
+        if p.update() == Update::Delta {
+            rows(&mut self.w, p.key_dim())?;
+        }
+        rows(&mut self.k, p.key_dim())?;
+        rows(&mut self.v, p.value_dim())
+    }
+
+    /// Makes what [`Self::for_commits`] makes from buffers that may be smaller.
+    pub fn fit_commits(&mut self, p: &Problem) -> Result<()> {
+        let (dk, dv) = (p.key_dim(), p.value_dim());
+        self.fit(p)?;
+        alloc::room(&mut self.dz, &[dk], SCRATCH)?;
+        alloc::room(&mut self.rows, &[FEW_ROWS, dv], SCRATCH)?;
+        if p.update() == Update::Delta {
+            alloc::room(&mut self.m, &[dk, dv], SCRATCH)?;
+            alloc::room(&mut self.z, &[dk], SCRATCH)?;
+        }
+        Ok(())
+    }
+
+    pub fn bytes(&self) -> usize {
+        alloc::bytes(&[&self.k, &self.w, &self.v, &self.m, &self.z, &self.dz, &self.rows])
     }
 
     /// Lengthens the chunks into their room; the task does that, not who made them.
@@ -163,11 +190,16 @@ pub(crate) fn commit(
         if delta {
             let unit = weigh(p, n, &x.z, &x.k, &mut x.w);
             let (w, m) = (Mat::rows(&x.w, n, dk, dk), Mat::rows(&x.m, dk, dv, dv));
-            matmul_scaled(&mut x.v[..n * dv], Into::Subtract, unit, w, m);
+            add_by_rows(&mut x.v[..n * dv], -unit, w, m, &mut x.rows);
         }
         simd::feature_map(&mut x.k[..n * dk]);
-        simd::add_rows(&x.k[..n * dk], z);
-        matmul(m, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.v, n, dv, dv));
+        // Sums of many keys: beside a large z single ones would be lost to rounding.
+        x.dz.clear();
+        x.dz.resize(dk, 0.0);
+        simd::add_rows(&x.k[..n * dk], &mut x.dz);
+        simd::add_rows(&x.dz, z);
+        let (k, v) = (Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.v, n, dv, dv));
+        add_by_rows(m, 1.0, k, v, &mut x.rows);
     });
 }
 

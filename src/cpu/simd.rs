@@ -7,7 +7,7 @@ use multiversion::target::target_cfg_f;
 use crate::problem::Denominator;
 
 /// Lanes per chunk: one AVX-512 register, two of AVX2, four of NEON.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Compiles functions for AVX-512, for AVX2 and for the target's baseline (NEON on aarch64), and
 /// picks at run time.
@@ -142,6 +142,82 @@ fn exp_sum(row: &mut [f32], shift: f32) -> f32 {
     sum
 }
 
+/// Brings rows into the cache one after another: processors foresee that. Out of memory, rows that are
+/// read side by side come at half the rate (docs/cpu.md).
+#[inline(always)]
+fn fetch<const D: usize>(rows: [&[f32]; D]) {
+    let lines = rows.iter().flat_map(|row| row.iter().step_by(LANES));
+    std::hint::black_box(lines.fold(0, |bits, x| bits | x.to_bits()));
+}
+
+/// The first `D` elements of row `r`.
+#[inline(always)]
+fn row_of<const D: usize>((a, [row, col]): (&[f32], [usize; 2]), r: usize) -> [f32; D] {
+    std::array::from_fn(|k| a[r * row + k * col])
+}
+
+/// `D` steps of the sum for a single row of [`add_product`].
+#[inline(always)]
+fn add_row<const D: usize>(dst: &mut [f32], a: [f32; D], b: [&[f32]; D]) {
+    let b = b.map(|row| &row[..dst.len()]);
+    for j in 0..dst.len() {
+        let mut sum = dst[j];
+        for k in 0..D {
+            sum = a[k].mul_add(b[k][j], sum);
+        }
+        dst[j] = sum;
+    }
+}
+
+/// The same for `R` rows: a vector of `b` is loaded once for all of them. (The compiler makes a mess of
+/// this loop for one row.)
+#[inline(always)]
+fn add_rows_of<const R: usize, const D: usize>(
+    dst: &mut [f32],
+    a: (&[f32], [usize; 2]),
+    b: [&[f32]; D],
+) {
+    let width = b[0].len();
+    let a: [[f32; D]; R] = std::array::from_fn(|r| row_of(a, r));
+    let mut rows = dst.chunks_exact_mut(width);
+    let dst: [_; R] = std::array::from_fn(|_| match rows.next() {
+        Some(row) => row.as_chunks_mut::<LANES>(),
+        None => unreachable!("`dst` has so many rows"),
+    });
+    let b = b.map(|row| chunked(&row[..width]));
+    for j in 0..width / LANES {
+        let b: [[f32; LANES]; D] = std::array::from_fn(|k| b[k].0[j]);
+        for r in 0..R {
+            let mut sums = dst[r].0[j];
+            for k in 0..D {
+                for i in 0..LANES {
+                    sums[i] = a[r][k].mul_add(b[k][i], sums[i]);
+                }
+            }
+            dst[r].0[j] = sums;
+        }
+    }
+    for r in 0..R {
+        add_row(dst[r].1, a[r], b.map(|row| row.1));
+    }
+}
+
+/// `D` steps of [`add_product`] for all rows.
+#[inline(always)]
+fn add_steps<const D: usize>(dst: &mut [f32], a: (&[f32], [usize; 2]), b: [&[f32]; D]) {
+    const ROWS: usize = 4;
+    let width = b[0].len();
+    for (i, rows) in dst.chunks_mut(ROWS * width).enumerate() {
+        let a = (&a.0[i * ROWS * a.1[0]..], a.1);
+        match rows.len() / width {
+            1 => add_row(rows, row_of(a, 0), b),
+            2 => add_rows_of::<2, D>(rows, a, b),
+            3 => add_rows_of::<3, D>(rows, a, b),
+            _ => add_rows_of::<ROWS, D>(rows, a, b),
+        }
+    }
+}
+
 /// Running softmax statistics of one row: maximum and sum of exponentials so far.
 #[derive(Clone, Copy)]
 pub(crate) struct Running {
@@ -200,6 +276,29 @@ pub(crate) fn softmax_block(
         // All scores −∞: any finite shift gives weights 0 instead of NaN.
         let shift = if run.max == f32::NEG_INFINITY { 0.0 } else { run.max };
         run.sum += exp_sum(seen, shift);
+    }
+}
+
+/// dst ← dst + a·b for few rows, `dst` and `b` rows of `width`, `a` of `depth`. `b` is read once, in the
+/// order in which it lies: its memory sets the pace. `b` comes with the elements between rows, `a` with
+/// those between rows and between columns.
+pub(crate) fn add_product(
+    dst: &mut [f32],
+    a: (&[f32], [usize; 2]),
+    b: (&[f32], usize),
+    width: usize,
+    depth: usize,
+) {
+    const STEPS: usize = 8;
+    let row = |k: usize| &b.0[k * b.1..][..width];
+    let whole = depth - depth % STEPS;
+    for k in (0..whole).step_by(STEPS) {
+        let rows = std::array::from_fn(|i| row(k + i));
+        fetch(rows);
+        add_steps::<STEPS>(dst, (&a.0[k * a.1[1]..], a.1), rows);
+    }
+    for k in whole..depth {
+        add_steps::<1>(dst, (&a.0[k * a.1[1]..], a.1), [row(k)]);
     }
 }
 

@@ -202,17 +202,26 @@ fn too_large(problem: &Problem, sequences: usize, rotation: bool) -> Error {
 
 /// Slots must lie inside the state and be distinct.
 pub(crate) fn check_slots(slots: &[usize], available: usize) -> Result<()> {
-    // 1 + the index of the entry that names a slot; zeros, so that a large table is hardly touched.
-    let mut named: Vec<usize> = alloc::zeroed(&[available], "the table of named slots")?;
-    for (i, &slot) in slots.iter().enumerate() {
-        check_slot(slots, i, available)?;
-        let first = std::mem::replace(&mut named[slot], i + 1);
-        if first > 0 {
-            let expected = format!("a slot other than slots[{}]", first - 1);
-            return Err(Error::value(format!("slots[{i}]"), slot, expected));
+    check_slots_by(slots, available, &mut Named::new())
+}
+
+/// Slots in order, each with its place in the list that names them.
+pub(crate) type Named = Vec<(usize, usize)>;
+
+/// The same by a table of an earlier call.
+pub(crate) fn check_slots_by(slots: &[usize], available: usize, named: &mut Named) -> Result<()> {
+    (0..slots.len()).try_for_each(|i| check_slot(slots, i, available))?;
+    let places = (0..slots.len()).map(|i| (slots[i], i));
+    alloc::refill(named, places, "the table of named slots")?;
+    named.sort_unstable();
+    let again = named.windows(2).filter(|pair| pair[0].0 == pair[1].0);
+    match again.min_by_key(|pair| pair[1].1) {
+        Some(&[(slot, first), (_, i)]) => {
+            let expected = format!("a slot other than slots[{first}]");
+            Err(Error::value(format!("slots[{i}]"), slot, expected))
         }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn check_slot(slots: &[usize], i: usize, available: usize) -> Result<()> {

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod allocations;
 mod files;
 mod memory;
 #[cfg(target_os = "linux")]

@@ -6,10 +6,13 @@ use infini_attn::{
 };
 use peak_alloc::PeakAlloc;
 
+use crate::allocations::Counting;
 use crate::alone;
 
 #[global_allocator]
-pub(crate) static ALLOCATED: PeakAlloc = PeakAlloc;
+static ALLOCATOR: Counting = Counting(PeakAlloc);
+
+pub(crate) const ALLOCATED: &PeakAlloc = &ALLOCATOR.0;
 
 /// Bytes a prefill of `tokens` tokens allocates at its worst, beyond what it is given.
 fn peak(problem: &Problem, tokens: usize) -> usize {
