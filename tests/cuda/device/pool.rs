@@ -2,9 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use half::bf16;
-use infini_attn::cuda::{
-    self, Device, Gate, Inputs, Outputs, TensorView, TensorViewMut,
-};
+use infini_attn::cuda::{self, Device, Gate, Inputs, Outputs, TensorView, TensorViewMut};
 use infini_attn::{Error, Pool, Problem, Slot, Snapshot};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -152,12 +150,16 @@ fn a_pool_is_as_many_streams_of_their_own(device: &Device) -> Result<()> {
             for (b, (_, alone)) in live.iter_mut().enumerate() {
                 let (_, seed, count) = batch[b];
                 let want = scene.forward(&mut alone[l], &[(seed, count)], &[0])?;
-                ensure!(outputs[b] == want[0], "layer {l}, {count} tokens in a batch of {counts:?}");
+                ensure!(
+                    outputs[b] == want[0],
+                    "layer {l}, {count} tokens in a batch of {counts:?}"
+                );
             }
         }
     }
     for (slot, alone) in &live {
-        let want = alone.iter().map(|s| Ok(s.to_host()?.to_bytes()?)).collect::<Result<Vec<_>>>()?;
+        let want =
+            alone.iter().map(|s| Ok(s.to_host()?.to_bytes()?)).collect::<Result<Vec<_>>>()?;
         ensure!(bytes(&pool.snapshot(&[*slot])?) == want, "another state");
     }
     Ok(())
@@ -202,8 +204,8 @@ fn a_step_that_is_refused_is_undone_or_its_slots_are_refused(device: &Device) ->
             let what = || format!("call {nth} of {function} refused: {:?}", result.as_ref().err());
             runs += 1;
             _ = device.is_capturing();
-            let [good, bad]: [Vec<Slot>; 2] =
-                [true, false].map(|ok| slots.into_iter().filter(|s| pool.index(*s).is_ok() == ok).collect());
+            let [good, bad]: [Vec<Slot>; 2] = [true, false]
+                .map(|ok| slots.into_iter().filter(|s| pool.index(*s).is_ok() == ok).collect());
             if result.is_ok() {
                 ensure!(all(&pool, &slots)? == after, "accepted: {}", what());
             } else if bad.is_empty() {

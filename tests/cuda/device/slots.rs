@@ -149,7 +149,10 @@ fn some_slots_visit_the_host(device: &Device) -> Result<()> {
     assert!(bytes(&state) == scene.host.fork(&[0, 2, 0])?.to_bytes()?, "restored");
     let before = bytes(&state);
     for (result, expected) in [
-        (state.restore(&[1], &two), "slots: 1 elements given, 2 (the slots of the state put back) expected"),
+        (
+            state.restore(&[1], &two),
+            "slots: 1 elements given, 2 (the slots of the state put back) expected",
+        ),
         (state.restore(&[1, 3], &two), "slots[1]: 3 given"),
         (state.restore(&[1, 1], &two), "slots[1]: 1 given"),
         (state.restore(&[0], &State::new(&problem(2, 1, 64, 32), 1)?), "state: made for"),
