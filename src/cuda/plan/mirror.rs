@@ -31,7 +31,8 @@ impl Mirror {
     }
 
     /// The mirror of a state with these counters, one per slot, as they lie in device memory at
-    /// [`InfiniState::counters`]; `taken` and `reserved` are not looked at.
+    /// [`InfiniState::counters`](super::params::InfiniState::counters); `taken` and `reserved` are not
+    /// looked at.
     ///
     /// # Errors
     /// [`Error::Length`] for another number of slots; [`Error::Value`] for counters that no sequence of
