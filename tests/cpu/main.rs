@@ -22,6 +22,7 @@ mod package;
 mod problem_data;
 mod reference;
 mod simd;
+mod soak;
 mod state_files;
 mod state_io;
 mod state_refusals;
