@@ -128,6 +128,14 @@ pub(crate) struct Piece {
     pub empty: bool,
 }
 
+impl Piece {
+    /// Whether its tokens go into the open segment behind those that the call found there, in nobody's
+    /// place: it can be attended where it lies, and be taken back by forgetting it.
+    pub fn continues(&self) -> bool {
+        self.start == 0 && !self.full
+    }
+}
+
 /// Cuts one sequence's call at segment ends.
 pub(crate) fn pieces(
     p: &Problem,

@@ -14,6 +14,7 @@ use crate::alloc;
 use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
 use crate::error::Result;
+use crate::memory::heads::OpenRef;
 use crate::problem::EmptyMemory;
 
 /// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
@@ -126,6 +127,11 @@ impl<T: Element> Call<'_, T> {
         self.outputs.lse.is_some()
             || self.outputs.a_dot.is_some()
             || self.group(kv_head).any(|h| self.weights(h, piece.empty)[1] != 0.0)
+    }
+
+    /// An open segment where it lies, and the memory before it.
+    pub fn open_segment<'s>(&self, open: OpenRef<'s>, m: &'s [f32], z: &'s [f32]) -> Segment<'s> {
+        Segment { keys: open.local(self.batch.rope.is_some()), values: open.v, m, z }
     }
 
     /// All query rows of one KV head whose tokens lie in `tokens`.

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Scratch as TileScratch, Segment};
+use super::attention::Scratch as TileScratch;
 use super::call::{Call, Extent, advance};
 use super::pack::AppendScratch;
 use super::pool::{self, Pool};
@@ -198,8 +198,7 @@ fn attend<T: Element>(
     (open, m, z): (OpenRef<'_>, &[f32], &[f32]),
     x: &mut Scratch,
 ) {
-    let keys = open.local(call.batch.rope.is_some());
-    let segment = Segment { keys, values: open.v, m, z };
+    let segment = call.open_segment(open, m, z);
     call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
 }
 

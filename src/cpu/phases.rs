@@ -143,10 +143,11 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
             self.transitions(run);
         }
         self.scan_m(&chains, run);
+        self.append(run, Piece::continues);
         self.attention(run);
         let result = self.call.cancel.go_on(0);
         match &result {
-            Ok(()) => self.append(run),
+            Ok(()) => self.append(run, |piece| !piece.continues()),
             Err(_) => self.restore(&chains),
         }
         result
@@ -255,6 +256,9 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         // SAFETY: only outputs are written meanwhile.
         let open = unsafe { self.heads.open.read(piece.seq.slot, h) };
         self.tiles.with(|(x, packed)| {
+            if piece.continues() {
+                return call.attend(piece, h, tokens, call.open_segment(open, m, z), x);
+            }
             let seen = piece.cached + tokens.end - piece.start;
             if call.needs_local(piece, h) {
                 call.pack(piece, h, open, seen, packed);
@@ -264,9 +268,10 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         });
     }
 
-    /// Tokens after the last full segment go into the open segment.
-    fn append(&self, run: &[Piece]) {
-        let tails: Vec<Piece> = run.iter().filter(|piece| !piece.full).copied().collect();
+    /// Tokens after the last full segment go into the open segment, of such pieces.
+    fn append(&self, run: &[Piece], of: impl Fn(&Piece) -> bool) {
+        let tails = run.iter().filter(|piece| !piece.full && of(piece));
+        let tails: Vec<Piece> = tails.copied().collect();
         self.call.append_tails(&self.heads.open, &tails, |append| {
             self.tiles.with(|(_, x)| append(&mut x.append));
         });

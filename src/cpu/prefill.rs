@@ -171,7 +171,8 @@ impl<T: Element> Chains<'_, '_, T> {
 
     fn append(&self, part: (usize, usize)) {
         let tails: Vec<Piece> = (0..self.sequences.len())
-            .filter_map(|i| self.pieces(i, part).last().filter(|piece| !piece.full))
+            .filter_map(|i| self.pieces(i, part).last())
+            .filter(|piece| !piece.full && !piece.continues())
             .collect();
         self.call.append_tails(&self.heads.open, &tails, |append| {
             self.scratch.with(|x| append(&mut x.packed.append));
@@ -237,10 +238,15 @@ fn chain<T: Element>(
     head: &mut HeadMut<'_>,
     x: &mut ChainScratch,
 ) {
-    let p = &call.problem;
+    let (p, tokens) = (&call.problem, piece.start..piece.start + piece.len);
+    if piece.continues() {
+        call.append(piece, kv_head, &mut head.open, &mut x.packed.append);
+        let segment = call.open_segment(head.open.read(), head.m, head.z);
+        return call.attend(piece, kv_head, tokens, segment, &mut x.tiles);
+    }
     call.pack(piece, kv_head, head.open.read(), piece.cached + piece.len, &mut x.packed);
     let segment = Segment { keys: &x.packed.local, values: &x.packed.values, m: head.m, z: head.z };
-    call.attend(piece, kv_head, piece.start..piece.start + piece.len, segment, &mut x.tiles);
+    call.attend(piece, kv_head, tokens, segment, &mut x.tiles);
     let Some(own) = x.own.as_mut().filter(|_| piece.full) else { return };
     segment::sums(p, &x.packed, &mut own.b, &mut own.dz, &mut own.segment);
     if transits(p, piece) {

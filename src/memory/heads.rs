@@ -96,9 +96,9 @@ pub(crate) struct OpenMut<'a> {
     pub v: &'a mut [f32],
 }
 
-impl OpenRef<'_> {
+impl<'a> OpenRef<'a> {
     /// The keys the local branch sees.
-    pub fn local(&self, rotated: bool) -> &[f32] {
+    pub fn local(&self, rotated: bool) -> &'a [f32] {
         if rotated { self.k_rotated.unwrap_or(self.k) } else { self.k }
     }
 }

@@ -26,6 +26,7 @@ mod reference;
 mod simd;
 mod slots;
 mod snapshots;
+mod soak;
 mod state_files;
 mod state_io;
 mod state_refusals;
