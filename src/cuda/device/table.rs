@@ -1,9 +1,9 @@
 //! Which slots a batch brings tokens to, in device memory: a captured step reads it in every replay.
 
 use super::{Buffer, Device};
+use crate::cuda::plan::effect::PAD_SLOT;
 use crate::cuda::plan::launcher::Launcher;
 use crate::cuda::plan::params::InfiniSequence;
-use crate::cuda::plan::sequences::PAD_SLOT;
 use crate::error::{Error, Result};
 
 /// Slot and number of new tokens of every sequence of a batch [B, T, H, D], in device memory:

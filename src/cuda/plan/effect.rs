@@ -1,6 +1,16 @@
 //! What a run changes in the counters of a state.
 
+use super::params::INFINI_PAD_SLOT;
 use crate::memory::Counters;
+
+/// Slot of a sequence that is padding of the batch, in a table of sequences ([`Runs::Table`]): nothing is
+/// read for it and no slot changes; its output rows become 0 like those of padding, its log-sum-exp −∞.
+/// Any number of sequences may be padding. In device memory −1, all bits set as well.
+///
+/// [`Runs::Table`]: crate::cuda::Runs::Table
+pub const PAD_SLOT: usize = usize::MAX;
+
+const _: () = assert!(PAD_SLOT as i32 == INFINI_PAD_SLOT);
 
 /// What a run changes in the counters.
 #[derive(Clone, Debug)]

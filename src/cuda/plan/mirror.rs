@@ -3,10 +3,9 @@
 use std::fmt::Display;
 
 use super::Plan;
-use super::effect::{Change, Copied, Effect, Kind, Tokens};
+use super::effect::{Change, Copied, Effect, Kind, PAD_SLOT, Tokens};
 use super::layout::StateLayout;
 use super::params::InfiniCounters;
-use super::sequences::PAD_SLOT;
 use crate::call::check::check_continued;
 use crate::call::form::{Sequence, pieces};
 use crate::error::{Error, Result};

@@ -12,15 +12,6 @@ use super::params::*;
 use super::problem::problem_params;
 use crate::error::Result;
 
-/// Slot of a sequence that is padding of the batch, in a table of sequences ([`Runs::Table`]): nothing is
-/// read for it and no slot changes; its output rows become 0 like those of padding, its log-sum-exp −∞.
-/// Any number of sequences may be padding. In device memory −1, all bits set as well.
-///
-/// [`Runs::Table`]: crate::cuda::Runs::Table
-pub const PAD_SLOT: usize = usize::MAX;
-
-const _: () = assert!(PAD_SLOT as i32 == INFINI_PAD_SLOT);
-
 /// A list of sequences as launch parameter; a long one is copied to the workspace.
 pub fn listed(
     all: &[InfiniSequence],
