@@ -1,6 +1,6 @@
 //! Safe access to the `gemm` crate's single-threaded product; tasks, not products, are parallel. A product
 //! of few rows does so little with each element of its right factor that packing it, as `gemm` does, costs
-//! more than the product: those have a loop of our own.
+//! more than the product: those have a loop of our own. (It packs nothing for a single row.)
 
 use std::ops::Range;
 
@@ -86,7 +86,7 @@ pub(crate) fn matmul_scaled(dst: &mut [f32], mode: Into, factor: f32, a: Mat<'_>
         return;
     }
     let stores = mode == Into::Store;
-    if m <= FEW_ROWS && b.col == 1 && (stores || mode == Into::Add && factor == 1.0) {
+    if (2..=FEW_ROWS).contains(&m) && b.col == 1 && (stores || mode == Into::Add && factor == 1.0) {
         let dst = &mut dst[..m * n];
         if stores {
             dst.fill(0.0);
