@@ -51,8 +51,14 @@ impl Span {
     pub fn lens(&self, lens: impl ExactSizeIterator<Item = usize>) {
         if !self.0.is_disabled() {
             self.0.record("sequences", lens.len());
-            self.0.record("tokens", lens.sum::<usize>());
+            self.0.record("tokens", lens.fold(0, usize::saturating_add));
         }
+    }
+
+    /// The same for sequences of one length.
+    pub fn batch(&self, sequences: usize, len: usize) {
+        self.0.record("sequences", sequences);
+        self.0.record("tokens", sequences.saturating_mul(len));
     }
 
     /// Notes the slots that the call works on.
@@ -77,6 +83,8 @@ impl Span {
     }
 
     pub fn lens(&self, _: impl ExactSizeIterator<Item = usize>) {}
+
+    pub fn batch(&self, _: usize, _: usize) {}
 
     pub fn slots(&self, _: impl Iterator<Item = usize>) {}
 

@@ -244,7 +244,7 @@ fn sum_keys<T: Element>(
 ) -> Result<KeySums> {
     let dk = problem.key_dim();
     let (batch, tokens) = check_keys(problem, T::DTYPE, &k.layout())?;
-    span.lens((0..batch).map(|_| tokens));
+    span.batch(batch, tokens);
     pool::start()?;
     let mut out = KeySums::zero(problem, batch)?;
     out.tokens.fill(tokens as u64);
@@ -314,7 +314,7 @@ fn map_segments<T: Element>(
     let (k_layout, v_layout) = (k.layout(), v.layout());
     let found = (&before.problem, &before.tokens[..]);
     let (batch, tokens) = check_map(problem, (T::DTYPE, &k_layout), (T::DTYPE, &v_layout), found)?;
-    span.lens((0..batch).map(|_| tokens));
+    span.batch(batch, tokens);
     pool::start()?;
     let mut map = SegmentMap::zero(problem, before)?;
     map.sums.tokens.fill(tokens as u64);

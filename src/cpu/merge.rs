@@ -51,10 +51,10 @@ fn merge_rows<T: Element>(
         [tokens, heads, _] => (1, tokens, heads),
         _ => unreachable!("check_partials accepts ranks 3 and 4"),
     };
-    span.lens((0..batch).map(|_| tokens));
     if out.layout().is_empty() && out_lse_layout.is_none_or(|lse| lse.is_empty()) {
         return Ok(());
     }
+    span.batch(batch, tokens);
     let rows: usize = out.shape()[..out.shape().len() - 2].iter().product();
     let width = out.shape()[out.shape().len() - 1];
     let parts = a_dot.iter().zip(lse).map(|(a, l)| (a.rows(), l.head_rows()));

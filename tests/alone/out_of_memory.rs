@@ -141,7 +141,7 @@ const SITUATIONS: &[Situation] = &[
         })
     }),
     // A copy takes no memory; to write to it does.
-    ("a state of 1 slots: ", || {
+    ("a copy of M: ", || {
         let mut call = Call::new(Update::Delta, 1, 1);
         let other = call.state.clone();
         starved(&mut call, |call| call.state.try_clone()?.reset(&[0]))?;

@@ -4,7 +4,7 @@ use crate::common::backend::Backend;
 use crate::common::buffers::{OutputBuffers, Strided};
 use crate::common::call::{Call, CallShape};
 use crate::common::cases::{
-    BATCHES, Batch, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
+    BATCHES, Case, DENOMINATORS, DIMS, DTYPES, EMPTY, RULES, SEGMENTS, cases,
 };
 use crate::common::driver::run_cases;
 use crate::common::metric::{Axes, log_rms, relative_rms, rows_are_close};
@@ -13,7 +13,7 @@ use crate::common::stream::Stream;
 use crate::common::tensor_cases::{Shape, full, pairwise, work};
 use crate::common::tolerance::Precision;
 use crate::common::{narrow, scalar};
-use infini_attn::{DType, Element, MAX_DECODE_TOKENS, Problem, Result};
+use infini_attn::{DType, Element, Problem, Result};
 
 #[test]
 fn the_table_covers_its_axes() {
@@ -144,16 +144,6 @@ fn pairs_of_levels_meet_in_every_shape() {
                 });
             }
             has("batch and flush", &|c| c.batch == batch && !c.flush_after.is_empty());
-            let both = |lens: &Vec<usize>| {
-                let short = |len: usize| len > 0 && len <= MAX_DECODE_TOKENS;
-                lens.iter().any(|&len| short(len))
-                    && lens.iter().any(|&len| len > MAX_DECODE_TOKENS)
-            };
-            if batch != Batch::Full {
-                has("prompts and tokens in one of several calls", &|c| {
-                    c.batch == batch && c.calls.len() > 1 && c.calls.iter().any(both)
-                });
-            }
         }
         has("rotation", &|c| c.problem.update() == update && c.rope.is_some());
     }

@@ -23,6 +23,7 @@ pub fn groups() -> Vec<Group> {
     vec![
         check("streams", a_pool_is_as_many_streams_of_their_own),
         check("refusals", a_step_that_is_refused_is_undone_or_its_slots_are_refused),
+        check("lost", a_device_that_is_lost_is_an_error_everywhere),
     ]
 }
 
@@ -165,70 +166,126 @@ fn a_pool_is_as_many_streams_of_their_own(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Slots in which a step of both layers completes a segment, or stays inside it, with each call of the
-/// driver refused in turn.
-fn a_step_that_is_refused_is_undone_or_its_slots_are_refused(device: &Device) -> Result<()> {
-    let Some(driver) = Driver::open() else {
-        say(format_args!("skipped: only the simulator's driver refuses calls"));
-        return Ok(());
-    };
-    let scene = Scene::new(device)?;
-    let first = [(1, 30), (2, 3)];
-    let next = [(3, 5), (4, 1)];
-    let begun = || -> Result<_> {
-        let mut pool = scene.pool(SLOTS)?;
+/// A pool whose first two slots have begun, and what the tests bring to them next.
+struct Begun {
+    scene: Scene,
+    driver: Driver,
+}
+
+impl Begun {
+    const NEXT: [(u64, usize); 2] = [(3, 5), (4, 1)];
+
+    fn new(device: &Device) -> Result<Option<Self>> {
+        let Some(driver) = Driver::open() else {
+            say(format_args!("skipped: only the simulator's driver refuses calls"));
+            return Ok(None);
+        };
+        Ok(Some(Self { scene: Scene::new(device)?, driver }))
+    }
+
+    fn pool(&self) -> Result<(Pool<cuda::State>, [Slot; 2])> {
+        let mut pool = self.scene.pool(SLOTS)?;
         let slots = [pool.allocate()?, pool.allocate()?];
-        let batch = [0, 1].map(|b| (slots[b], first[b].0, first[b].1));
-        scene.step(&mut pool, &batch)?;
+        self.scene.step(&mut pool, &[(slots[0], 1, 30), (slots[1], 2, 3)])?;
         Ok((pool, slots))
-    };
-    let go_on = |pool: &mut Pool<cuda::State>, slots: [Slot; 2]| {
-        scene.step(pool, &[0, 1].map(|b| (slots[b], next[b].0, next[b].1)))
-    };
-    let all = |pool: &Pool<cuda::State>, slots: &[Slot]| -> Result<Vec<Vec<u8>>> {
-        Ok(bytes(&pool.snapshot(slots)?))
-    };
-    let (mut pool, slots) = begun()?;
-    let before = all(&pool, &slots)?;
-    driver.refuse(None);
-    let outputs = go_on(&mut pool, slots)?;
-    let calls = driver.calls();
-    let after = all(&pool, &slots)?;
+    }
+
+    /// A step that completes a segment of the first slot in one layer.
+    fn step(
+        &self,
+        pool: &mut Pool<cuda::State>,
+        slots: [Slot; 2],
+    ) -> infini_attn::Result<Vec<Vec<Vec<u8>>>> {
+        let next = |b: usize| (slots[b], Self::NEXT[b].0, Self::NEXT[b].1);
+        self.scene.step(pool, &[next(0), next(1)])
+    }
+}
+
+/// A step of two layers, with each call of the driver refused in turn.
+fn a_step_that_is_refused_is_undone_or_its_slots_are_refused(device: &Device) -> Result<()> {
+    let Some(begun) = Begun::new(device)? else { return Ok(()) };
+    let (mut pool, slots) = begun.pool()?;
+    let before = bytes(&pool.snapshot(&slots)?);
+    begun.driver.refuse(None);
+    let outputs = begun.step(&mut pool, slots)?;
+    let calls = begun.driver.calls();
+    let after = bytes(&pool.snapshot(&slots)?);
     let (mut runs, mut undone, mut refused) = (0, 0, 0);
     for (function, count) in calls {
         for nth in 1..=count {
-            let (mut pool, slots) = begun()?;
-            driver.refuse(Some((&function, nth)));
-            let result = go_on(&mut pool, slots);
-            driver.refuse(None);
+            let (mut pool, slots) = begun.pool()?;
+            begun.driver.refuse(Some((&function, nth)));
+            let result = begun.step(&mut pool, slots);
+            begun.driver.refuse(None);
             let what = || format!("call {nth} of {function} refused: {:?}", result.as_ref().err());
-            runs += 1;
+            // Whatever the refused call has left.
             _ = device.is_capturing();
-            let [good, bad]: [Vec<Slot>; 2] = [true, false]
-                .map(|ok| slots.into_iter().filter(|s| pool.index(*s).is_ok() == ok).collect());
+            runs += 1;
             if result.is_ok() {
-                ensure!(all(&pool, &slots)? == after, "accepted: {}", what());
-            } else if bad.is_empty() {
+                ensure!(bytes(&pool.snapshot(&slots)?) == after, "accepted: {}", what());
+            } else if pool.indices(&slots).is_ok() {
                 undone += 1;
-                ensure!(all(&pool, &slots).with_context(what)? == before, "{}", what());
-                ensure!(go_on(&mut pool, slots).with_context(what)? == outputs, "{}", what());
-                ensure!(all(&pool, &slots)? == after, "again: {}", what());
+                let now = bytes(&pool.snapshot(&slots).with_context(what)?);
+                ensure!(now == before, "{}", what());
+                let again = begun.step(&mut pool, slots).with_context(what)?;
+                ensure!(again == outputs, "again: {}", what());
+                ensure!(bytes(&pool.snapshot(&slots)?) == after, "again: {}", what());
             } else {
                 refused += 1;
-                for slot in bad {
-                    let error = pool.index(slot);
-                    ensure!(matches!(error, Err(Error::Unfinished { .. })), "{}", what());
-                    pool.free(slot).with_context(what)?;
-                    let again = pool.allocate()?;
-                    ensure!(pool.tokens(again)? == 0, "{}", what());
-                }
-                for slot in good {
-                    pool.snapshot(&[slot]).with_context(what)?;
-                }
+                settle(&mut pool, slots).with_context(what)?;
             }
         }
     }
     say(format_args!("{runs} calls refused: undone {undone}, slots refused {refused}"));
     ensure!(undone > 0, "no step was undone");
+    Ok(())
+}
+
+/// Slots that are refused are empty once they are freed, the others can be read.
+fn settle(pool: &mut Pool<cuda::State>, slots: [Slot; 2]) -> Result<()> {
+    for slot in slots {
+        match pool.index(slot) {
+            Ok(_) => drop(pool.snapshot(&[slot])?),
+            Err(Error::Unfinished { .. }) => {
+                pool.free(slot)?;
+                let again = pool.allocate()?;
+                ensure!(pool.tokens(again)? == 0, "not empty");
+                pool.snapshot(&[again])?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// From some call on the driver refuses everything: errors, and no call waits for what will not come.
+fn a_device_that_is_lost_is_an_error_everywhere(device: &Device) -> Result<()> {
+    let Some(begun) = Begun::new(device)? else { return Ok(()) };
+    let (mut pool, slots) = begun.pool()?;
+    begun.driver.refuse(None);
+    begun.step(&mut pool, slots)?;
+    let calls: u64 = begun.driver.calls().values().sum();
+    for nth in (1..=calls).step_by(7) {
+        let (mut pool, slots) = begun.pool()?;
+        let taken = pool.snapshot(&[slots[1]])?;
+        begun.driver.refuse(Some(("*", nth)));
+        let step = begun.step(&mut pool, slots);
+        let after: Vec<(&str, infini_attn::Result<()>)> = vec![
+            ("step", begun.step(&mut pool, slots).map(drop)),
+            ("snapshot", pool.snapshot(&slots).map(drop)),
+            ("restore", pool.restore(&slots[1..], &taken)),
+            ("fork", pool.fork(slots[1]).map(drop)),
+            ("reserve", pool.reserve(2 * SLOTS)),
+            ("free", pool.free(slots[0])),
+            ("synchronize", device.synchronize()),
+        ];
+        begun.driver.refuse(None);
+        _ = device.is_capturing();
+        ensure!(step.is_err(), "call {nth} and all after it refused: a step");
+        for (what, result) in after {
+            ensure!(result.is_err(), "call {nth} and all after it refused: {what}");
+        }
+        settle(&mut pool, slots).with_context(|| format!("call {nth} and all after it"))?;
+    }
     Ok(())
 }

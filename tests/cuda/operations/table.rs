@@ -2,7 +2,7 @@
 
 use crate::common::backend::entry::Entry;
 use crate::common::backend::simulated::Simulated;
-use crate::common::cases::Case;
+use crate::common::cases::{Batch, Case, Positions, Rotation, seed};
 use crate::common::driver::{Summary, run_cases};
 use crate::common::extremes::{extremes, long_segments, magnitudes, short_segments};
 use crate::common::simulator::Simulator;
@@ -120,6 +120,25 @@ fn segment() {
 #[test]
 fn decode() {
     run(Entry::Decode, short(pairwise(&shapes(), BUDGET)).into_iter().step_by(3).collect());
+}
+
+/// Batches that a plan decodes in part and prefills in part.
+#[test]
+fn prompts_and_tokens() {
+    let case = |batch: Batch| {
+        let name = format!("prompts and tokens {batch:?}");
+        let mut case = Case::base(&name).with(|b| b.heads(2).head_dim(64).segment_len(33));
+        case = case.with(|b| b.dtype(DType::BF16));
+        (case.batch, case.seed) = (batch, seed(&name));
+        case.calls = vec![vec![20, 0, 41, 7], vec![13, 1, 17, 33], vec![1, 40, 1, 1]];
+        case.slots = Some((vec![5, 0, 3, 1], 6));
+        let (channels, positions, magnitude) = (64, Positions::PerToken, 1.0);
+        let rotation = Rotation { channels, interleaved: false, positions, magnitude };
+        case.rope = (batch != Batch::Padded).then_some(rotation);
+        case
+    };
+    run(Entry::Forward, [Batch::Padded, Batch::Ranges, Batch::Packed].map(case).into());
+    run_on(Arch::Sm90, Entry::Forward, vec![case(Batch::Packed)]);
 }
 
 #[test]

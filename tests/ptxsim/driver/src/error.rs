@@ -20,6 +20,7 @@ codes! {
     INVALID_VALUE = 1, c"CUDA_ERROR_INVALID_VALUE": c"invalid argument";
     OUT_OF_MEMORY = 2, c"CUDA_ERROR_OUT_OF_MEMORY": c"out of memory";
     NOT_INITIALIZED = 3, c"CUDA_ERROR_NOT_INITIALIZED": c"the environment of the simulator is wrong";
+    LOST = 46, c"CUDA_ERROR_DEVICE_UNAVAILABLE": c"the device is busy or unavailable";
     INVALID_DEVICE = 101, c"CUDA_ERROR_INVALID_DEVICE": c"invalid device ordinal";
     INVALID_IMAGE = 200, c"CUDA_ERROR_INVALID_IMAGE": c"device kernel image is invalid";
     INVALID_CONTEXT = 201, c"CUDA_ERROR_INVALID_CONTEXT": c"invalid device context";

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
 
-use crate::error::{OUT_OF_MEMORY, Result};
+use crate::error::{LOST, OUT_OF_MEMORY, Result};
 
 thread_local! {
     static CALLS: RefCell<Calls> = RefCell::default();
@@ -16,7 +16,7 @@ thread_local! {
 struct Calls {
     /// Since the last `ptxsim_refuse`.
     counts: BTreeMap<&'static str, u64>,
-    /// A function, and which of its calls.
+    /// A function, and which of its calls; `*`: every function from that call on.
     refused: Option<(String, u64)>,
 }
 
@@ -27,8 +27,10 @@ pub fn admit(function: &'static str) -> Result {
         let Calls { counts, refused } = &mut *calls.borrow_mut();
         let count = counts.entry(function).or_default();
         *count += 1;
+        let (count, all_calls) = (*count, counts.values().sum::<u64>());
         match refused {
-            Some((refused, nth)) if refused == function && nth == count => Err(OUT_OF_MEMORY),
+            Some((refused, nth)) if refused == function && *nth == count => Err(OUT_OF_MEMORY),
+            Some((all, nth)) if all == "*" && all_calls >= *nth => Err(LOST),
             _ => Ok(()),
         }
     });
@@ -36,7 +38,8 @@ pub fn admit(function: &'static str) -> Result {
 }
 
 /// Begins to count this thread's calls anew, and refuses call number `nth` of a function, the first
-/// being 1, as if there were no memory for it; none for null.
+/// being 1, as if there were no memory for it; none for null. For `*` all calls from number `nth` on,
+/// whatever the function, as if the device were lost.
 ///
 /// # Safety
 /// `function` is null or a C string.
