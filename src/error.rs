@@ -234,8 +234,9 @@ pub enum Error {
         /// What to do before the capture begins.
         instead: &'static str,
     },
-    /// A kernel met an index that it could not accept and skipped that sequence.
-    #[error("CUDA: the device skipped a sequence: {}", status_names(*.bits))]
+    /// A kernel met an index that it could not accept: it skipped the sequence, or, for a position outside
+    /// the rotation tables, took the token in without rotation.
+    #[error("CUDA: the device met {}", status_names(*.bits))]
     Status {
         /// The status word, a sum of `INFINI_STATUS_*`.
         bits: u32,

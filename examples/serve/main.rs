@@ -130,6 +130,7 @@ mod tests {
         for (arguments, wanted) in [
             ("serve --slots 1", "--slots: 1 given, at least 2 expected"),
             ("serve --heads 2 --kv-heads 1", "channels given, at least 256 expected"),
+            ("serve --heads 256 --dim 1", "--dim: 1 given, an even number expected"),
             ("serve --rate 0", "--rate: 0 given, a positive number expected"),
             ("serve --heads 8 --kv-heads 3", "kv_heads: 3 given, a divisor of heads = 8"),
         ] {

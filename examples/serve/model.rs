@@ -54,6 +54,12 @@ impl Model {
             width >= VOCABULARY,
             "--heads, --dim: {width} channels given, at least {VOCABULARY} expected, one per token"
         );
+        let even = cli.dim >= 2 && cli.dim.is_multiple_of(2);
+        ensure!(
+            even,
+            "--dim: {} given, an even number expected: channels are rotated in pairs",
+            cli.dim
+        );
         let problem = Problem::builder()
             .heads(cli.heads)
             .kv_heads(cli.kv_heads)

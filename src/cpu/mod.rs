@@ -101,7 +101,7 @@ pub fn decode<T: Element>(
 }
 
 /// [`prefill()`] or [`decode()`], whichever serves the batch: a step of continuous batching, in which some
-/// sequences bring a prompt and others a token.
+/// sequences bring a prompt and others a token. (Which of the two it is can change the last bits.)
 ///
 /// # Errors
 /// As [`prefill()`].

@@ -41,6 +41,9 @@ impl Workspace {
         if self.tables.bytes() > KEPT_BYTES {
             self.tables = Tables::default();
         }
+        if size_of::<[f32; 2]>() * self.gates.capacity() > KEPT_BYTES {
+            self.gates = Vec::new();
+        }
         let Ok(mut idle) = IDLE.try_lock() else { return };
         if idle.len() < MOST && idle.try_reserve(1).is_ok() {
             idle.push(self);

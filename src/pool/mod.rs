@@ -199,14 +199,15 @@ impl<S: Slots> Pool<S> {
     /// [`Error::PoolFull`], those of [`Self::index`] and of copying; no slot is taken then.
     pub fn fork(&mut self, slot: Slot) -> Result<Slot> {
         let (from, to) = (self.index(slot)?, self.handles.first_free()?);
-        let taken = self.handles.take(to);
-        if let Err(error) = self.copy_slots(&[(slot, taken)]) {
-            // Where the copy was broken off, only if the slot can be emptied.
-            let _ = self.free(taken);
-            return Err(error);
-        }
-        debug_assert_ne!(from, to);
-        Ok(taken)
+        // Whoever takes the slot next finds it empty or is told.
+        self.in_all_layers(&[to], |layer, _| layer.copy_within(&[(from, to)])).inspect_err(
+            |_| {
+                if self.layers.iter_mut().try_for_each(|layer| layer.reset(&[to])).is_ok() {
+                    self.handles.mend(&[to]);
+                }
+            },
+        )?;
+        Ok(self.handles.take(to))
     }
 
     /// For every pair (source, target): the target continues where the source stands. No target is a

@@ -12,7 +12,8 @@ impl<S: Slots> Pool<S> {
     /// tokens are taken back, and of slots that complete a segment with them a copy is kept while it
     /// runs (a slot per segment and layer, so next to nothing per token).
     ///
-    /// A panic is no failure in this sense.
+    /// `run` brings tokens and does nothing else to the slots: that drafts were taken back and others
+    /// brought in their place cannot be seen. A panic is no failure in this sense.
     ///
     /// # Errors
     /// Those of `run`. Before it runs: those of [`Pool::index`], [`Error::Value`] for a slot named twice,
@@ -40,8 +41,9 @@ impl<S: Slots> Pool<S> {
 
 /// How to come back to where the slots of one layer stand.
 struct Before<S> {
-    /// Slots that stay inside their segments, and the tokens they have seen.
-    seen: Vec<(usize, u64)>,
+    /// Slots that stay inside their segments, with the tokens they have seen and those of them that are
+    /// open.
+    seen: Vec<(usize, u64, usize)>,
     /// The others.
     copied: Vec<usize>,
     copies: Option<S>,
@@ -55,7 +57,7 @@ impl<S: Slots> Before<S> {
         for (&slot, &(_, new)) in slots.iter().zip(sequences) {
             match layer.open_len(slot).saturating_add(new) >= n {
                 true => copied.push(slot),
-                false => seen.push((slot, layer.tokens(slot))),
+                false => seen.push((slot, layer.tokens(slot), layer.open_len(slot))),
             }
         }
         let copies = (!copied.is_empty()).then(|| layer.fork(&copied)).transpose()?;
@@ -65,13 +67,14 @@ impl<S: Slots> Before<S> {
     /// The slots for which there is no way back.
     fn put_back(&self, layer: &mut S) -> Vec<usize> {
         let mut left = Vec::new();
-        for &(slot, tokens) in &self.seen {
+        for &(slot, tokens, open_len) in &self.seen {
             let put_back = match layer.check_truncate(slot, tokens) {
                 Ok(()) if layer.tokens(slot) == tokens => Ok(()),
                 Ok(()) => layer.truncate(slot, tokens),
                 Err(error) => Err(error),
             };
-            left.extend(put_back.is_err().then_some(slot));
+            let same = put_back.is_ok() && layer.open_len(slot) == open_len;
+            left.extend((!same).then_some(slot));
         }
         let pairs: Vec<_> = (0..).zip(self.copied.iter().copied()).collect();
         if let Some(copies) = &self.copies

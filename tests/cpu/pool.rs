@@ -2,7 +2,7 @@
 
 use crate::common::model::{Entry, run_entry};
 use crate::common::stream::Stream;
-use infini_attn::{Error, Pool, PrefixCache, Problem, Slot, Snapshot, State};
+use infini_attn::{Error, Pool, PrefixCache, Problem, Slot, Snapshot, State, flush};
 
 /// Layers that differ in segment length and dimensions.
 pub fn layers() -> Vec<Problem> {
@@ -253,4 +253,18 @@ fn prefixes_give_way_in_the_order_of_their_use() {
     assert!(!PrefixCache::new(each - 1).insert("a", snapshot.clone()));
     assert_eq!(bytes(&prefixes.remove(&"c").unwrap()), bytes(&snapshot));
     assert_eq!((prefixes.len(), prefixes.bytes(), prefixes.is_empty()), (1, each, false));
+}
+
+/// The open segment goes into one layer's memory, and the step fails: as many tokens, another state.
+#[test]
+fn a_flush_in_a_step_that_fails_is_noticed() {
+    let mut pool = pool(1);
+    let slot = pool.allocate().unwrap();
+    advance(&mut pool, slot, 3, 1);
+    let result = pool.step(&[(slot, 0)], |states, slots| {
+        flush(&layers()[0], &mut states[0], slots)?;
+        Err::<(), _>(Error::Cancelled { taken: vec![0] })
+    });
+    assert!(matches!(result, Err(Error::Cancelled { .. })));
+    assert!(matches!(pool.index(slot), Err(Error::Unfinished { slot: 0 })));
 }

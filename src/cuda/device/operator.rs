@@ -88,7 +88,7 @@ impl<'a> Rope<'a> {
     rope_builders!('a);
 
     /// The same from device memory, read and checked there: a sequence with a position outside the
-    /// tables is skipped, and [`State::status`] says so.
+    /// tables is taken in without rotation there, and [`State::status`] says so.
     pub fn device_positions(mut self, positions: &'a impl DevicePtr<i64>) -> Self {
         let address = positions.device_ptr(positions.stream()).0;
         self.positions = Positions::Device(positions.len());

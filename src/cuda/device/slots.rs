@@ -14,7 +14,7 @@ use crate::problem::Problem;
 impl State {
     /// For every (slot of `from`, slot of this state) the second continues where the first will stand.
     /// A slot of `from` may be named several times; a call that was broken off in a slot that becomes a
-    /// copy is forgotten. The states may have different numbers of slots. One launch; of open segments
+    /// copy is forgotten. The states may have different numbers of slots. One kernel; of open segments
     /// only the rows in use are moved.
     ///
     /// # Errors

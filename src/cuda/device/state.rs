@@ -58,7 +58,9 @@ impl State {
 
     /// A state in memory that the application has allocated: [`Self::into_buffer`] the other way round, or
     /// the beginning of a buffer on which the plan of [`StateLayout::plan_init`] was run by hand. The
-    /// problem, the number of slots and the layout are those of the mirror.
+    /// problem, the number of slots and the layout are those of the mirror. The state owns the buffer from
+    /// here on: memory that cudarc must not free is taken out again by [`Self::into_buffer`] and
+    /// `CudaSlice::leak`.
     ///
     /// # Errors
     /// [`Error::Length`] for a buffer of fewer bytes than [`StateLayout::bytes`], [`Error::Address`] for
@@ -196,7 +198,8 @@ impl State {
     /// host passes was checked before the launch.
     ///
     /// # Errors
-    /// [`Error::Status`] naming what was met; those sequences were skipped, and the mirror does not
+    /// [`Error::Status`] naming what was met; those sequences were skipped (tokens at positions outside the
+    /// tables: taken in without rotation), and the mirror does not
     /// know it. [`Error::Driver`], [`Error::Capturing`].
     pub fn status(&mut self) -> Result<()> {
         self.device.refuse_capture("reading the status word", "read it after the capture")?;

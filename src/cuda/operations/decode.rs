@@ -118,7 +118,8 @@ fn most_keys(call: &Resolved<'_>, state: &Mirror, options: &DecodeOptions) -> us
     if options.runs != Runs::Once {
         return n;
     }
-    let keys = call.sequences.iter().map(|s| state.counters()[s.slot].open_len + s.len);
+    let new = call.sequences.iter().filter(|s| s.len > 0);
+    let keys = new.map(|s| state.counters()[s.slot].open_len + s.len);
     keys.max().unwrap_or(0).min(n)
 }
 

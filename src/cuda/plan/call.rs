@@ -162,7 +162,7 @@ impl<'a> DeviceRope<'a> {
     rope_builders!('a);
 
     /// The same, i64 at [`Operand::Positions`] in device memory: read and checked there. A sequence
-    /// with a position outside the tables is skipped and the status word is set.
+    /// with a position outside the tables is taken in without rotation there and the status word is set.
     pub fn device_positions(mut self, count: usize) -> Self {
         self.positions = Positions::Device(count);
         self

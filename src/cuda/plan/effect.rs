@@ -39,7 +39,10 @@ impl Effect {
             Self::Reset(slots) => Some(slots.clone()),
             Self::Flush(slots) => Some(slots.iter().map(|(slot, _)| *slot).collect()),
             Self::Tokens(Tokens { kind: Kind::Table(_), .. }) => None,
-            Self::Tokens(tokens) => Some(tokens.sequences.iter().map(|(slot, _)| *slot).collect()),
+            Self::Tokens(tokens) => {
+                let touched = tokens.sequences.iter().filter(|(_, len)| *len > 0);
+                Some(touched.map(|(slot, _)| *slot).collect())
+            }
         }
     }
 }

@@ -252,6 +252,10 @@ impl Mirror {
                 let expected = "a plan whose sequences lie in device memory";
                 return Err(Error::value("plan", "a plan with its own sequences", expected));
             }
+            (Kind::Table(_), None) => {
+                let expected = "what the table holds, by advance_table (or refresh afterwards)";
+                return Err(Error::value("plan", "a plan with a table in device memory", expected));
+            }
             (Kind::Once(planned), None) => {
                 for (&(slot, _), planned) in tokens.sequences.iter().zip(planned) {
                     self.unmoved(slot, planned)?;
@@ -261,7 +265,8 @@ impl Mirror {
         }
         let named = table.unwrap_or(&tokens.sequences).iter().enumerate();
         let named = named.filter(|(_, (slot, _))| *slot != PAD_SLOT);
-        self.check_finished(named.clone().map(|(_, (slot, _))| *slot))?;
+        let touched = named.clone().filter(|(_, (_, len))| *len > 0);
+        self.check_finished(touched.map(|(_, (slot, _))| *slot))?;
         let sequences: Vec<_> = named
             .map(|(b, &(slot, len))| {
                 let seen = counters[slot].tokens;

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::trace::Span;
 use address::{Addresses, Bytes, Operand, Parameters, Requirement};
 use allocation::{Allocation, PART_ALIGN};
-use effect::{Effect, Tokens};
+use effect::{Effect, Kind, Tokens};
 use kernel::{Arch, Kernel};
 use launcher::{Launch, Launcher};
 use layout::StateLayout;
@@ -107,6 +107,8 @@ impl Plan {
     pub(crate) fn note(&self, span: &Span) {
         span.plan(&self.title, self);
         match &self.effect {
+            // What a table will hold is not known.
+            Effect::Tokens(Tokens { kind: Kind::Table(_), .. }) => {}
             Effect::Tokens(Tokens { sequences, .. }) => {
                 span.slots(sequences.iter().map(|(slot, _)| *slot));
                 span.lens(sequences.iter().map(|(_, len)| *len));

@@ -2,7 +2,7 @@
 //! them a state file of its own. The metadata has one entry, `infini_attn`: `format=1 layers=L`.
 
 use std::collections::HashMap;
-use std::io::{Cursor, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -11,7 +11,6 @@ use safetensors::{Dtype, SafeTensorError};
 use super::header::{Header, Reason};
 use super::read::{self, Fault};
 use super::{open, replace, write};
-use crate::alloc;
 use crate::error::{Error, Result};
 use crate::memory::State;
 use crate::problem::Problem;
@@ -104,17 +103,21 @@ fn states<R: Read + Seek>(
     each(input, start, &lens, accept)
 }
 
-/// The same from what cannot be read twice. It is held as a whole.
+/// The same from what cannot be read twice. A layer at a time is held as a whole.
 fn stream(
     mut input: impl Read,
     accept: impl Fn(usize, usize, &Problem) -> Result<()>,
 ) -> std::result::Result<Vec<State>, Fault> {
     let lens = parse(&read::read_json(&mut input, MAX_HEADER)?)?;
-    let total = total(&lens);
-    let mut data = alloc::reserved(&[total as usize], "the layers of a state file")?;
-    input.take(total.saturating_add(1)).read_to_end(&mut data)?;
-    read::check_data(total, data.len() as u64)?;
-    each(Cursor::new(data), 0, &lens, accept)
+    let one = |(i, &len): (usize, &usize)| {
+        let mut layer = input.by_ref().take(len as u64);
+        let state = read::stream(&mut layer, |problem| accept(i, lens.len(), problem))?;
+        read::check_data(0, layer.limit())?;
+        Ok(state)
+    };
+    let layers = lens.iter().enumerate().map(one).collect::<std::result::Result<_, Fault>>()?;
+    read::check_data(0, input.take(1).read_to_end(&mut Vec::new())? as u64)?;
+    Ok(layers)
 }
 
 /// No overflow: the container has them one after another.

@@ -70,7 +70,10 @@ pub(super) fn state<R: Read + Seek>(
     let (header, crc) = read_header(&mut input)?;
     accept(&header.problem)?;
     let start = input.stream_position()?;
-    check_len(&header, len.saturating_sub(start))?;
+    let rest = len
+        .checked_sub(start)
+        .ok_or(Reason::from("truncated: the header goes on beyond the end"))?;
+    check_len(&header, rest)?;
     Tensors { input, start, header, sums: Default::default() }.state(crc)
 }
 

@@ -76,7 +76,8 @@ impl Scene {
         let inputs = inputs.cu_seqlens(&cu).slots(slots);
         let outputs = Outputs::new(TensorViewMut::new(&mut o, &many)?);
         cuda::forward(&p, &inputs, &self.gate, state, outputs)?;
-        let o = self.device.stream().clone_dtoh(&o).expect("a copy");
+        let refused = |e| Error::Driver { what: "a copy".into(), reason: format!("{e:?}") };
+        let o = self.device.stream().clone_dtoh(&o).map_err(refused)?;
         self.device.synchronize()?;
         let rows = |cu: &[i32]| bits(&o[cu[0] as usize * 128..cu[1] as usize * 128]);
         Ok(cu.windows(2).map(rows).collect())
