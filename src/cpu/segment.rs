@@ -27,7 +27,7 @@ pub(crate) struct Scratch {
     /// M and z as [`commit`] finds them, under the delta rule.
     m: Vec<f32>,
     z: Vec<f32>,
-    /// Σ σ(k) of a chunk that is committed, [Dk].
+    /// Σ σ(k) of a chunk that is committed, `[Dk]`.
     dz: Vec<f32>,
     /// A few rows of a product, [FEW_ROWS, Dv].
     rows: Vec<f32>,

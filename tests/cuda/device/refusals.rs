@@ -132,7 +132,7 @@ type Run = for<'a> fn(
     Outputs<'a, bf16>,
 ) -> infini_attn::Result<()>;
 
-fn own_context() -> Result<Arc<CudaContext>> {
+pub fn own_context() -> Result<Arc<CudaContext>> {
     let (device, mut context) = (result::device::get(0)?, std::ptr::null_mut());
     // SAFETY: a context of the device, owned from here on by what is returned.
     unsafe {

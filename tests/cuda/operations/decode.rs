@@ -60,7 +60,10 @@ fn decode_steps_and_commits() {
     for (tokens, steps) in [(1, 1), (2, 2), (5, 2), (6, 3), (16, 5)] {
         for runs in [Runs::Replay, Runs::Table] {
             let plan = decode(&short, &call(&short, &[1, tokens]), &mirror(&short, 1), runs);
-            assert_eq!(names(&plan), ["decode", "commit"].repeat(steps), "{tokens} tokens");
+            let mut expected = ["decode", "commit"].repeat(steps);
+            // Any sequence of a table may be short, or padding.
+            expected.extend((runs == Runs::Table).then_some("clear_padding"));
+            assert_eq!(names(&plan), expected, "{tokens} tokens");
         }
         let plan = decode(&short, &call(&short, &[1, tokens]), &mirror(&short, 1), Runs::Once);
         let expected = 2 * (tokens / 4) + usize::from(tokens % 4 > 0);
