@@ -109,7 +109,8 @@ fn heads_in_parallel() {
     in_pieces(1, 2, Update::Linear, 100_000);
 }
 
-/// Nothing is taken in by a call that is cancelled before it begins, or inside of its first segment.
+/// Nothing is taken in by a call that is cancelled before it begins, or inside of its first segment, be it
+/// one that it completes or one that it only continues.
 #[test]
 fn as_before_the_call() {
     for (threads, kv_heads, update) in [
@@ -124,8 +125,9 @@ fn as_before_the_call() {
         pool.install(|| {
             let mut state = begun(&p);
             let before = state.to_bytes().unwrap();
-            for wait in [0, 10, 200] {
+            for (wait, tokens) in [(0, 35_000), (10, 29_000), (10, 35_000), (200, 29_000)] {
                 let begin = Instant::now();
+                let stream = stream.slice(0..tokens);
                 let (result, _) = run(&stream, 0, &mut state, Some(Duration::from_millis(wait)));
                 let text = result.unwrap_err().to_string();
                 assert_eq!(text, "cancelled: [0] tokens per sequence were taken in");
@@ -133,6 +135,11 @@ fn as_before_the_call() {
                 // Alone it takes tens of seconds; no bound of time, but one that tells them apart.
                 assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
             }
+            // And it goes on as though nothing had been asked of it.
+            let (next, mut alone) = (stream.slice(0..9), begun(&p));
+            let (got, want) = (run(&next, 0, &mut state, None), run(&next, 0, &mut alone, None));
+            assert_eq!(got.1, want.1);
+            assert!(state.to_bytes().unwrap() == alone.to_bytes().unwrap());
         });
     }
 }
