@@ -65,9 +65,11 @@ impl Tolerances {
     /// where inputs are N(0, 1), absolute limits besides.
     pub fn tensor_core(case: &Case, committed: u64, want: &Results, plain: &Results) -> Self {
         let p = &case.problem;
-        let (limit, limit_m) = match p.dtype() {
-            DType::F16 => (output_tolerance(DType::F16), 5e-4),
-            _ => (output_tolerance(DType::BF16), 4e-3),
+        // Floors are a fifth of the type's unit roundoff: where few large rows make up the norm, the plain
+        // implementation may be off by nothing.
+        let (limit, limit_m, floor) = match p.dtype() {
+            DType::F16 => (output_tolerance(DType::F16), 5e-4, 1e-4),
+            _ => (output_tolerance(DType::BF16), 4e-3, 8e-4),
         };
         let normal = case.values == NORMAL;
         let error = |what: &str, got: &[f64], want: &[f64]| {
@@ -83,7 +85,7 @@ impl Tolerances {
             if !asked[i] {
                 return 0.0;
             }
-            let t = 2.0 * error(MAIN[i], &plain.main[i], &want.main[i]) + 1e-4;
+            let t = 2.0 * error(MAIN[i], &plain.main[i], &want.main[i]) + floor;
             if normal && case.rope.is_none() { t.min(limit) } else { t }
         });
         let lse = match case.asked.lse {
