@@ -37,6 +37,7 @@
 //! | [`prefill()`], [`decode()`], [`flush`] | tokens into streams; an open segment into the memory early |
 //! | [`forward`] | prompts and single tokens in one call |
 //! | [`State`] | streams by slot: new, reset, fork, copy, truncate, save, load |
+//! | [`HostLayout`], [`StateViewMut`] | a state in memory of yours |
 //! | [`Pool`] | slots of all layers of a model, allocated and freed, with steps that are whole or undone |
 //! | [`PrefixCache`] | states of prompts that come again |
 //! | [`merge_partials`], [`merge_memories`] | what was computed in parts |
@@ -75,10 +76,12 @@ pub use cpu::maps::{
 };
 pub use cpu::merge::{merge_memories, merge_partials};
 pub use cpu::simd::simd_level;
+pub use cpu::view::StateViewMut;
 pub use cpu::{decode, flush, forward, prefill};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use memory::State;
+pub use memory::layout::{HostLayout, HostPart};
 pub use pool::Pool;
 pub use pool::handles::Slot;
 pub use pool::prefix::{PrefixCache, PrefixCounters};

@@ -301,7 +301,10 @@ impl Problem {
     }
 
     /// An error naming the first field in which `state` (the problem of a state or file) differs.
-    pub(crate) fn check_same(&self, state: &Problem) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Problem`].
+    pub fn check_same(&self, state: &Problem) -> Result<()> {
         if self == state {
             return Ok(());
         }
@@ -311,6 +314,34 @@ impl Problem {
             }
         }
         Ok(())
+    }
+}
+
+/// Every field, `heads=8,kv_heads=2,…`: equal problems have equal text.
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (i, (name, value)) in self.fields().iter().enumerate() {
+            write!(f, "{}{name}={value}", if i > 0 { "," } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// The inverse of the text that `Display` gives.
+///
+/// ```
+/// # use infini_attn::Problem;
+/// let problem = Problem::builder().heads(8).kv_heads(2).head_dim(64).build()?;
+/// assert_eq!(problem.to_string().parse::<Problem>()?, problem);
+/// # Ok::<(), infini_attn::Error>(())
+/// ```
+impl std::str::FromStr for Problem {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let value =
+            |name| text.split(',').find_map(|field| field.strip_prefix(name)?.strip_prefix('='));
+        Self::from_fields(value)
     }
 }
 

@@ -16,6 +16,7 @@ mod pool;
 mod prefill;
 mod segment;
 pub mod simd;
+pub mod view;
 mod workspace;
 
 use call::{Call, decode_flops, gate_weights, taken_in};

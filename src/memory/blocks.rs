@@ -24,6 +24,11 @@ impl KeyBlocks {
         Self { dim: problem.key_dim(), width, blocks: problem.segment_len().div_ceil(width) }
     }
 
+    /// Blocks of a full segment.
+    pub fn count(&self) -> usize {
+        self.blocks
+    }
+
     /// Elements of a full segment's buffer.
     pub fn len(&self) -> usize {
         self.blocks * self.block_len()

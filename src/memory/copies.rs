@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::floats::Floats;
 use super::open::{InUse, Open, OpenSegments};
 use super::{Counters, State, check_slot, too_large};
 use crate::alloc;
@@ -16,11 +17,11 @@ impl State {
     /// [`Error::Value`] for a slot out of range, [`Error::OutOfMemory`].
     pub fn fork(&self, slots: &[usize]) -> Result<State> {
         (0..slots.len()).try_for_each(|i| check_slot(slots, i, self.sequences()))?;
-        let copy = |all: &[f32]| -> Result<Arc<Vec<f32>>> {
+        let copy = |all: &[f32]| -> Result<Arc<Floats>> {
             let each = all.len() / self.sequences().max(1);
             let mut copy = alloc::reserved(&[slots.len(), each], "")?;
             slots.iter().for_each(|slot| copy.extend_from_slice(&all[slot * each..][..each]));
-            Ok(Arc::new(copy))
+            Ok(Arc::new(copy.into()))
         };
         let make = || -> Result<State> {
             Ok(State {
@@ -76,20 +77,24 @@ impl State {
             Ok(State {
                 problem,
                 counters: join(states, |s| &s.counters)?,
-                m: Arc::new(join(states, |s| &s.m)?),
-                z: Arc::new(join(states, |s| &s.z)?),
+                m: Arc::new(join(states, |s| &s.m)?.into()),
+                z: Arc::new(join(states, |s| &s.z)?.into()),
                 open: Open::new(open),
             })
         };
         make().map_err(|_| too_large(&problem, slots, rotated))
     }
 
-    /// [`Clone`] for a state of so many slots that their counters may not fit into memory twice
-    /// (`clone` ends the process then, as that of a `Vec` does).
+    /// [`Clone`], which panics where memory does not suffice: for a state of so many slots that their
+    /// counters may not fit into it twice.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn try_clone(&self) -> Result<State> {
+        if self.is_lent() {
+            let slots = alloc::collected(0..self.sequences(), "the slots of a state")?;
+            return self.fork(&slots);
+        }
         Ok(State {
             problem: self.problem,
             counters: alloc::copied(&self.counters, "the counters of a state")?,
@@ -98,24 +103,47 @@ impl State {
             open: self.open.clone(),
         })
     }
+
+    /// Whether it is without room for rotated keys and cannot make any.
+    pub(super) fn cannot_rotate(&self) -> bool {
+        self.is_lent() && self.sequences() > 0 && self.open.read().k_rotated.is_empty()
+    }
+
+    /// Whether it lies in memory that is not its own: no copy shares that.
+    fn is_lent(&self) -> bool {
+        self.m.is_lent()
+    }
+}
+
+impl Clone for State {
+    fn clone(&self) -> Self {
+        self.try_clone().unwrap_or_else(|e| panic!("{e}"))
+    }
 }
 
 /// A buffer that copies of a state share, for one of them to write to: a copy if others hold it.
-fn own<'a>(shared: &'a mut Arc<Vec<f32>>, what: &str) -> Result<&'a mut Vec<f32>> {
+fn own<'a>(shared: &'a mut Arc<Floats>, what: &str) -> Result<&'a mut Floats> {
     if Arc::get_mut(shared).is_none() {
-        *shared = Arc::new(alloc::copied(shared, what)?);
+        *shared = Arc::new(alloc::copied(shared, what)?.into());
     }
     Ok(Arc::get_mut(shared).expect("just made"))
 }
 
 impl State {
     /// Room for rotated keys; whether this, the first call that rotates, made it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or [`Error::Value`] where the memory is lent and has none.
     pub(crate) fn ensure_rotated(&mut self) -> Result<bool> {
-        let first = self.open.read().k_rotated.is_empty();
+        let first = self.open.read().k_rotated.is_empty() && self.sequences() > 0;
+        if self.cannot_rotate() {
+            let expected = "a state with room for rotated keys";
+            return Err(Error::value("rope", "a rotation", expected));
+        }
         if first {
             let open = self.own_open()?;
-            open.k_rotated =
-                alloc::zeroed(&[open.k.len()], "the rotated keys of the open segments")?;
+            let len = open.k.len();
+            open.k_rotated = alloc::zeroed(&[len], "the rotated keys of the open segments")?.into();
         }
         Ok(first)
     }
@@ -123,7 +151,7 @@ impl State {
     /// Takes that room away again.
     pub(crate) fn forget_rotated(&mut self) {
         if let Some(open) = self.open.alone() {
-            open.k_rotated = Vec::new();
+            open.k_rotated = Vec::new().into();
         }
     }
 
@@ -131,7 +159,7 @@ impl State {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; the state is as it was then, here and below.
-    pub(crate) fn own_memory(&mut self) -> Result<(&mut Vec<f32>, &mut Vec<f32>)> {
+    pub(crate) fn own_memory(&mut self) -> Result<(&mut Floats, &mut Floats)> {
         Ok((own(&mut self.m, "a copy of M")?, own(&mut self.z, "a copy of z")?))
     }
 

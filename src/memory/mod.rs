@@ -2,8 +2,11 @@
 
 pub(crate) mod blocks;
 mod copies;
+mod floats;
 pub(crate) mod heads;
 pub(crate) mod io;
+pub(crate) mod layout;
+pub(crate) mod lent;
 pub(crate) mod open;
 pub(crate) mod parts;
 pub(crate) mod slots;
@@ -12,6 +15,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use blocks::KeyBlocks;
+use floats::Floats;
 use open::{Open, OpenSegments};
 
 use crate::alloc;
@@ -64,14 +68,14 @@ unsafe impl bytemuck::Zeroable for Counters {}
 ///
 /// A copy takes next to nothing: it shares its buffers with the state, and whichever of the two is
 /// written to first takes a copy of what that touches. Decoding appends without one.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct State {
     pub(crate) problem: Problem,
     pub(crate) counters: Vec<Counters>,
     /// M, [slots, Hkv, Dk, Dv].
-    pub(crate) m: Arc<Vec<f32>>,
+    pub(crate) m: Arc<Floats>,
     /// z, [slots, Hkv, Dk].
-    pub(crate) z: Arc<Vec<f32>>,
+    pub(crate) z: Arc<Floats>,
     pub(crate) open: Open,
 }
 
@@ -87,8 +91,8 @@ impl State {
             Ok(Self {
                 problem: *problem,
                 counters: alloc::zeroed(&[sequences], "")?,
-                m: Arc::new(alloc::zeroed(&[sequences, h, dk, dv], "")?),
-                z: Arc::new(alloc::zeroed(&[sequences, h, dk], "")?),
+                m: Arc::new(alloc::zeroed(&[sequences, h, dk, dv], "")?.into()),
+                z: Arc::new(alloc::zeroed(&[sequences, h, dk], "")?.into()),
                 open: Open::new(OpenSegments::new(problem, sequences, false)?),
             })
         };
@@ -140,7 +144,7 @@ impl State {
     /// Bytes held, open segments included, whether or not copies of the state share them.
     pub fn bytes(&self) -> usize {
         let open = self.open.read();
-        let floats = [&*self.m, &*self.z, &open.k, &open.k_rotated, &open.v];
+        let floats: [&[f32]; 5] = [&self.m, &self.z, &open.k, &open.k_rotated, &open.v];
         floats.iter().map(|v| 4 * v.len()).sum::<usize>()
             + self.counters.len() * size_of::<Counters>()
     }
@@ -155,7 +159,7 @@ impl State {
         let sequences = self.sequences();
         let (m, z) = self.own_memory()?;
         for &slot in slots {
-            for all in [&mut *m, &mut *z] {
+            for all in [&mut **m, &mut **z] {
                 let len = all.len() / sequences;
                 all[slot * len..][..len].fill(0.0);
             }

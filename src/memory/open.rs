@@ -11,6 +11,7 @@
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use super::blocks::KeyBlocks;
+use super::floats::Floats;
 use crate::alloc;
 use crate::error::Result;
 use crate::problem::Problem;
@@ -19,11 +20,11 @@ use crate::problem::Problem;
 #[derive(Debug)]
 pub(crate) struct OpenSegments {
     /// Unrotated keys, one [`KeyBlocks`] per (slot, KV head).
-    pub k: Vec<f32>,
+    pub k: Floats,
     /// Rotated keys, laid out alike; empty until a call brings rotation.
-    pub k_rotated: Vec<f32>,
+    pub k_rotated: Floats,
     /// Values, [slots, Hkv, N, Dv].
-    pub v: Vec<f32>,
+    pub v: Floats,
     /// Per slot the rows that some holder, or one that is gone, has written: at least every holder's
     /// `open_len`.
     pub filled: Vec<usize>,
@@ -42,7 +43,7 @@ impl OpenSegments {
     /// Room for so many slots, `rotated`: for rotated keys too.
     pub fn new(p: &Problem, slots: usize, rotated: bool) -> Result<Self> {
         let keys = KeyBlocks::new(p).len();
-        let floats = |slots, len| alloc::zeroed(&[slots, p.kv_heads(), len], "");
+        let floats = |slots, len| alloc::zeroed(&[slots, p.kv_heads(), len], "").map(Floats::from);
         Ok(Self {
             k: floats(slots, keys)?,
             k_rotated: floats(if rotated { slots } else { 0 }, keys)?,
@@ -85,7 +86,7 @@ impl OpenSegments {
     }
 
     /// In the order of [`InUse::extents`].
-    fn buffers(&mut self) -> [&mut Vec<f32>; 3] {
+    fn buffers(&mut self) -> [&mut Floats; 3] {
         [&mut self.k, &mut self.k_rotated, &mut self.v]
     }
 }

@@ -100,7 +100,7 @@ impl State {
         let mut open = OpenSegments::new(problem, counters.len(), rotated)
             .map_err(|_| too_large(problem, counters.len(), rotated))?;
         open.filled.iter_mut().zip(&counters).for_each(|(filled, c)| *filled = c.open_len);
-        let (m, z, open) = (Arc::new(m), Arc::new(z), Open::new(open));
+        let (m, z, open) = (Arc::new(m.into()), Arc::new(z.into()), Open::new(open));
         Ok(State { problem: *problem, counters, m, z, open })
     }
 }

@@ -119,6 +119,12 @@ impl State {
     fn make_room(&mut self, from: &State, sources: &[usize]) -> Result<()> {
         let rotates =
             |&slot: &usize| from.counters[slot].open_len > 0 && from.counters[slot].rotated;
+        if let Some(&slot) = sources.iter().find(|slot| rotates(slot))
+            && self.cannot_rotate()
+        {
+            let expected = "false: the state has no room for rotated keys";
+            return Err(Error::value(format!("rotated[{slot}]"), true, expected));
+        }
         let first_rotation = sources.iter().any(rotates) && self.ensure_rotated()?;
         let room = self.own_open().map(drop).and_then(|()| self.own_memory().map(drop));
         if room.is_err() && first_rotation {

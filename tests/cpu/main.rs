@@ -11,6 +11,7 @@ mod errors;
 mod extremes;
 mod fuzz;
 mod harness;
+mod lent;
 mod limits;
 mod magnitudes;
 mod maps;
