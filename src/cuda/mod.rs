@@ -19,6 +19,7 @@ mod operations;
 mod plan;
 
 pub use device::Device;
+pub use device::borrowed::CurrentContext;
 pub use device::buffers::{TensorView, TensorViewMut};
 pub use device::gate::Gate;
 pub use device::launcher::CudaLauncher;

@@ -58,9 +58,7 @@ impl Device {
 
     /// The workspace, once all that the plan needs is there.
     fn prepared(&self, plan: &Plan) -> Result<MutexGuard<'_, Workspace>> {
-        for kernel in plan.launches().map(|launch| launch.kernel).chain(table_kernel()) {
-            self.function(kernel)?;
-        }
+        self.load(plan)?;
         self.workspace(plan.workspace_bytes())
     }
 
@@ -87,11 +85,17 @@ impl Device {
         // of the safe calls, which borrow what they pass.
         let mut launcher = self.launcher();
         unsafe { plan.run(&addresses, &mut launcher) }
-            .map_err(|error| Stopped { error, midway: launcher.taken > 0 })
+            .map_err(|error| Stopped { error, midway: launcher.taken() > 0 })
     }
 }
 
 impl CudaLauncher<'_> {
+    /// Steps that the driver has taken so far: after a run that failed, whether
+    /// [`Mirror::break_off`](crate::cuda::Mirror::break_off) is due.
+    pub fn taken(&self) -> usize {
+        self.taken
+    }
+
     /// One launch of `table` per part: the bytes travel in the parameters, so a captured graph owns
     /// them.
     fn write_table(&mut self, to: u64, from: &[u8]) -> Result<()> {

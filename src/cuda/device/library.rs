@@ -1,6 +1,8 @@
 //! The driver's library, looked at before anything is called in it: where it or one of its functions
 //! is missing, the first call would panic.
 
+use std::sync::OnceLock;
+
 use libloading::Library;
 
 use crate::error::{Error, Result};
@@ -61,6 +63,11 @@ pub(super) const FUNCTIONS: &[&str] = &[
 /// # Errors
 /// [`Error::NoDevice`].
 pub(super) fn check() -> Result<()> {
+    /// Found once, it stays.
+    static INSTALLED: OnceLock<()> = OnceLock::new();
+    if INSTALLED.get().is_some() {
+        return Ok(());
+    }
     let missing = |reason: String| Err(Error::NoDevice { reason });
     // SAFETY: the driver's library has no other use; opening it is what its first call does.
     let opened = NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
@@ -73,7 +80,10 @@ pub(super) fn check() -> Result<()> {
         unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_ok()
     };
     match FUNCTIONS.iter().copied().find(|name| !has(name)) {
-        None => Ok(()),
+        None => {
+            INSTALLED.get_or_init(|| ());
+            Ok(())
+        }
         Some(name) => missing(format!(
             "the CUDA driver's library has no {name}: the driver is older than 525 (CUDA 12.0), or that is \
              not the driver"

@@ -3,6 +3,7 @@
 //! Nothing here touches the driver before [`Device::new`] or [`Device::from_stream`]: the crate
 //! starts on machines without one.
 
+pub mod borrowed;
 pub mod buffers;
 mod encoded_maps;
 mod error;

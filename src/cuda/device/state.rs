@@ -90,7 +90,17 @@ impl State {
         let addresses = Addresses::new().with(Operand::State, address);
         Requirement { operand: Operand::State, align: PART_ALIGN, before: 0, after: bytes }
             .check(&addresses)?;
-        Ok(Self { device: device.clone(), mirror, data: Buffer { address, data } })
+        Ok(Self::of(device, mirror, Buffer { address, data }))
+    }
+
+    /// A state of what was checked.
+    pub(super) fn of(device: &Device, mirror: Mirror, data: Buffer) -> Self {
+        Self { device: device.clone(), mirror, data }
+    }
+
+    /// Its memory alone.
+    pub(super) fn into_data(self) -> CudaSlice<u8> {
+        self.data.data
     }
 
     /// The buffer that holds the state, and the mirror of its counters. Other streams wait for what is
@@ -123,25 +133,48 @@ impl State {
     /// which no call can have brought.
     pub fn from_host(device: &Device, state: &crate::State, rotation: bool) -> Result<Self> {
         let layout = StateLayout::new(state.problem(), state.sequences(), rotation)?;
-        let parts = Parts::pack(state)?;
-        if !parts.open_k_rotated.is_empty() && !rotation {
-            let expected = "true: an open segment of the state holds rotated keys";
-            return Err(Error::value("rotation", false, expected));
-        }
-        let mirror = Mirror::of(&layout, parts.counters.clone())?;
+        let (parts, mirror) = packed(state, &layout)?;
         let copy = Self::empty(device, mirror)?;
-        let at = copy.parts();
-        let counters: Vec<InfiniCounters> = parts.counters.iter().map(|&c| c.into()).collect();
-        copy.upload(at.memory, bytemuck::cast_slice(&parts.memory))?;
-        copy.upload(at.normalizer, bytemuck::cast_slice(&parts.normalizer))?;
-        copy.upload(at.counters, bytemuck::cast_slice(&counters))?;
-        copy.upload(at.open_k, &parts.open_k)?;
-        copy.upload(at.open_k_rotated, &parts.open_k_rotated)?;
-        copy.upload(at.open_v, &parts.open_v)?;
-        copy.run(&layout.plan_snapshots()?)?;
-        // The parts are read by then, whatever memory they lie in.
-        device.synchronize()?;
+        copy.write(&parts)?;
         Ok(copy)
+    }
+
+    /// Puts a host state in the place of all slots, [`Self::from_host`] without an allocation. Waits for
+    /// the device.
+    ///
+    /// # Errors
+    /// Those of [`Self::restore`], before anything is written; the device's, and then all slots are
+    /// [`Error::Unfinished`].
+    pub fn overwrite(&mut self, state: &crate::State) -> Result<()> {
+        self.device.refuse_capture("writing a state", "write it before the capture")?;
+        self.problem().check_same(state.problem())?;
+        if state.sequences() != self.sequences() {
+            let expected = format!("{} (the slots of the state)", self.sequences());
+            return Err(Error::Length { argument: "from", got: state.sequences(), expected });
+        }
+        let (parts, mirror) = packed(state, self.mirror.layout())?;
+        let init = self.mirror.layout().plan_init()?;
+        let written = self.run(&init).and_then(|()| self.write(&parts));
+        match written {
+            Ok(()) => self.mirror = mirror,
+            Err(_) => self.mirror.break_off(&init)?,
+        }
+        written
+    }
+
+    /// Uploads the parts into empty slots.
+    fn write(&self, parts: &Parts) -> Result<()> {
+        let at = self.parts();
+        let counters: Vec<InfiniCounters> = parts.counters.iter().map(|&c| c.into()).collect();
+        self.upload(at.memory, bytemuck::cast_slice(&parts.memory))?;
+        self.upload(at.normalizer, bytemuck::cast_slice(&parts.normalizer))?;
+        self.upload(at.counters, bytemuck::cast_slice(&counters))?;
+        self.upload(at.open_k, &parts.open_k)?;
+        self.upload(at.open_k_rotated, &parts.open_k_rotated)?;
+        self.upload(at.open_v, &parts.open_v)?;
+        self.run(&self.mirror.layout().plan_snapshots()?)?;
+        // The parts are read by then, whatever memory they lie in.
+        self.device.synchronize()
     }
 
     /// The host copy, exactly: open segments are widened to f32. Waits for the device.
@@ -263,7 +296,7 @@ impl State {
 
     fn allocate(device: &Device, mirror: Mirror) -> Result<Self> {
         let data = device.allocate(mirror.layout().bytes(), "a state")?;
-        Ok(Self { device: device.clone(), mirror, data })
+        Ok(Self::of(device, mirror, data))
     }
 
     /// Runs a plan that leaves the mirror where it is.
@@ -318,6 +351,17 @@ impl State {
         self.device.tell(Event::Waited);
         Ok(to)
     }
+}
+
+/// The parts of a host state, and the mirror of a state that holds them.
+fn packed(state: &crate::State, layout: &StateLayout) -> Result<(Parts, Mirror)> {
+    let parts = Parts::pack(state)?;
+    if !parts.open_k_rotated.is_empty() && !layout.rotation() {
+        let expected = "true: an open segment of the state holds rotated keys";
+        return Err(Error::value("rotation", false, expected));
+    }
+    let mirror = Mirror::of(layout, parts.counters.clone())?;
+    Ok((parts, mirror))
 }
 
 impl crate::State {

@@ -208,9 +208,9 @@ mod tests {
         let parts = Parts::pack(&state).unwrap();
         let once = parts.clone().unpack(state.problem()).unwrap();
         let (got, want) = (once.open.read(), state.open.read());
-        assert_eq!((&got.k, &got.v), (&want.k, &want.v));
-        assert_ne!(got.k_rotated, want.k_rotated);
-        for (got, want) in got.k_rotated.iter().zip(&want.k_rotated) {
+        assert_eq!((&got.k[..], &got.v[..]), (&want.k[..], &want.v[..]));
+        assert_ne!(got.k_rotated[..], want.k_rotated[..]);
+        for (got, want) in got.k_rotated.iter().zip(&want.k_rotated[..]) {
             assert!((got - want).abs() <= want.abs() / 256.0, "{got} {want}");
         }
         assert_eq!(Parts::pack(&once).unwrap(), parts);

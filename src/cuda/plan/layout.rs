@@ -103,6 +103,13 @@ impl StateLayout {
         state
     }
 
+    /// The offsets of the tickets that blocks exchange, u32 [slots, Hkv, Hq / Hkv] and `[slots]`, 0 between
+    /// calls.
+    pub fn tickets(&self) -> [u64; 2] {
+        let offsets = Addresses::new();
+        [self.head_tickets, self.sequence_tickets].map(|symbol| offsets.resolve(symbol))
+    }
+
     /// The same as symbols.
     pub(crate) fn symbols(&self) -> InfiniState {
         self.state

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use cudarc::driver::CudaContext;
 use half::bf16;
-use infini_attn::cuda::{self, Device, Gate};
+use infini_attn::cuda::{self, CurrentContext, Device, Gate, plan_truncate};
 use infini_attn::{Error, Problem, State};
 
 use crate::calls::{Tokens, on_cpu, problem};
@@ -27,6 +27,7 @@ pub fn groups() -> Vec<Group> {
         check("host", some_slots_visit_the_host),
         check("broken", what_was_broken_off_is_replaced),
         check("buffers", memory_of_the_application),
+        check("lent", memory_and_stream_that_are_lent),
     ]
 }
 
@@ -262,5 +263,55 @@ fn memory_of_the_application(device: &Device) -> Result<()> {
     }
     let refused = Gate::from_slice(device, other.upload(&GATE)?).expect_err("another context");
     assert!(refused.to_string().starts_with("gate: a buffer of device 0, of another"), "{refused}");
+    Ok(())
+}
+
+/// A device on a stream of others, and memory that others have allocated and go on using.
+fn memory_and_stream_that_are_lent(device: &Device) -> Result<()> {
+    let scene = Scene::new(device)?;
+    let mut owner = cuda::State::new(device, &scene.p, 3, false)?;
+    let (at, mut mirror) = (owner.address(), owner.mirror().clone());
+    let _current = CurrentContext::keep()?;
+    // SAFETY: the stream lives as long as `device`, in the primary context.
+    let borrowed =
+        unsafe { Device::borrowed(device.ordinal(), device.stream().cu_stream() as u64) }?;
+    let lend = |address, mirror: &mut cuda::Mirror, host: &State| {
+        // SAFETY: the state's own memory, on its stream; or refused.
+        unsafe { borrowed.lend(address, mirror, |state| state.overwrite(host)) }
+    };
+    lend(at, &mut mirror, &scene.host)?;
+    owner.refresh()?;
+    assert!(mirror == *owner.mirror() && bytes(&owner) == scene.host.to_bytes()?, "another state");
+    // SAFETY: as above.
+    let host = unsafe { borrowed.lend(at, &mut mirror, |state| state.to_host()) }?;
+    assert!(mirror == *owner.mirror() && host.to_bytes()? == scene.host.to_bytes()?, "read back");
+
+    let longer = State::new(&scene.p, 4)?;
+    let other = State::new(&problem(2, 1, 64, 32), 3)?;
+    for (result, expected) in [
+        (lend(at + 8, &mut mirror, &scene.host), "state: "),
+        (lend(0, &mut mirror, &scene.host), "state: "),
+        (lend(at, &mut mirror, &longer), "from: 4 elements given, 3 (the slots of the state)"),
+        (lend(at, &mut mirror, &other), "state: made for segment_len = "),
+    ] {
+        let text = result.expect_err(expected).to_string();
+        assert!(text.starts_with(expected), "{text}");
+    }
+    assert!(bytes(&owner) == scene.host.to_bytes()?, "refused, and something has changed");
+
+    let Some(driver) = Driver::open() else { return Ok(()) };
+    driver.refuse(Some(("cuMemcpyHtoDAsync_v2", 2)));
+    let refused = lend(at, &mut mirror, &scene.host);
+    driver.refuse(None);
+    assert!(matches!(refused, Err(Error::Driver { .. })), "{refused:?}");
+    let refused = plan_truncate(&mirror, 0, 70);
+    assert!(matches!(refused, Err(Error::Unfinished { slot: 0 })), "{refused:?}");
+    driver.refuse(Some(("cuMemcpyHtoDAsync_v2", 2)));
+    let refused = owner.overwrite(&State::new(&scene.p, 3)?);
+    driver.refuse(None);
+    assert!(matches!(refused, Err(Error::Driver { .. })), "{refused:?}");
+    assert!(matches!(owner.to_host(), Err(Error::Unfinished { .. })));
+    owner.overwrite(&scene.host)?;
+    assert!(bytes(&owner) == scene.host.to_bytes()?, "written again");
     Ok(())
 }
