@@ -1,19 +1,16 @@
 //! The operator.
 
-use std::sync::atomic::AtomicBool;
-
-use infini_attn::{DType, Element, Error, Inputs, MAX_DECODE_TOKENS, Outputs, Rope, TensorView};
+use infini_attn::{DType, Element, Inputs, Rope, TensorView};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 
 use crate::batch::{self, Batch};
 use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::error::Flag;
 use crate::problem::Policies;
+use crate::run::{Advanced, Wanted, run};
 use crate::state::State;
 use crate::tensor::{self, Kind};
-use crate::threads::{Computed, Lane};
-use crate::{error, rope, threads};
+use crate::{delegate, error, rope};
 
 /// One call's arguments, their memory borrowed.
 pub struct Arguments<'py> {
@@ -42,7 +39,7 @@ pub struct Tokens<'a, 'py> {
 impl<'py> Arguments<'py> {
     pub fn new([q, k, v, beta]: Tensors<'_, 'py>, tokens: Tokens<'_, 'py>) -> PyResult<Self> {
         let (kind, q) = tensor::borrow("q", q)?;
-        let batch = Batch::new(&q, tokens.batch)?;
+        let batch = Batch::new(q.shape(), tokens.batch)?;
         let [heads, key_dim] = columns(&q);
         let same_kind = |argument, object| {
             let (got, memory) = tensor::borrow(argument, object)?;
@@ -73,6 +70,13 @@ impl<'py> Arguments<'py> {
             q,
             batch,
         })
+    }
+
+    /// Refuses memory to write to that reaches into the memory of q, k, v or the tables.
+    pub fn check_apart(&self, memory: &Memory<'_>) -> PyResult<()> {
+        let tables = self.rope.iter().flat_map(|(cos, sin)| [cos, sin]);
+        let mut inputs = [&self.q, &self.k, &self.v].into_iter().chain(tables);
+        inputs.try_for_each(|input| memory.check_apart(input))
     }
 
     /// The problem of this call: `base` (the state's, or the defaults), with the extents and the
@@ -129,7 +133,8 @@ fn columns(memory: &Memory<'_>) -> [usize; 2] {
     [shape[shape.len() - 2], shape[shape.len() - 1]]
 }
 
-fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>> {
+/// Rows of the rotation tables, as the host gives them.
+pub fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>> {
     let (shape, positions) = tensor::integers("positions", object)?;
     let t = &lead[lead.len() - 1..];
     if shape != t && shape != lead {
@@ -140,32 +145,6 @@ fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>> {
         return Err(error::shape("positions", &shape, expected));
     }
     tensor::narrow("positions", positions, "an integer of 64 bits")
-}
-
-/// The arrays of one call's results: `out`, and what is asked for.
-pub struct Results<'py> {
-    pub out: Bound<'py, PyAny>,
-    pub lse: Option<Bound<'py, PyAny>>,
-    /// A_dot and A_mem.
-    pub parts: Option<[Bound<'py, PyAny>; 2]>,
-}
-
-impl<'py> Results<'py> {
-    /// `out` alone, or the tuple (out, state, lse, a_dot, a_mem) of what is asked for.
-    pub fn pack(
-        self,
-        py: Python<'py>,
-        state: Option<Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let mut results = vec![self.out];
-        results.extend(state);
-        results.extend(self.lse);
-        results.extend(self.parts.into_iter().flatten());
-        match <[_; 1]>::try_from(results) {
-            Ok([out]) => Ok(out),
-            Err(results) => Ok(PyTuple::new(py, results)?.into_any()),
-        }
-    }
 }
 
 /// Infini-attention: causal attention within segments of N tokens, and a compressive memory of all
@@ -211,6 +190,9 @@ impl<'py> Results<'py> {
 ///     Channel 2i pairs with 2i + 1, instead of i with i + R / 2.
 /// inplace : bool
 ///     Advance `state` itself; otherwise it stays as it is, and a copy advances.
+/// out : [B, T, Hq, Dv] (packed [total, Hq, Dv]), optional
+///     Where the output goes, of q's kind and dtype: its last dimension contiguous, its memory apart from
+///     what q, k and v span. Returned in the place of a new one.
 /// return_state, return_lse, return_parts : bool
 ///     What to return besides `out`.
 ///
@@ -225,9 +207,8 @@ impl<'py> Results<'py> {
 /// ------
 /// ValueError, TypeError
 ///     Naming the argument, what was given and what is accepted. Nothing has been changed then.
-///     A tensor that requires grad (with grad enabled), has a forward-mode tangent or is not in CPU
-///     memory is refused, and so is a call within torch.jit.trace, make_fx, torch.export, a FakeTensorMode
-///     or a transform of torch.func (vmap, grad, jvp). torch.compile breaks its graph at the call.
+///     A tensor that requires grad (with grad enabled) or has a forward-mode tangent is refused, and so is a
+///     call within a transform of torch.func (vmap, grad, jvp).
 /// MemoryError
 ///     Saying what there is no memory for. Nothing has been changed then.
 /// RuntimeError
@@ -237,12 +218,17 @@ impl<'py> Results<'py> {
 ///     says how many tokens of each sequence it has taken in (`tokens_taken`) and holds what the call
 ///     returns (`results`): both are valid up to there, and the stream can go on.
 ///
+/// A call goes to infini_attn.torch.infini_attention, and its state is an infini_attn.torch.State, when it is
+/// given such a state or tensors that are not in CPU memory, or while PyTorch records it (torch.jit.trace,
+/// make_fx, torch.export, a FakeTensorMode; torch.compile if infini_attn.torch is imported). Under autocast
+/// q, k and v are cast: to the state's dtype, else to autocast's.
+///
 /// Other Python threads run while it computes; they must neither write to the inputs meanwhile nor
 /// resize them or give them other storage.
 #[pyfunction]
 #[pyo3(
-    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
-    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, return_state=True, return_lse=False, return_parts=False)"
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, out = None, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, out=None, return_state=True, return_lse=False, return_parts=False)"
 )]
 #[allow(clippy::too_many_arguments)]
 pub fn infini_attention<'py>(
@@ -265,10 +251,37 @@ pub fn infini_attention<'py>(
     positions: Option<&Bound<'py, PyAny>>,
     rope_interleaved: Flag<'py>,
     inplace: Flag<'py>,
+    out: Option<&Bound<'py, PyAny>>,
     return_state: Flag<'py>,
     return_lse: Flag<'py>,
     return_parts: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let call = delegate::Call {
+        tensors: [q, k, v, beta],
+        state,
+        options: &[
+            ("segment_len", segment_len),
+            ("update", update),
+            ("scale", scale),
+            ("empty_memory", empty_memory),
+            ("denominator", denominator),
+            ("slots", slots),
+            ("seq_lens", seq_lens),
+            ("attention_mask", attention_mask),
+            ("cu_seqlens", cu_seqlens),
+            ("rope", rope),
+            ("positions", positions),
+            ("rope_interleaved", rope_interleaved.given()),
+            ("inplace", inplace.given()),
+            ("out", out),
+            ("return_state", return_state.given()),
+            ("return_lse", return_lse.given()),
+            ("return_parts", return_parts.given()),
+        ],
+    };
+    if let Some(results) = call.delegated(py)? {
+        return Ok(results);
+    }
     let rope_interleaved = rope_interleaved.or(false, "rope_interleaved")?;
     let inplace = inplace.or(false, "inplace")?;
     let return_state = return_state.or(true, "return_state")?;
@@ -276,10 +289,12 @@ pub fn infini_attention<'py>(
     let return_parts = return_parts.or(false, "return_parts")?;
     let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots };
     let tokens = Tokens { batch, rope, positions, interleaved: rope_interleaved };
-    let arguments = Arguments::new([q, k, v, beta], tokens)?;
-    let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let state: Option<Bound<'py, State>> =
         state.map(|s| error::typed("state", s, "an infini_attn.State")).transpose()?;
+    let cast = delegate::autocast([q, k, v], state.as_ref())?;
+    let [q, k, v] = cast.as_ref().map_or([q, k, v], |cast| cast.each_ref());
+    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let policies = Policies { segment_len, update, scale, empty_memory, denominator };
     let base = state.as_ref().map(|s| s.get().read().map(|s| *s.problem())).transpose()?;
     let dtype = by_dtype!(arguments.q, dtype_of())?;
     let problem = arguments.problem(base, &policies, dtype)?;
@@ -290,10 +305,12 @@ pub fn infini_attention<'py>(
             Bound::new(py, State::new(empty.map_err(error::python)?))?
         }
     };
-    let (results, interrupt) = by_dtype!(
-        arguments.q,
-        run(py, &arguments, &problem, &mut *state.get().write()?, return_lse, return_parts)
-    )?;
+    let wanted = Wanted { out, lse: return_lse, parts: return_parts };
+    let (results, interrupt) = {
+        let mut guard = state.get().write()?;
+        let advanced = Advanced::State(&mut guard);
+        by_dtype!(arguments.q, run(py, &arguments, &problem, advanced, wanted))?
+    };
     let results = results.pack(py, return_state.then(|| state.into_any()))?;
     match interrupt {
         None => Ok(results),
@@ -304,81 +321,4 @@ pub fn infini_attention<'py>(
 
 fn dtype_of<T: Element>() -> PyResult<DType> {
     Ok(T::DTYPE)
-}
-
-/// A signal's exception that ended a call.
-struct Interrupt {
-    error: PyErr,
-    /// Tokens of each sequence that the state has taken in.
-    taken: Vec<usize>,
-}
-
-impl Interrupt {
-    /// The exception, saying what a call in place has got done.
-    fn with_results(self, py: Python<'_>, results: Bound<'_, PyAny>) -> PyErr {
-        let note = format!(
-            "infini_attention: the state has taken in {:?} tokens, and is valid, as are the outputs up \
-             to there (tokens_taken and results of this exception)",
-            self.taken
-        );
-        let exception = self.error.value(py);
-        // An exception of the program's own may refuse attributes, and Python 3.10 knows no notes.
-        let _ = exception.setattr("tokens_taken", &self.taken);
-        let _ = exception.setattr("results", results);
-        let _ = exception.call_method1("add_note", (note,));
-        self.error
-    }
-}
-
-fn run<'py, T: Element + Scalar>(
-    py: Python<'py>,
-    arguments: &Arguments<'py>,
-    problem: &infini_attn::Problem,
-    state: &mut infini_attn::State,
-    lse: bool,
-    parts: bool,
-) -> PyResult<(Results<'py>, Option<Interrupt>)> {
-    let (kind, batch) = (arguments.kind, &arguments.batch);
-    let [shape, lse_shape] = batch.outputs(problem.heads(), problem.value_dim());
-    let like = || tensor::empty::<T>(py, kind, &shape);
-    let (out, mut out_memory) = like()?;
-    let mut lse = lse.then(|| tensor::empty::<f32>(py, kind, &lse_shape)).transpose()?;
-    let mut parts = parts.then(|| Ok::<_, PyErr>([like()?, like()?])).transpose()?;
-
-    let mut outputs = Outputs::new(out_memory.view_mut::<T>()?);
-    if let Some((_, memory)) = &mut lse {
-        outputs = outputs.lse(memory.view_mut()?);
-    }
-    if let Some([(_, a_dot), (_, a_mem)]) = &mut parts {
-        outputs = outputs.a_dot(a_dot.view_mut()?).a_mem(a_mem.view_mut()?);
-    }
-    let (q, k, v) = (arguments.q.view()?, arguments.k.view()?, arguments.v.view()?);
-    let (cancel, gate) = (AtomicBool::new(false), &arguments.beta[..]);
-    let inputs = arguments.inputs::<T>(q, k, v)?.cancel(&cancel);
-    let longest = batch.lens().into_iter().max().unwrap_or(0);
-    let decoding = longest <= MAX_DECODE_TOKENS;
-    let lane = match decoding {
-        true if state.decodes_inline(longest) => Lane::Inline,
-        true => Lane::Decode,
-        false => Lane::Long,
-    };
-    let Computed { result, interrupt } = threads::compute(py, lane, &cancel, || {
-        if decoding {
-            infini_attn::decode(problem, &inputs, gate, state, outputs)
-        } else {
-            infini_attn::prefill(problem, &inputs, gate, state, outputs)
-        }
-    })?;
-    let interrupt = match (result, interrupt) {
-        (result, None) => result.map(|()| None).map_err(error::python)?,
-        (Ok(()), Some(error)) => Some(Interrupt { error, taken: batch.lens() }),
-        (Err(Error::Cancelled { taken }), Some(error)) => Some(Interrupt { error, taken }),
-        (Err(_), Some(error)) => Some(Interrupt { error, taken: vec![0; batch.sequences()] }),
-    };
-    let results = Results {
-        out,
-        lse: lse.map(|(object, _)| object),
-        parts: parts.map(|parts| parts.map(|(object, _)| object)),
-    };
-    Ok((results, interrupt))
 }

@@ -5,7 +5,6 @@ use std::ops::Range;
 use infini_attn::Inputs;
 use pyo3::prelude::*;
 
-use crate::dlpack::Memory;
 use crate::{error, tensor};
 
 /// The arguments that say so, as given; of the first three at most one.
@@ -25,6 +24,22 @@ enum Lengths {
     Packed(Vec<i32>),
 }
 
+/// A call of any backend, with a batch.
+macro_rules! laid_out {
+    ($batch:expr, $call:expr) => {{
+        let call = match &$batch.lengths {
+            Lengths::Full => $call,
+            Lengths::Padded(lens) => $call.seq_lens(lens),
+            Lengths::Ranges(ranges) => $call.seq_ranges(ranges),
+            Lengths::Packed(cu) => $call.cu_seqlens(cu),
+        };
+        match &$batch.slots {
+            Some(slots) => call.slots(slots),
+            None => call,
+        }
+    }};
+}
+
 /// The batch of one call. What is not of its rank has been refused; the rest is for the core to check.
 pub struct Batch {
     /// [B, T], or [total] when packed.
@@ -34,7 +49,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub fn new(q: &Memory<'_>, given: Given<'_, '_>) -> PyResult<Self> {
+    /// `q`: the shape of the queries.
+    pub fn new(q: &[usize], given: Given<'_, '_>) -> PyResult<Self> {
         let named = [
             ("seq_lens", given.seq_lens),
             ("attention_mask", given.attention_mask),
@@ -46,8 +62,8 @@ impl Batch {
             return Err(error::value(second, format_args!("beside {first}"), "one of the two"));
         }
         let lead = match given.cu_seqlens {
-            Some(_) => vec![q.extents::<3>("[total, Hq, Dk], as cu_seqlens is given")?[0]],
-            None => q.extents::<4>("[B, T, Hq, Dk]")?[..2].to_vec(),
+            Some(_) => lead::<3>(q, "[total, Hq, Dk], as cu_seqlens is given")?,
+            None => lead::<4>(q, "[B, T, Hq, Dk]")?,
         };
         let lengths = match lengths {
             None => Lengths::Full,
@@ -107,16 +123,21 @@ impl Batch {
 
     /// The core's inputs, with this batch.
     pub fn of<'a, T>(&'a self, inputs: Inputs<'a, T>) -> Inputs<'a, T> {
-        let inputs = match &self.lengths {
-            Lengths::Full => inputs,
-            Lengths::Padded(lens) => inputs.seq_lens(lens),
-            Lengths::Ranges(ranges) => inputs.seq_ranges(ranges),
-            Lengths::Packed(cu) => inputs.cu_seqlens(cu),
-        };
-        match &self.slots {
-            Some(slots) => inputs.slots(slots),
-            None => inputs,
-        }
+        laid_out!(self, inputs)
+    }
+
+    /// The same for a device.
+    #[cfg(feature = "cuda")]
+    pub fn of_call<'a>(&'a self, call: infini_attn::cuda::Call<'a>) -> infini_attn::cuda::Call<'a> {
+        laid_out!(self, call)
+    }
+}
+
+/// What stands before heads and channels in a shape of that rank.
+fn lead<const RANK: usize>(q: &[usize], names: &str) -> PyResult<Vec<usize>> {
+    match q.len() == RANK {
+        true => Ok(q[..RANK - 2].to_vec()),
+        false => Err(error::shape("q", q, format_args!("rank {RANK} {names}"))),
     }
 }
 

@@ -253,14 +253,39 @@ impl<'py> Memory<'py> {
         view.map_err(error::python)
     }
 
-    /// The memory to write to; only for arrays made by [`crate::tensor::empty`], which nobody else
-    /// has seen yet.
+    /// Refuses memory to write to that reaches into the memory of an input.
+    pub fn check_apart(&self, input: &Memory<'_>) -> PyResult<()> {
+        let ([start, end], [first, last]) = (self.span(), input.span());
+        if start < last && first < end {
+            let got = format_args!("memory that overlaps that of {}", input.argument);
+            return Err(error::value(&self.argument, got, "memory of its own"));
+        }
+        Ok(())
+    }
+
+    /// The first address of an element and the one behind the last.
+    fn span(&self) -> [i128; 2] {
+        let bytes = i128::from(self.data_type.bits.div_ceil(8)) * i128::from(self.data_type.lanes);
+        let start = self.data.as_ptr().addr() as i128;
+        if self.shape.contains(&0) {
+            return [start; 2];
+        }
+        let reach = self.shape.iter().zip(&self.strides);
+        let reach =
+            reach.map(|(&extent, &stride)| (extent as i128 - 1) * i128::from(stride) * bytes);
+        let [before, after] = reach.fold([0; 2], |[b, a], r| [b + r.min(0), a + r.max(0)]);
+        [start + before, start + after + bytes]
+    }
+
+    /// The memory to write to: of an array made by [`crate::tensor::empty`], which nobody else has seen
+    /// yet, or of one that the caller gives to be written, apart from all that the call reads.
     pub fn view_mut<T: Scalar>(&mut self) -> PyResult<TensorViewMut<'_, T>> {
         self.check::<T>()?;
         if self.read_only {
             return Err(error::value(&self.argument, "a read-only tensor", "a writable one"));
         }
-        // SAFETY: as in `view`, and the array was made for this call: nothing else refers to it.
+        // SAFETY: as in `view`; nothing else in this call refers to it, and that no other thread does
+        // is the caller's promise, as there.
         let view = unsafe {
             TensorViewMut::from_raw(self.data.as_ptr().cast::<T>(), &self.shape, &self.strides)
         };

@@ -16,11 +16,12 @@ use pyo3::types::PyBool;
 /// The core's error as an exception.
 pub fn python(error: Error) -> PyErr {
     let message = error.to_string();
-    // The core calls the gate's logits `gate`, the Python operator `beta`.
-    let message = match message.strip_prefix("gate") {
-        Some(rest) => format!("beta{rest}"),
-        None => message,
-    };
+    // What the core calls otherwise than the Python operator.
+    let names = [("gate", "beta"), ("o:", "out:")];
+    let renamed = names
+        .iter()
+        .find_map(|(core, own)| message.strip_prefix(core).map(|rest| format!("{own}{rest}")));
+    let message = renamed.unwrap_or(message);
     match error {
         Error::DType { .. } | Error::Problem { field: "dtype", .. } => {
             PyTypeError::new_err(message)
@@ -109,9 +110,14 @@ impl<'py> FromPyObject<'_, 'py> for Flag<'py> {
     }
 }
 
-impl Flag<'_> {
+impl<'py> Flag<'py> {
     /// What a signature says by False or True.
     pub const DEFAULT: Self = Self(None);
+
+    /// What was given, if it was.
+    pub fn given(&self) -> Option<&Bound<'py, PyAny>> {
+        self.0.as_ref()
+    }
 
     /// True or False, NumPy's as well.
     pub fn or(self, default: bool, argument: &str) -> PyResult<bool> {

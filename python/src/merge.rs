@@ -6,6 +6,7 @@ use infini_attn::Element;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use crate::delegate;
 use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::error::Flag;
 use crate::problem::{Problem, extent};
@@ -40,6 +41,9 @@ pub fn merge_partials<'py>(
     return_lse: Flag<'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let return_lse = return_lse.or(false, "return_lse")?;
+    if let Some(both) = delegate::merged(a_dot, lse)? {
+        return if return_lse { Ok(both) } else { both.get_item(0) };
+    }
     let a_dot = error::items("a_dot", a_dot, tensor::borrow)?;
     let lse = error::items("lse", lse, tensor::borrow)?;
     let Some((kind, first)) = a_dot.first() else {

@@ -317,3 +317,42 @@ pub fn _problem_from_fields(
         Some(dtype),
     )
 }
+
+/// A problem of its text.
+pub fn parsed(text: &str) -> PyResult<infini_attn::Problem> {
+    text.parse().map_err(error::python)
+}
+
+/// A problem as text, which operators of PyTorch can take.
+#[pyfunction]
+pub fn _problem_text(problem: &Problem) -> String {
+    problem.0.to_string()
+}
+
+/// The inverse of `_problem_text`.
+#[pyfunction]
+pub fn _problem_from_text(text: &str) -> PyResult<Problem> {
+    parsed(text).map(Problem)
+}
+
+/// The problem of a call, as text: of tensors with these extents and this element type, the policies
+/// given, and for the rest those of a state's problem or the defaults.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn _call_problem(
+    base: Option<&str>,
+    extents: [usize; 4],
+    dtype: &Bound<'_, PyAny>,
+    segment_len: Option<&Bound<'_, PyAny>>,
+    update: Option<&Bound<'_, PyAny>>,
+    scale: Option<&Bound<'_, PyAny>>,
+    empty_memory: Option<&Bound<'_, PyAny>>,
+    denominator: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let policies = Policies { segment_len, update, scale, empty_memory, denominator };
+    let base = base.map(parsed).transpose()?;
+    let builder = base.map_or_else(infini_attn::Problem::builder, |p| p.to_builder());
+    let problem = policies.problem(builder, extents, element_type(Some(dtype))?)?;
+    base.map_or(Ok(()), |base| problem.check_same(&base)).map_err(error::python)?;
+    Ok(problem.to_string())
+}

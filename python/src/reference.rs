@@ -7,11 +7,12 @@ use half::{bf16, f16};
 use infini_attn::{DType, Problem, TensorView, reference};
 use pyo3::prelude::*;
 
-use crate::attend::{Arguments, Results, Tokens};
+use crate::attend::{Arguments, Tokens};
 use crate::batch;
 use crate::dlpack::{Memory, Scalar};
 use crate::error::Flag;
 use crate::problem::Policies;
+use crate::run::Results;
 use crate::state::unusable;
 use crate::{error, tensor, threads};
 

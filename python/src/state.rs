@@ -71,7 +71,7 @@ pub fn unusable<Guard>(error: TryLockError<Guard>) -> PyErr {
 }
 
 /// All slots, or those given: one, or a list.
-fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
+pub fn slots(given: Option<&Bound<'_, PyAny>>, sequences: usize) -> PyResult<Vec<usize>> {
     let Some(given) = given else { return tensor::collect(0..sequences) };
     let (shape, slots) = tensor::integers("slots", given)?;
     if shape.len() > 1 {
@@ -87,6 +87,12 @@ fn token_counts(argument: &str, object: &Bound<'_, PyAny>, batch: usize) -> PyRe
         return Err(error::shape(argument, &shape, format_args!("[B] = [{batch}]")));
     }
     tensor::narrow(argument, counts, "at least 0")
+}
+
+/// One integer, at least 0.
+fn count<T: TryFrom<i64>>(argument: &str, object: &Bound<'_, PyAny>) -> PyResult<T> {
+    let given: i64 = error::typed(argument, object, "an integer")?;
+    T::try_from(given).map_err(|_| error::value(argument, given, "at least 0"))
 }
 
 /// A file's name as Python shows it (a str or bytes), and the same for the system.
@@ -242,6 +248,15 @@ impl State {
         let slots = self::slots(slots, guard.sequences())?;
         let state = &mut *guard;
         py.detach(|| state.reset(&slots)).map_err(error::python)
+    }
+
+    /// Takes back the last tokens of a stream, such as drafts that were not accepted, in place: it goes on
+    /// behind its first `tokens`. That reaches back to where its open segment begins; tokens before are in
+    /// the memory, and asking for fewer raises ValueError.
+    fn truncate(&self, slot: &Bound<'_, PyAny>, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut state = self.write()?;
+        let (slot, tokens) = (count("slot", slot)?, count("tokens", tokens)?);
+        state.truncate(slot, tokens).map_err(error::python)
     }
 
     /// An independent copy, or a state whose stream i continues where stream slots[i] stands; a

@@ -1,6 +1,8 @@
 //! PyTorch: whether the program has imported it, which of its tensors hold the values they stand for,
 //! and why the others are refused.
 
+use half::{bf16, f16};
+use infini_attn::DType;
 use pyo3::exceptions::PyAttributeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -24,6 +26,12 @@ pub struct Torch {
     tracing_state: Option<Py<PyAny>>,
     modes: Option<Py<PyAny>>,
     transforms: Option<Py<PyAny>>,
+    /// Whether autocast is enabled for a device, and for which element type; None before PyTorch 2.4.
+    autocast: Option<[Py<PyAny>; 2]>,
+}
+
+fn ask<'py>(py: Python<'py>, function: &Option<Py<PyAny>>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    function.as_ref().map(|f| f.bind(py).call0()).transpose()
 }
 
 const IN_MEMORY: &str = "a tensor whose elements are in memory";
@@ -61,6 +69,10 @@ impl Torch {
             tracing_state: internal(&["_get_tracing_state"]),
             modes: internal(&["_len_torch_dispatch_stack"]),
             transforms: internal(&["_functorch", "peek_interpreter_stack"]),
+            autocast: match torch.getattr("get_autocast_dtype") {
+                Ok(dtype) => Some([torch.getattr("is_autocast_enabled")?.unbind(), dtype.unbind()]),
+                Err(_) => None,
+            },
             module: torch.clone().unbind(),
         })
     }
@@ -118,20 +130,37 @@ impl Torch {
     /// Refuses a call while PyTorch records or transforms operations instead of running them: it would
     /// see none here, and what it makes of the outputs would be memory that nobody writes.
     fn check_eager(&self, argument: &str, py: Python<'_>) -> PyResult<()> {
-        let ask = |function: &Option<Py<PyAny>>| {
-            function.as_ref().map(|f| f.bind(py).call0()).transpose()
-        };
-        let given = |what: &str| {
-            let expected = "a call outside of it (this operator cannot be traced or transformed)";
-            Err(error::value(argument, format_args!("a tensor within {what}"), expected))
-        };
-        if ask(&self.tracing_state)?.is_some_and(|state| !state.is_none()) {
-            return given("torch.jit.trace");
+        match self.within(py)? {
+            None => Ok(()),
+            Some(what) => {
+                let expected =
+                    "a call outside of it (this operator cannot be traced or transformed)";
+                Err(error::value(argument, format_args!("a tensor within {what}"), expected))
+            }
         }
-        if ask(&self.transforms)?.is_some_and(|top| !top.is_none()) {
-            return given("a transform of torch.func");
+    }
+
+    /// Whether PyTorch records operations, and can those of `infini_attn.torch`.
+    pub fn is_recording(&self, py: Python<'_>) -> PyResult<bool> {
+        if self.within(py)?.is_none() {
+            return Ok(false);
         }
-        if let Some(modes) = ask(&self.modes)?
+        let Some(top) = ask(py, &self.transforms)?.filter(|top| !top.is_none()) else {
+            return Ok(true);
+        };
+        let kind = top.call_method0("key")?.getattr("name")?;
+        kind.eq("Functionalize")
+    }
+
+    /// What records or transforms operations at present.
+    fn within(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        if ask(py, &self.tracing_state)?.is_some_and(|state| !state.is_none()) {
+            return Ok(Some("torch.jit.trace".into()));
+        }
+        if ask(py, &self.transforms)?.is_some_and(|top| !top.is_none()) {
+            return Ok(Some("a transform of torch.func".into()));
+        }
+        if let Some(modes) = ask(py, &self.modes)?
             && modes.is_truthy()?
         {
             // Other modes (counters, loggers) run what they see.
@@ -140,11 +169,45 @@ impl Torch {
                 let key = core.getattr("_TorchDispatchModeKey")?.getattr(key)?;
                 let mode = core.call_method1("_get_dispatch_mode", (key,))?;
                 if !mode.is_none() {
-                    return given(&mode.get_type().name()?.to_string());
+                    return Ok(Some(mode.get_type().name()?.to_string()));
                 }
             }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Autocast's element type for the CPU, while it is enabled.
+    pub fn autocast_dtype<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let device = intern!(py, "cpu");
+        let Some([enabled, dtype]) = &self.autocast else { return Ok(None) };
+        match enabled.bind(py).call1((device,))?.is_truthy()? {
+            true => dtype.bind(py).call1((device,)).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// What PyTorch calls an element type.
+    pub fn dtype<'py>(&self, py: Python<'py>, dtype: DType) -> PyResult<Bound<'py, PyAny>> {
+        let name = match dtype {
+            DType::F16 => f16::NAME,
+            DType::BF16 => bf16::NAME,
+            _ => f32::NAME,
+        };
+        self.module.bind(py).getattr(name)
+    }
+
+    /// A tensor of floats as another element type, as autocast casts; anything else as it is.
+    pub fn cast<'py>(
+        &self,
+        tensor: &Bound<'py, PyAny>,
+        dtype: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = tensor.py();
+        let module = self.module.bind(py);
+        let is_float = self.is_tensor(tensor)?
+            && tensor.call_method0(intern!(py, "is_floating_point"))?.is_truthy()?
+            && !tensor.getattr(intern!(py, "dtype"))?.is(&module.getattr("float64")?);
+        if is_float { tensor.call_method1(intern!(py, "to"), (dtype,)) } else { Ok(tensor.clone()) }
     }
 
     fn has_tangent(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {

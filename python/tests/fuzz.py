@@ -61,8 +61,8 @@ class Call:
         args = [describe(a) for a in self.args] + [f"{n}={describe(a)}" for n, a in self.kwargs.items()]
         return f"{self.name}({', '.join(args)})"
 
-    def values(self):
-        return [*self.args, *self.kwargs.values()]
+    def values(self, but_out=False):
+        return [*self.args, *(v for name, v in self.kwargs.items() if name != "out" or not but_out)]
 
     def attempt(self):
         try:
@@ -72,18 +72,20 @@ class Call:
 
     def run(self):
         """Makes the call, now and then while its state is in use, and checks what it came to."""
-        before = freeze(self.values()), files(self.name)
+        # An output that is given is written to, unless the call is refused.
+        before, given = (freeze(self.values(True)), files(self.name)), freeze(self.kwargs.get("out"))
         states = [v for v in self.values() if type(v) is State]
         if states and self.rng.random() < 0.05:
             while_in_use(self.rng.choice((State.flush, State.fork)), states[0], self.attempt)
         else:
             self.attempt()
         writes = self.error is None and (self.name in WRITES or bool(self.kwargs.get("inplace")))
-        values = self.values()
+        values = self.values(True)
         assert freeze(values, but_states=writes) == thawed(before[0], values, writes), "an argument has changed"
         self.check_error()
         if self.error is not None:
             assert files(self.name) == before[1], "a refused call has changed a file"
+            assert freeze(self.kwargs.get("out")) == given, "a refused call has changed its output"
         elif self.name == "infini_attention":
             self.check_result()
         elif self.name == "State.save" and self.args[1] in (FOLDER / "state", "fuzz/new", b"fuzz/bytes"):
@@ -103,6 +105,8 @@ class Call:
     def check_result(self):
         """What the operator returns: kinds, shapes, and sometimes the numbers."""
         q, v, asked = self.args[0], self.args[2], self.kwargs
+        first = self.result[0] if isinstance(self.result, tuple) else self.result
+        assert first is asked.get("out", first), "another output"
         results = list(self.result) if isinstance(self.result, tuple) else [self.result]
         flags = [True, asked.get("return_state", True), *[asked.get("return_lse", False)], *[asked.get("return_parts", False)] * 2]
         kept = dict(zip([n for n, f in zip(("out", "state", "lse", "a_dot", "a_mem"), flags) if f], results, strict=True))
@@ -121,6 +125,7 @@ class Call:
     def compare(self, kept):
         """The same streams through the reference."""
         asked, state = {**self.kwargs}, None
+        asked.pop("out", None)
         if asked.pop("inplace", None) is not None or asked.get("state") is not None:
             if asked.get("state") not in (None, self.world.streams):
                 return
@@ -184,6 +189,8 @@ def while_in_use(method, state, work):
 
 def freeze(value, but_states=False):
     """The bits of a value, so far as a call could change them."""
+    if but_states and holds_states(value):
+        return "a state"
     if isinstance(value, np.ndarray):
         return None if value.dtype.hasobject else np.asarray(value).tobytes()
     if isinstance(value, torch.Tensor):
@@ -207,8 +214,15 @@ def freeze(value, but_states=False):
 
 def thawed(frozen, values, but_states):
     """What was frozen, without the states that a call may write."""
-    states = (State, reference.State)
-    return ["a state" if but_states and isinstance(v, states) else f for f, v in zip(frozen, values)]
+    written = lambda v: isinstance(v, (State, reference.State)) or holds_states(v)
+    return ["a state" if but_states and written(v) else f for f, v in zip(frozen, values)]
+
+
+def holds_states(value):
+    """Whether it may be the memory of states."""
+    if isinstance(value, torch.Tensor):
+        return plain(value) and value.dtype == torch.uint8 and value.dim() == 1
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1
 
 
 def files(name):

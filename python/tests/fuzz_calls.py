@@ -134,6 +134,8 @@ def operator(w):
         options |= w.some(0.5, **w.policies) | w.some(0.5, inplace=True)
     else:
         options |= w.policies
+    if w.chance(0.2):
+        options["out"] = w.numbers(*args[0].shape[:-1], w.value_dim)
     return args, options | returns(w)
 
 
@@ -168,6 +170,12 @@ def slots(w):
     """Different slots of a state."""
     chosen = w.rng.sample(range(w.batch), w.rng.randint(0, w.batch))
     return (w.state(),), w.some(0.5, slots=w.rng.choice((list, np.array, torch.tensor))(chosen))
+
+
+def truncate(w):
+    """A stream and how many tokens of it stay: a few less, mostly."""
+    state, slot = w.state(), w.rng.randint(0, w.batch - 1)
+    return state, slot, max(0, int(state.tokens[slot]) - w.rng.choice((0, 1, 2, 9)))
 
 
 def fork(w):
@@ -245,6 +253,38 @@ def apply(w):
     return (w.map(KeySums.from_state(state)), state), w.some(0.5, inplace=True)
 
 
+def buffer(w):
+    """The world's streams in a tensor, and what says how to read it."""
+    state = w.state()
+    text = _core._problem_text(state.problem)
+    count, rotation = len(state), w.rope or w.chance(0.5)
+    tensor = torch.zeros(_core._host_layout(text, count, rotation)[1], dtype=torch.uint8)
+    _core._state_into_buffer(state, tensor, count, text, rotation)
+    return tensor, count, text, rotation
+
+
+def advance(w):
+    args, options = w.inputs(w.tokens())
+    cos, sin = options.pop("rope", (None, None))
+    names = dict(slots="seq_slots", rope_interleaved="interleaved")
+    options = {names.get(name, name): value for name, value in options.items()}
+    if cos is not None:
+        options |= dict(cos=cos, sin=sin)
+    return (*args, *buffer(w)), options | w.some(0.3, short=True)
+
+
+def of_slots(w):
+    """Different slots of a state in a tensor, or all."""
+    return (*buffer(w), slots(w)[1].get("slots")), {}
+
+
+def call_problem(w):
+    extents = w.heads, w.kv_heads, w.key_dim, w.value_dim
+    policies = ("segment_len", "update", "scale", "empty_memory", "denominator")
+    base = _core._problem_text(w.problem()) if w.chance(0.5) else None
+    return (base, extents, w.dtype, *(w.policies.get(name) for name in policies)), {}
+
+
 def getters(owner, make):
     """The properties and the repr of a class, as functions of one argument."""
     names = sorted(name for name, value in vars(owner).items() if type(value).__name__ == "getset_descriptor")
@@ -268,6 +308,7 @@ CALLS = {
     "State.from_arrays": (State.from_arrays, from_arrays),
     "State.flush": (State.flush, slots),
     "State.reset": (State.reset, slots),
+    "State.truncate": (State.truncate, lambda w: (truncate(w), {})),
     "State.fork": (State.fork, fork),
     "State.concat": (State.concat, lambda w: (([w.state() for _ in range(w.rng.randint(1, 3))],), {})),
     "State.__len__": (State.__len__, of(World.state)),
@@ -281,6 +322,17 @@ CALLS = {
     "_problem_from_fields": (_core._problem_from_fields, unpickle(World.problem)),
     "_key_sums_from_bytes": (_core._key_sums_from_bytes, unpickle(lambda w: w.sums(3))),
     "_segment_map_from_bytes": (_core._segment_map_from_bytes, unpickle(lambda w: w.map(w.sums(3)))),
+    "_cuda_status": (_core._cuda_status, lambda w: ((), {})),
+    "_host_layout": (_core._host_layout, lambda w: ((buffer(w)[2], w.batch, w.chance(0.5)), {})),
+    "_problem_text": (_core._problem_text, of(World.problem)),
+    "_problem_from_text": (_core._problem_from_text, of(lambda w: _core._problem_text(w.problem()))),
+    "_call_problem": (_core._call_problem, call_problem),
+    "_advance": (_core._advance, advance),
+    "_flush_slots": (_core._flush_slots, of_slots),
+    "_reset_slots": (_core._reset_slots, of_slots),
+    "_truncate_slot": (_core._truncate_slot, lambda w: ((*buffer(w), *truncate(w)[1:]), {})),
+    "_state_from_buffer": (_core._state_from_buffer, lambda w: (buffer(w), {})),
+    "_state_into_buffer": (_core._state_into_buffer, lambda w: ((w.state(), *buffer(w)), {})),
     "Problem.__hash__": (Problem.__hash__, of(World.problem)),
     "Problem.__reduce__": (Problem.__reduce__, of(World.problem)),
     "KeySums": (KeySums, key_sums),
@@ -311,4 +363,5 @@ CALLS = {
 WEIGHTS = {name: 30 if name == "infini_attention" else 1 if hasattr(f, "__objclass__") else 3 for name, (f, _) in CALLS.items()}
 
 # Which calls may change the state they are given.
-WRITES = {"State.flush", "State.reset", "ReferenceState.flush"}
+BUFFERS = {"_advance", "_flush_slots", "_reset_slots", "_truncate_slot", "_state_into_buffer"}
+WRITES = {"State.flush", "State.reset", "State.truncate", "ReferenceState.flush"} | BUFFERS

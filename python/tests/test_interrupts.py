@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import tensors
 
+import infini_attn.torch
 from infini_attn import (
     KeySums,
     Problem,
@@ -112,6 +113,38 @@ def test_a_call_in_place_says_what_it_has_done(hkv):
         raise AssertionError("never done")
     assert torch.equal(torch.cat(outs, dim=1), whole)
     assert np.array_equal(state.M, after.M) and np.array_equal(state.tokens, after.tokens)
+
+
+def test_a_state_in_a_tensor():
+    q, k, v, beta = tensors(1, 400_000, 2, 1, 16)
+    whole, after = infini_attn.torch.infini_attention(q, k, v, beta, segment_len=64)
+    for attempt in range(1, 100):
+        state, before = infini_attn.torch.State(after.problem, rotation=False), None
+        try:
+            with interrupted(0.02 * attempt):
+                infini_attn.torch.infini_attention(q, k, v, beta, state=state, inplace=True)
+        except KeyboardInterrupt as e:
+            (taken,), before = getattr(e, "tokens_taken", [0]), e
+        if before is not None and taken:
+            break
+    else:
+        raise AssertionError("never cut short")
+    out, _ = before.results
+    assert state.tokens.item() == taken and torch.equal(out[:, :taken], whole[:, :taken])
+    rest = (x[:, taken:] for x in (q, k, v))
+    out, _ = infini_attn.torch.infini_attention(*rest, beta, state=state, inplace=True)
+    assert torch.equal(out, whole[:, taken:])
+    assert state.to_state().__reduce__() == after.to_state().__reduce__()
+
+
+def test_a_state_in_a_tensor_given_stays_as_it_was():
+    """And nothing is said of tokens that it has not taken in."""
+    q, k, v, beta = tensors(1, 2_000_000, 1, 1, 16)
+    _, state = infini_attn.torch.infini_attention(*(x[:, :100] for x in (q, k, v)), beta, segment_len=64)
+    with pytest.raises(KeyboardInterrupt) as caught, interrupted(0.1):
+        while True:
+            infini_attn.torch.infini_attention(q, k, v, beta, state=state)
+    assert state.tokens.item() == 100 and not hasattr(caught.value, "tokens_taken")
 
 
 def test_a_state_given_stays_as_it_was():

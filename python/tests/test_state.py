@@ -80,6 +80,32 @@ def test_flush_and_reset():
     assert_close(out[0], infini_attention(*rest, state=fresh, return_state=False)[0])
 
 
+def test_truncate():
+    q, k, v, beta = tensors(2, 71, 4, 2, 8)
+    kept, drafts, rest = runs([36, 5, 30], q, k, v)
+    _, state = infini_attention(*kept, beta, segment_len=N)
+    expected = infini_attention(*rest, beta, state=state, return_state=False)
+    _, state = infini_attention(*drafts, beta, state=state)
+    state.truncate(0, 36)
+    state.truncate(slot=np.int64(1), tokens=np.int64(36))
+    assert state.tokens.tolist() == [36, 36] and state.open_len.tolist() == [4, 4]
+    assert torch.equal(infini_attention(*rest, beta, state=state, return_state=False), expected)
+    state.truncate(1, 32)
+    assert state.tokens.tolist() == [36, 32] and state.committed.tolist() == [32, 32]
+    for slot, tokens, text in [
+        (1, 31, "^tokens: 31 given for slot 1, at least 32 expected: what is committed"),
+        (0, 37, "^tokens: 37 given, at most the 36 that slot 0 has seen expected"),
+        (2, 36, "^slot: 2 given, less than the state's 2 slots expected"),
+        (-1, 36, "^slot: -1 given, at least 0 expected"),
+        (0, -1, "^tokens: -1 given, at least 0 expected"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            state.truncate(slot, tokens)
+    with pytest.raises(TypeError, match="^tokens: .* given, an integer expected"):
+        state.truncate(0, 33.0)
+    assert state.tokens.tolist() == [36, 32]
+
+
 def test_fork_of_some_slots():
     state, rest = stream(41)
     twice = state.fork([1, 1, 0])

@@ -1,17 +1,17 @@
-"""PyTorch records, transforms or differentiates operations: refused, never a graph that replays memory
-which nobody writes, never a tangent lost."""
+"""PyTorch transforms or differentiates operations: refused, never a tangent lost. What records them is
+in test_compile.py; here, what else sees a call."""
 
-import warnings
+import subprocess
+import sys
 
 import pytest
 import torch
 from oracle import tables, tensors
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from infini_attn import Problem, infini_attention, key_sums
+import infini_attn.torch
+from infini_attn import Problem, State, infini_attention, key_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 Q, K, V, BETA = tensors(1, 12, 2, 2, 8)
@@ -22,40 +22,25 @@ def attend(q=Q, beta=BETA, rope=None):
     return infini_attention(q, K, V, beta, segment_len=4, rope=rope, return_state=False)
 
 
+def attend_by_operators(q):
+    return infini_attn.torch.infini_attention(q, K, V, BETA, segment_len=4, return_state=False)
+
+
 EXPECTED = attend()
 
 
-def fake(q):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return attend(q)
-
-
-RECORDERS = {
-    "torch.jit.trace": lambda f: torch.jit.trace(f, (Q,)),
-    "ProxyTorchDispatchMode": lambda f: make_fx(f)(Q),
-    "ProxyTorchDispatchMode ": lambda f: make_fx(f, tracing_mode="fake")(Q),
-    "FakeTensorMode": lambda f: fake(Q),
-    "FakeTensorMode ": lambda f: torch.export.export(Module(f), (Q,), strict=False),
-    "a transform of torch.func": lambda f: torch.vmap(f)(Q[None]),
-    "a transform of torch.func ": lambda f: torch.func.grad(lambda q: f(q).sum())(Q),
-    "a transform of torch.func  ": lambda f: torch.func.jvp(f, (Q,), (Q,)),
-    "a transform of torch.func   ": lambda f: torch.func.functionalize(f)(Q),
+TRANSFORMS = {
+    "vmap": lambda f: torch.vmap(f)(Q[None]),
+    "grad": lambda f: torch.func.grad(lambda q: f(q).sum())(Q),
+    "jvp": lambda f: torch.func.jvp(f, (Q,), (Q,)),
 }
 
 
-class Module(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-@pytest.mark.parametrize("within", RECORDERS)
-def test_within(within):
-    with pytest.raises(ValueError, match=f"q: a tensor within {within.strip()} given, a call outside of it"):
-        RECORDERS[within](lambda q: attend(q))
+@pytest.mark.parametrize("function", [attend, attend_by_operators])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused(transform, function):
+    with pytest.raises(ValueError, match="q: a tensor within a transform of torch.func given, a call outside"):
+        TRANSFORMS[transform](function)
 
 
 def test_what_is_not_the_first_argument():
@@ -86,8 +71,18 @@ def test_tangents_are_not_dropped():
         ).items():
             with pytest.raises(ValueError, match=f"^{name}: a tensor with a forward-mode tangent given"):
                 attend(**options)
+        with pytest.raises(ValueError, match="^q: a tensor with a forward-mode tangent given"):
+            attend_by_operators(dual(Q))
         assert torch.equal(attend(), EXPECTED)
         assert torch.equal(attend(dual(Q).detach()), EXPECTED)
+
+
+def test_operators_refuse_what_requires_grad():
+    with pytest.raises(ValueError, match="^q: a tensor that requires grad given"):
+        attend_by_operators(Q.clone().requires_grad_())
+    text = infini_attn._core._problem_text(Problem(heads=2, key_dim=8, segment_len=4))
+    with pytest.raises(ValueError, match="^v: a tensor that requires grad given"):
+        torch.ops.infini_attn.prefill(Q, K, V.clone().requires_grad_(), BETA, None, 1, text, False)
 
 
 def test_modes_that_only_watch_are_no_hindrance():
@@ -95,19 +90,28 @@ def test_modes_that_only_watch_are_no_hindrance():
         assert torch.equal(attend(), EXPECTED)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_functions_call_it_between_their_graphs(backend):
-    def layer(q, beta):
-        return attend(q * 2, beta + 1) + 1
+def test_a_state_outside_of_pytorch_cannot_be_recorded():
+    state = State(Problem(heads=2, key_dim=8, segment_len=4))
+    expected = "state: an infini_attn.State given, an infini_attn.torch.State expected"
+    with pytest.raises(TypeError, match=expected):
+        torch.jit.trace(lambda q: infini_attention(q, K, V, BETA, state=state)[0], (Q,))
+    assert state.tokens.tolist() == [0]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo says that it breaks its graph.
-        compiled = torch.compile(layer, backend=backend)
-        for scale in (1, 3):
-            assert torch.equal(compiled(Q * scale, BETA), layer(Q * scale, BETA))
-        q = Q.clone().requires_grad_()
-        with pytest.raises(ValueError, match="q: a tensor that requires grad"):
-            compiled(q, BETA)
-        with torch.no_grad():
-            assert torch.equal(compiled(q, BETA), layer(Q, BETA))
-    torch._dynamo.reset()
+
+def test_graphs_break_where_the_operators_are_not_imported():
+    program = """
+import torch, warnings, infini_attn
+
+def layer(q):
+    return infini_attn.infini_attention(q * 2, q, q, [0.0], segment_len=4, return_state=False) + 1
+
+q = torch.randn(1, 12, 1, 8)
+warnings.simplefilter("ignore")  # Dynamo says that it breaks its graph.
+assert torch.equal(torch.compile(layer, backend="aot_eager")(q), layer(q))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_other_functions_cannot_be_recorded():
+    with pytest.raises(ValueError, match="k: a tensor within torch.jit.trace given, a call outside"):
+        torch.jit.trace(lambda k: key_sums(Problem(heads=2, key_dim=8), k), (K,))

@@ -7,15 +7,27 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "KeySums",
+    "MAX_DECODE_TOKENS",
     "Problem",
     "ReferenceState",
     "SegmentMap",
     "State",
     "__version__",
+    "_advance",
+    "_call_problem",
+    "_cuda_status",
+    "_flush_slots",
+    "_host_layout",
     "_key_sums_from_bytes",
     "_problem_from_fields",
+    "_problem_from_text",
+    "_problem_text",
+    "_reset_slots",
     "_segment_map_from_bytes",
+    "_state_from_buffer",
     "_state_from_bytes",
+    "_state_into_buffer",
+    "_truncate_slot",
     "apply",
     "compose",
     "get_num_threads",
@@ -34,6 +46,13 @@ class _DLPack(Protocol):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+class _TensorState(Protocol):
+    """An `infini_attn.torch.State`."""
+
+    buffer: Any
+    sequences: int
+    rotation: bool
+
 _Tensor = TypeVar("_Tensor", bound=_DLPack)
 _Update = Literal["delta", "linear"]
 _EmptyMemory = Literal["gate", "bypass"]
@@ -44,6 +63,7 @@ _Ints = _DLPack | ArrayLike
 _Tables = tuple[_DLPack, _DLPack] | list[Any]
 _Path = str | bytes | PathLike[str] | PathLike[bytes]
 
+MAX_DECODE_TOKENS: int
 __version__: str
 
 @final
@@ -127,6 +147,7 @@ class State:
     def nbytes(self) -> int: ...
     def flush(self, slots: _Ints | None = None) -> None: ...
     def reset(self, slots: _Ints | None = None) -> None: ...
+    def truncate(self, slot: int, tokens: int) -> None: ...
     def fork(self, slots: _Ints | None = None) -> State: ...
     @staticmethod
     def concat(states: Sequence[State]) -> State: ...
@@ -160,6 +181,7 @@ def infini_attention(
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
+    out: _DLPack | None = None,
     return_state: Literal[True] = True,
     return_lse: Literal[False] = False,
     return_parts: Literal[False] = False,
@@ -185,6 +207,7 @@ def infini_attention(
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
+    out: _DLPack | None = None,
     return_state: Literal[False],
     return_lse: Literal[False] = False,
     return_parts: Literal[False] = False,
@@ -201,7 +224,7 @@ def infini_attention(
     scale: float | None = None,
     empty_memory: _EmptyMemory | None = None,
     denominator: _Denominator | None = None,
-    state: State | None = None,
+    state: State | _TensorState | None = None,
     slots: _Ints | None = None,
     seq_lens: _Ints | None = None,
     attention_mask: _Floats | None = None,
@@ -210,6 +233,7 @@ def infini_attention(
     positions: _Ints | None = None,
     rope_interleaved: bool = False,
     inplace: bool = False,
+    out: _DLPack | None = None,
     return_state: bool = True,
     return_lse: bool = False,
     return_parts: bool = False,
@@ -288,6 +312,57 @@ def _problem_from_fields(
     denominator: _Denominator,
     dtype: _DType,
 ) -> Problem: ...
+def _problem_text(problem: Problem) -> str: ...
+def _problem_from_text(text: str) -> Problem: ...
+def _call_problem(
+    base: str | None,
+    extents: Sequence[int],
+    dtype: str,
+    segment_len: int | None,
+    update: str | None,
+    scale: float | None,
+    empty_memory: str | None,
+    denominator: Any,
+) -> str: ...
+def _host_layout(
+    problem: str, slots: int, rotation: bool
+) -> tuple[list[tuple[str, str, list[int], int]], int]: ...
+def _advance(
+    q: _DLPack,
+    k: _DLPack,
+    v: _DLPack,
+    beta: _Floats,
+    state: _DLPack,
+    slots: int,
+    problem: str,
+    rotation: bool,
+    *,
+    seq_slots: _Ints | None = None,
+    seq_lens: _Ints | None = None,
+    attention_mask: _Floats | None = None,
+    cu_seqlens: _Ints | None = None,
+    cos: _DLPack | None = None,
+    sin: _DLPack | None = None,
+    positions: _Ints | None = None,
+    interleaved: bool = False,
+    short: bool = False,
+    out: _DLPack | None = None,
+    parts: bool = False,
+    inplace: bool = True,
+) -> tuple[Any, ...]: ...
+def _flush_slots(
+    state: _DLPack, slots: int, problem: str, rotation: bool, seq_slots: _Ints | None
+) -> None: ...
+def _reset_slots(
+    state: _DLPack, slots: int, problem: str, rotation: bool, seq_slots: _Ints | None
+) -> None: ...
+def _truncate_slot(
+    state: _DLPack, slots: int, problem: str, rotation: bool, slot: int, tokens: int
+) -> None: ...
+def _state_from_buffer(state: _DLPack, slots: int, problem: str, rotation: bool) -> State: ...
+def _state_into_buffer(
+    source: State, state: _DLPack, slots: int, problem: str, rotation: bool
+) -> None: ...
 def _key_sums_from_bytes(problem: Problem, sums: bytes, tokens: bytes) -> KeySums: ...
 def _segment_map_from_bytes(
     before: KeySums, A: bytes, B: bytes, dz: bytes, tokens: bytes
@@ -330,3 +405,5 @@ def reference_infini_attention(
     return_lse: bool = False,
     return_parts: bool = False,
 ) -> Any: ...
+
+def _cuda_status() -> str: ...
