@@ -1,7 +1,8 @@
 """What a call from Python costs besides its arithmetic: `pytest benches/python_calls.py`.
 
 Needs the package, PyTorch and pytest-benchmark (`pip install "./python[bench]"`). The baselines are in
-the same run: `sdpa` is PyTorch's attention over as many keys, `inplace` what decoding costs without the
+the same run: `sdpa` is PyTorch's attention over as many keys; `tensor state` is a call with an
+`infini_attn.torch.State`, `operator` one of the operator below it; `inplace` what decoding costs without the
 semantics of a value. In `beside a prompt` look at the largest time, in `interrupt` subtract the 0.3 s
 until the signal is sent.
 """
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import infini_attn
-from infini_attn import Problem, State, infini_attention
+from infini_attn import Problem, State, _core, infini_attention
+from infini_attn import torch as tensors
 
 
 @pytest.fixture(params=[1, 2])
@@ -32,14 +34,20 @@ def normal(*shape):
 
 
 @pytest.mark.benchmark(group="small call: 8 heads of 64, one token, N = 128")
-@pytest.mark.parametrize("kind", ["torch", "numpy", "sdpa"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "tensor state", "operator", "sdpa"])
 def test_small(benchmark, threads, kind):
     q, k, v = normal(3, 1, 1, 8, 64)
     state = State(Problem(heads=8, key_dim=64, segment_len=128))
     beta = torch.zeros(8)
     if kind == "numpy":
         q, k, v, beta = (x.numpy() for x in (q, k, v, beta))
-    if kind == "sdpa":
+    if kind == "tensor state":
+        state = tensors.State.from_state(state)
+    if kind == "operator":
+        state = tensors.State.from_state(state)
+        call = state.buffer, 1, _core._problem_text(state.problem), True
+        benchmark(torch.ops.infini_attn.decode_, q, k, v, beta, *call)
+    elif kind == "sdpa":
         keys = normal(1, 8, 128, 64)
         q = q.transpose(1, 2)
         benchmark(torch.nn.functional.scaled_dot_product_attention, q, keys, keys)
