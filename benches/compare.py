@@ -7,9 +7,9 @@
 The operator in PyTorch, delta rule, in three ways (functions below): a loop over segments as one
 writes it down; all segments folded into the batch of one SDPA call with only the memory in a loop;
 and PyTorch at its best, where the memory is batched over all segments as well, by prefix sums and
-affine maps. The CPU part calls the Python package; the GPU part runs EXE, the benchmark executable
-(`cargo bench --features cuda --bench cuda --no-run`), and needs nothing but PyTorch itself. There
-every baseline runs eagerly, compiled, and compiled inside a CUDA graph, next to local attention
+affine maps. Both parts call the Python package; on a GPU also inside a CUDA graph, and EXE besides, the
+benchmark executable (`cargo bench --features cuda --bench cuda --no-run`), whose times are what the
+others' are divided by. There every baseline runs eagerly, compiled, and compiled inside a CUDA graph, next to local attention
 alone by each SDPA backend and to a copy for the bandwidth. Prints Markdown tables.
 """
 
@@ -386,6 +386,19 @@ def eager_ways(args):
         yield f"local attention, {name}", local
 
 
+def package_ways(args):
+    """The same of the Python package: what its call costs the host included, and in a graph."""
+    def call():
+        import infini_attn
+
+        views = (x.transpose(1, 2) for x in args[:3])
+        out = infini_attn.infini_attention(*views, args[3], segment_len=args[4], return_state=False)
+        return out.transpose(1, 2)
+
+    yield "infini_attn, Python", lambda: call
+    yield "infini_attn, Python, graph", lambda: graphed(call)
+
+
 def compiled_ways(args):
     """The same for what is compiled first, a minute and more per shape."""
     bound = lambda f: functools.partial(compile_baseline(f), *args)
@@ -445,8 +458,8 @@ def compare_cuda(shape, some_ways, wanted, rounds, deadline, executable):
     """Yields one row per way; `wanted` keeps the shapes' first outputs, for what is compiled."""
     args = inputs(shape, torch.bfloat16, "cuda")
     ways = list(some_ways(args))
-    if executable and some_ways is eager_ways:
-        ways.insert(0, ("infini_attn", None))
+    if some_ways is eager_ways:
+        ways = [*([("infini_attn", None)] if executable else []), *package_ways(args), *ways]
     for name, make in ways:
         row = {"shape": shape, "dtype": "bfloat16", "way": name}
         left = deadline - time.monotonic()

@@ -56,7 +56,7 @@ class Bundle:
 
 GROUPS = ["kernel::segment_attention_sm90::d64", "kernel::segment_attention_sm90::d128",
           "kernel::decode_sm80::d128", "table::prefill::d128", "full::prefill_d128_n2048",
-          "golden::record"]
+          "golden::record", "python::generate"]
 
 
 @pytest.fixture
@@ -68,8 +68,7 @@ def bundle(tmp_path, monkeypatch):
     here = lambda name: str(tmp_path / name) if (tmp_path / name).exists() else None
     monkeypatch.setattr(tools, "find", here)
     monkeypatch.setattr(timing, "find", here)
-    for module in (correctness, timing):
-        monkeypatch.setattr(module, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(tools, "importable", lambda name: name == "torch")
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield bundle
     for number, handler in handlers.items():

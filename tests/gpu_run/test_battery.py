@@ -33,6 +33,7 @@ def test_everything_passes(bundle, capsys):
     assert capsys.readouterr().out.endswith(text)
     for line in ("Stand-in H100, driver 580.1: SM 1980 MHz", "copy_gbs 3000", "790 TFLOP/s",
                  "kernel: 3 passed; 6 cases", "table: 1 passed", "full: 2 passed",
+                 "python: 1 passed",
                  "memcheck: 3 groups clean, 0 with reports", "initcheck: 3 groups clean",
                  "123.4    612.3    810      62%  local attention, 32/8",
                  "error 4.0e-03", "ours 100 µs; time ÷ ours: loop, eager 4.50",
@@ -43,7 +44,7 @@ def test_everything_passes(bundle, capsys):
         "battery.jsonl", "groups.log", "bench.jsonl", "compare.jsonl", "sanitizer.log", "ncu.txt",
         "summary.txt"}
     groups = [c for c in bundle.calls() if c["name"] in GROUPS and "tool" not in c]
-    assert all(c["INFINI_KERNELS"] == "kernels/bounded" for c in groups) and len(groups) == 6
+    assert all(c["INFINI_KERNELS"] == "kernels/bounded" for c in groups) and len(groups) == 7
     bench = next(c for c in bundle.calls() if c["name"] == "bench")
     assert bench["kernels"] is None and bench["rows"] == "0.."
     assert bench["at"] >= max(c["at"] for c in groups)

@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import __main__, correctness, timing
+from conftest import __main__, tools
 from battery.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +122,7 @@ def test_planted_faults_are_named_within_the_budget(bundle, monkeypatch):
     for name, value in environment(INFINI_RESULTS=str(bundle / "results")).items():
         monkeypatch.setenv(name, value)
     # PyTorch, where it is there, would take the simulator for a card.
-    for module in (correctness, timing):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(tools, "importable", lambda name: False)
     begin = time.monotonic()
     assert __main__.main(["battery", str(SECONDS), GROUPS], LIMITS, bundle) == 1
     assert time.monotonic() - begin < SECONDS + 1
@@ -179,6 +179,16 @@ def test_quick_times_the_first_rows(bundle):
     rows = [json.loads(line)["operation"] for line in
             (bundle / "results/bench.jsonl").read_text().splitlines()]
     assert [row.split(",")[0] for row in rows] == ["local attention", "decode"]
+
+
+def test_the_python_package_is_tested(bundle):
+    """On the simulator in the place of PyTorch's device; what asks for hardware is skipped."""
+    path = {"PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(["./run", "python", "60", "python::(batches|refusals|streams_of)"], cwd=bundle,
+                          env=environment(**path), capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "python: 2 passed, 1 skipped; 2 cases" in done.stdout, done.stdout
+    assert "asks for a GPU" in done.stdout
 
 
 def test_one_case_of_a_group_runs_alone(bundle):

@@ -1,8 +1,8 @@
 """Groups of cases and the sanitizers over them, in one pool."""
 
 import sys
-from importlib.util import find_spec
 
+from . import tools
 from .groups import Group, judge
 from .pool import Outcome, Task
 from .tools import TOOLS, report
@@ -15,7 +15,7 @@ SANITIZED = {"RAYON_NUM_THREADS": "1", "INFINI_SMALL": "1"}
 
 def run(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     groups = visit.groups(until)
-    if "compare" in visit.stages and find_spec("torch"):
+    if "compare" in visit.stages and tools.importable("torch"):
         warm_up(visit)
     for stage in stages:
         if stage != "sanitizer":
@@ -36,7 +36,7 @@ def submit_stage(visit: Visit, stage: str, groups: list[Group]) -> None:
     """Newest kernels first."""
     limits = visit.limits
     seconds = getattr(limits, stage)
-    at_once = limits.full_at_once if stage == "full" else limits.at_once
+    at_once = getattr(limits, f"{stage}_at_once", limits.at_once)
     env = visit.checked(visit.threads(min(at_once, len(groups))))
     for group in groups:
         def then(outcome: Outcome, group: Group = group) -> None:

@@ -1,7 +1,8 @@
-"""Groups of cases of `device-tests`, and what one run of a group says."""
+"""Groups of cases of `device-tests` and `python-tests`, and what one run of a group says."""
 
 import re
 import signal
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -24,8 +25,8 @@ class Group:
 
     @property
     def stage(self) -> str:
-        """What is neither kernel nor table is run with the full shapes."""
-        return self.parts[0] if self.parts[0] in ("kernel", "table") else "full"
+        """What is of no stage of its own is run with the full shapes."""
+        return self.parts[0] if self.parts[0] in ("kernel", "table", "python") else "full"
 
     @property
     def subject(self) -> str:
@@ -44,6 +45,8 @@ class Group:
         return self.subject.endswith("_sm80")
 
     def command(self) -> list[str]:
+        if self.stage == "python":
+            return [sys.executable, "python-tests", "--exact", self.name]
         return ["./device-tests", "--exact", self.name, "--nocapture"]
 
 

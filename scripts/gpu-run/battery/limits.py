@@ -5,15 +5,16 @@ from dataclasses import dataclass, fields, replace
 # What the time is shared by. A phase may last its share of the time that is left, out of its own
 # and the later ones: what ends early leaves its time to all that follow. The stages that run
 # together in one pool, kernel to sanitizer, are one phase.
-SHARES = {"card": 9, "kernel": 15, "table": 19, "full": 10, "sanitizer": 10,
-          "bench": 18, "compare": 12, "ncu": 7, "variants": 90}
-POOLED = ("kernel", "table", "full", "sanitizer")
+SHARES = {"card": 9, "kernel": 15, "table": 17, "full": 9, "python": 6, "sanitizer": 9,
+          "bench": 17, "compare": 11, "ncu": 7, "variants": 90}
+POOLED = ("kernel", "table", "full", "python", "sanitizer")
 
 # Seconds if none are given, and stages.
 COMMANDS = {
     "battery": (180, ("card", *POOLED, "bench", "compare", "ncu")),
     "quick": (45, ("card", "kernel", "bench")),
-    "test": (120, ("card", "kernel", "table", "full")),
+    "test": (120, ("card", "kernel", "table", "full", "python")),
+    "python": (120, ("card", "python")),
     "sanitize": (120, ("card", "sanitizer")),
     "bench": (120, ("card", "bench")),
     "compare": (120, ("card", "compare")),
@@ -32,6 +33,7 @@ class Limits:
     kernel: float = 30.0
     table: float = 45.0
     full: float = 60.0
+    python: float = 60.0  # importing PyTorch and compiling for it included
     sanitizer: float = 30.0
     diagnose: float = 25.0
     blocking: float = 15.0
@@ -49,6 +51,7 @@ class Limits:
     # Numbers.
     at_once: int = 14
     full_at_once: int = 3
+    python_at_once: int = 3
     diagnosed: int = 6
     rounds: int = 5
     lost_rows: int = 4  # benchmarks that hang or fail before no more are begun

@@ -4,9 +4,8 @@ import csv
 import re
 import sys
 import time
-from importlib.util import find_spec
 
-from . import card
+from . import card, tools
 from .groups import described
 from .limits import ROWS
 from .pool import Outcome
@@ -79,13 +78,14 @@ def bench_table(rows: list[dict]) -> list[str]:
 
 def compare(visit: Visit, stages: tuple[str, ...], until: float) -> None:
     lines = visit.report["compare"] = []
-    if not find_spec("torch"):
+    if not tools.importable("torch"):
         lines.append(f"not run: {sys.executable} has no PyTorch")
         return
     seconds = (until - time.monotonic()) * 0.9
     outcome = visit.alone("compare", [
         sys.executable, "compare.py", "--device", "cuda", "--ours", "./cuda-bench", "--seconds",
-        f"{seconds:.0f}", "--json", str(visit.results.path("compare.jsonl"))], until)
+        f"{seconds:.0f}", "--json", str(visit.results.path("compare.jsonl"))], until,
+        env={"PYTHONPATH": str(visit.folder / "python" / "package")})
     rows = visit.results.rows("compare.jsonl")
     lines += compare_table(rows)
     visit.failures += [f"compare, ours: {row['failed']}" for row in rows

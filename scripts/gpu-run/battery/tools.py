@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from .pool import Outcome
@@ -33,6 +34,11 @@ def find(name: str) -> str | None:
     places = [root / "bin" / name for root in roots] + [root / name / name for root in roots]
     places += sorted(Path("/opt/nvidia").glob(f"*/*/{name}"), reverse=True)
     return next((str(place) for place in places if place.is_file()), None)
+
+
+def importable(name: str) -> bool:
+    """Whether this Python has a package."""
+    return find_spec(name) is not None
 
 
 class Sanitizer:

@@ -3,17 +3,17 @@
 import math
 import os
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from . import summary
+from . import summary, tools
 from .diagnosis import Diagnosis
 from .groups import BAD, Group, Verdict, listed
 from .limits import COMMANDS, POOLED, Limits
 from .pool import Outcome, Pool, Task
 from .results import Results
-from .tools import Sanitizer
 
 BOUNDED = "kernels/bounded"
 
@@ -31,7 +31,7 @@ class Visit:
         self.limits = limits
         self.pool = Pool(limits, folder, scratch, self.finished)
         self.pool.visit_end = self.end
-        self.sanitizer, self.diagnosis = Sanitizer(), Diagnosis(self)
+        self.sanitizer, self.diagnosis = tools.Sanitizer(), Diagnosis(self)
         self.written = self.begin
         self.spans: dict[str, tuple[float, float]] = {}  # of the stages, first start and last end
         # What the summary is made of.
@@ -64,14 +64,20 @@ class Visit:
         return outcomes[0]
 
     def groups(self, until: float) -> list[Group]:
-        """The groups of device-tests; none is a failure."""
-        command = ["./device-tests", "--list", "--format", "terse"]
-        outcome = self.alone("list", command, until, self.limits.ask)
-        groups = [g for g in listed(outcome.text) if re.search(self.only, g.name)]
-        if not groups and outcome.end == "exit":
-            of = f" of {self.only}" if self.only else ""
-            self.failures.append(f"device-tests listed no groups{of}: status {outcome.status}, "
-                                 + outcome.text.strip()[-200:])
+        """The groups of device-tests, and of python-tests where there is PyTorch; none is a failure."""
+        programs = {"device-tests": ["./device-tests", "--list", "--format", "terse"]}
+        if "python" in self.stages and tools.importable("torch"):
+            programs["python-tests"] = [sys.executable, "python-tests", "--list"]
+        groups: list[Group] = []
+        for name, command in programs.items():
+            outcome = self.alone("list", command, until, self.limits.ask)
+            found = listed(outcome.text)
+            groups += [g for g in found if re.search(self.only, g.name)]
+            if not found and outcome.end == "exit":
+                self.failures.append(f"{name} listed no groups: status {outcome.status}, "
+                                     + outcome.text.strip()[-200:])
+        if not groups and self.only:
+            self.failures.append(f"{' and '.join(programs)} listed no groups of {self.only}")
         return groups
 
     def finished(self, outcome: Outcome) -> None:
