@@ -129,12 +129,6 @@ impl DeviceState {
         self.list(|mirror, slot| mirror.open_len(slot) as u64)
     }
 
-    /// Makes the memory at `address` empty streams.
-    fn init(&self, place: &Bound<'_, PyAny>, address: u64) -> PyResult<()> {
-        let plan = self.planned(|mirror| mirror.layout().plan_init())?;
-        self.change(place, address, &plan)
-    }
-
     #[pyo3(signature = (place, address, slots = None))]
     fn reset(
         &self,

@@ -206,12 +206,6 @@ impl DevicePlan {
         place.device().load(&self.plan).map_err(python)
     }
 
-    /// Bytes of workspace that a run takes from the allocator.
-    #[getter]
-    fn workspace_bytes(&self) -> u64 {
-        self.plan.workspace_bytes()
-    }
-
     fn __str__(&self) -> String {
         self.plan.to_string()
     }

@@ -219,6 +219,8 @@ def test_slots_and_lengths_on_the_device(device):
     # From nothing: a state that the call makes.
     out, fresh = infini_attention(q, k, v, beta, segment_len=N, seq_lens=there(3, 1))
     assert fresh.tokens.tolist() == [3, 1] and not out[1, 1:].any().item()
+    lens = there(3, 1)
+    device.capture(lambda: infini_attention(q, k, v, beta, segment_len=N, seq_lens=lens))
     state = State(problem(), 4, device="cuda")
     call(state, slots=[2, 0], seq_lens=[3, 1])
     mixed = call(state, slots=there(1, 3), seq_lens=[1, 2])

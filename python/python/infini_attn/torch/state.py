@@ -357,8 +357,8 @@ class State:
 
     def check_status(self) -> None:
         """RuntimeError where kernels have met slots, lengths or positions in a GPU's memory that they
-        could not accept: the tokens of those sequences were not taken in. Waits for the GPU; on the CPU
-        calls say so themselves."""
+        could not accept: the tokens of those sequences were not taken in, at positions outside the tables
+        without rotation. Waits for the GPU; on the CPU calls say so themselves."""
         if self._on_cuda():
             _cuda().status(self._key(), self.buffer)
 
