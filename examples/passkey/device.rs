@@ -20,7 +20,7 @@ impl Cuda {
 pub struct Features {
     keys: CudaSlice<f16>,
     values: CudaSlice<f16>,
-    gate: Gate,
+    gate: Gate<'static>,
 }
 
 impl Backend for Cuda {

@@ -5,8 +5,9 @@ use crate::memory::State;
 use crate::problem::Problem;
 
 /// States by slot, on the host or on a device: [`State`], and `cuda::State` with the feature `cuda`, whose
-/// own methods of the same names say more, errors included.
-pub trait Slots: Sized + sealed::Sealed {
+/// own methods of the same names say more, errors included. A type that holds one of them and forwards to
+/// it has pools as well.
+pub trait Slots: Sized {
     /// The problem the state belongs to.
     fn problem(&self) -> &Problem;
     /// Number of slots.
@@ -37,11 +38,6 @@ pub trait Slots: Sized + sealed::Sealed {
     fn resized(&self, slots: usize) -> Result<Self>;
     /// Bytes of a state before it is made: [`Problem::state_bytes`], or those of a `cuda::StateLayout`.
     fn state_bytes(problem: &Problem, slots: usize, rotation: bool) -> Result<u64>;
-}
-
-pub(crate) mod sealed {
-    pub trait Sealed {}
-    impl Sealed for crate::memory::State {}
 }
 
 /// Forwards to the type's own methods.

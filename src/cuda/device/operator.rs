@@ -436,7 +436,7 @@ fn operands<'s, T: Element + DeviceRepr>(
     operands.read(Operand::Q, &inputs.q)?;
     operands.read(Operand::K, &inputs.k)?;
     operands.read(Operand::V, &inputs.v)?;
-    operands.buffer(Operand::Gate, &gate.logits, gate.address)?;
+    operands.buffer(Operand::Gate, gate.data(), gate.address)?;
     if let Some(rope) = &inputs.rope {
         operands.read(Operand::Cos, &rope.cos)?;
         operands.read(Operand::Sin, &rope.sin)?;

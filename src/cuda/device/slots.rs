@@ -8,7 +8,7 @@ use crate::cuda::plan::layout::StateLayout;
 use crate::error::{Error, Result};
 use crate::memory::check_slots;
 use crate::memory::slots::{check_resized, check_restored};
-use crate::pool::slots::{sealed::Sealed, slots};
+use crate::pool::slots::slots;
 use crate::problem::Problem;
 
 impl State {
@@ -115,8 +115,6 @@ impl State {
         self.advance_with(plan, others)
     }
 }
-
-impl Sealed for State {}
 
 slots! { State,
     fn check_truncate(&self, slot: usize, tokens: u64) -> Result<()> {

@@ -34,7 +34,7 @@ fn layers() -> [Problem; 2] {
 
 struct Scene {
     device: Device,
-    gate: Gate,
+    gate: Gate<'static>,
 }
 
 impl Scene {

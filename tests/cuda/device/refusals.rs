@@ -41,7 +41,7 @@ pub fn groups() -> Vec<Group> {
 /// A state in the middle of a segment, in a context of its own, so that nothing is loaded there yet.
 struct Scene {
     state: cuda::State,
-    gate: Gate,
+    gate: Gate<'static>,
     /// q, k, v, o.
     tensors: [CudaSlice<bf16>; 4],
     problem: Problem,

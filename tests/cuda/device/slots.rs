@@ -31,15 +31,15 @@ pub fn groups() -> Vec<Group> {
     ]
 }
 
-struct Scene {
+struct Scene<'a> {
     p: Problem,
     stream: Stream<bf16>,
-    gate: Gate,
+    gate: Gate<'a>,
     /// Slots of different lengths.
     host: State,
 }
 
-impl Scene {
+impl Scene<'_> {
     fn new(device: &Device) -> Result<Self> {
         let p = problem(2, 1, 64, N);
         let stream = Stream::<bf16>::normal(&p, 150, 5);
@@ -239,6 +239,11 @@ fn memory_of_the_application(device: &Device) -> Result<()> {
     let gate = Gate::from_slice(device, logits)?;
     let scene = Scene { gate, ..scene };
     assert!(scene.step(&mut state, 2, 130, 3) == want, "other bits by another gate");
+    state.truncate(2, 130)?;
+    let more = device.upload(&[&[f32::NAN], &GATE[..]].concat())?;
+    let lent = more.slice(1..);
+    let scene = Scene { gate: Gate::lent(device, &lent)?, ..scene };
+    assert!(scene.step(&mut state, 2, 130, 3) == want, "other bits by a gate that is lent");
     let gate = Gate::from_slice(device, device.upload(&[f32::NAN, -0.4])?)?;
     let scene = Scene { gate, ..scene };
     let o = scene.step(&mut state, 2, 133, 1);
