@@ -57,7 +57,7 @@ macro_rules! laid_out {
         }
     }};
 }
-#[cfg(feature = "cuda")]
+#[allow(unused_imports, reason = "not every backend has inputs of its own")]
 pub(crate) use laid_out;
 
 impl<T: Element> Call<'_, T> {

@@ -49,7 +49,7 @@ impl Keeper {
 
 impl Subscriber for Keeper {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "infini_attn"
+        metadata.target().starts_with("infini_attn")
             && self.level.is_some_and(|most| *metadata.level() <= most)
     }
 
