@@ -26,6 +26,7 @@ codes! {
     INVALID_CONTEXT = 201, c"CUDA_ERROR_INVALID_CONTEXT": c"invalid device context";
     NO_BINARY = 209, c"CUDA_ERROR_NO_BINARY_FOR_GPU": c"no kernel image is available for the device";
     INVALID_PTX = 218, c"CUDA_ERROR_INVALID_PTX": c"PTX that the simulator does not understand";
+    FILE_NOT_FOUND = 301, c"CUDA_ERROR_FILE_NOT_FOUND": c"file not found";
     INVALID_HANDLE = 400, c"CUDA_ERROR_INVALID_HANDLE": c"invalid resource handle";
     ILLEGAL_STATE = 401, c"CUDA_ERROR_ILLEGAL_STATE": c"the operation cannot be performed in this state";
     NOT_FOUND = 500, c"CUDA_ERROR_NOT_FOUND": c"named symbol not found";

@@ -1,4 +1,4 @@
-//! What cuModuleLoadData is given: PTX text, or a fatbin that holds some.
+//! What modules are loaded from: PTX text, or a fatbin that holds some.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Read;
@@ -21,22 +21,34 @@ pub unsafe fn ptx(image: *const c_void) -> Option<String> {
         // SAFETY: the caller's promise.
         return Some(unsafe { CStr::from_ptr(image as *const c_char) }.to_string_lossy().into());
     }
-    // Header: magic, version u16, length of the header u16, length of the entries u64.
     // SAFETY: the header says how long the rest is.
     let all = unsafe {
         let header = std::slice::from_raw_parts(image as *const u8, 16);
         std::slice::from_raw_parts(image as *const u8, 16 + number(header, 8, 8) as usize)
     };
-    let mut at = number(all, 6, 2) as usize;
-    while at + 64 <= all.len() {
+    first_ptx(all)
+}
+
+/// The PTX of an image of known length: a file's.
+pub fn ptx_of_file(content: &[u8]) -> Option<String> {
+    if content.starts_with(&MAGIC.to_le_bytes()) {
+        return first_ptx(content);
+    }
+    String::from_utf8(content.to_vec()).ok()
+}
+
+fn first_ptx(all: &[u8]) -> Option<String> {
+    // Header: magic, version u16, length of the header u16, length of the entries u64.
+    let mut rest = all.get(number(all.get(..16)?, 6, 2) as usize..)?;
+    while rest.len() >= 64 {
         // Entry: kind u16, version u16, length of the header u32, of the payload u64; at 16 the
-        // compressed length u32, at 40 flags u64, at 56 the length of the text u64.
-        let entry = &all[at..];
-        let (header, payload) = (number(entry, 4, 4) as usize, number(entry, 8, 8) as usize);
-        if number(entry, 0, 2) as u16 == PTX {
-            return text(entry.get(header..header + payload)?, entry);
+        // compressed length u32, at 40 flags u64.
+        let (header, payload) = (number(rest, 4, 4) as usize, number(rest, 8, 8) as usize);
+        let end = header.max(64).checked_add(payload)?;
+        if number(rest, 0, 2) as u16 == PTX {
+            return text(rest.get(header..end)?, rest);
         }
-        at += header + payload;
+        rest = rest.get(end..)?;
     }
     None
 }
@@ -46,7 +58,7 @@ fn text(payload: &[u8], entry: &[u8]) -> Option<String> {
     let bytes = match flags {
         _ if flags & ZSTD != 0 => {
             let frame = &payload[..(number(entry, 16, 4) as usize).min(payload.len())];
-            let mut bytes = Vec::with_capacity(number(entry, 56, 8) as usize);
+            let mut bytes = Vec::new();
             let mut decoder = ruzstd::decoding::StreamingDecoder::new(frame).ok()?;
             decoder.read_to_end(&mut bytes).ok()?;
             bytes

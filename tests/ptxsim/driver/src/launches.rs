@@ -1,12 +1,15 @@
 //! Exported functions for modules, functions, launches, occupancy and tensor maps.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::fs;
 
 use ptxsim::Launch;
 use ptxsim::layout::Swizzle;
 use ptxsim::tensor_map::{DTYPES as ALL_DTYPES, Dtype, ENCODED_BYTES, OobFill, TensorMap};
 
-use crate::error::{INVALID_IMAGE, INVALID_VALUE, NOT_SUPPORTED, Result, driver, give};
+use crate::error::{
+    FILE_NOT_FOUND, INVALID_IMAGE, INVALID_VALUE, NOT_SUPPORTED, Result, driver, give,
+};
 use crate::kernels::Call;
 use crate::machine::machine;
 use crate::streams::Op;
@@ -51,6 +54,11 @@ driver! {
             return Err(INVALID_VALUE);
         }
         let ptx = fatbin::ptx(image).ok_or(INVALID_IMAGE)?;
+        give(module, machine()?.load(&ptx)?)
+    };
+    cuModuleLoad(module: *mut usize, file: *const c_char) = {
+        let content = fs::read(text(file)?).map_err(|_| FILE_NOT_FOUND)?;
+        let ptx = fatbin::ptx_of_file(&content).ok_or(INVALID_IMAGE)?;
         give(module, machine()?.load(&ptx)?)
     };
     cuModuleUnload(module: usize) = machine()?.unload(module);

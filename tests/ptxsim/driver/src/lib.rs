@@ -132,6 +132,10 @@ driver! {
     };
     cuMemcpyDtoDAsync_v2(to: u64, from: u64, count: usize, stream: usize) =
         machine()?.submit(stream, Op::Copy { to, from, bytes: count as u64 });
+    // Contexts share their memory.
+    cuMemcpyPeerAsync(
+        to: u64, _to_context: usize, from: u64, _from_context: usize, count: usize, stream: usize
+    ) = machine()?.submit(stream, Op::Copy { to, from, bytes: count as u64 });
     cuMemsetD8Async(to: u64, value: u8, count: usize, stream: usize) =
         machine()?.submit(stream, Op::Fill { to, bytes: count as u64, value });
 

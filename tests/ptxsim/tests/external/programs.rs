@@ -1,6 +1,7 @@
 //! Compiles the programs, from sources of installed wheels, and runs them on the simulator's driver.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 use std::{env, fs};
@@ -89,10 +90,13 @@ impl Program {
         for (name, bytes) in inputs {
             fs::write(folder.path().join(name), bytes).expect("an input");
         }
+        // By the name that the library has for those who are linked with it.
+        let library = driver().join("libcuda.so");
+        symlink(library, folder.path().join("libcuda.so.1")).expect("a link");
         let report = folder.path().join("report");
         let mut command = Command::new(&self.executable);
         command.args(args.iter().map(ToString::to_string)).current_dir(folder.path());
-        command.env("LD_LIBRARY_PATH", driver()).env("PTXSIM_ARCH", "sm_90a");
+        command.env("LD_LIBRARY_PATH", folder.path()).env("PTXSIM_ARCH", "sm_90a");
         command.env("PTXSIM_SEED", seed.to_string()).env("PTXSIM_TIMING", timing);
         command.env("PTXSIM_RESIDENCY", "co-resident");
         command.env("PTXSIM_FINDINGS", "tell").env("PTXSIM_REPORT", &report);

@@ -157,6 +157,42 @@ fn a_failure_stays_in_its_context() {
     }
 }
 
+#[test]
+fn modules_from_files() {
+    let _context = Context::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        CString::new(path.to_str().unwrap()).unwrap()
+    };
+    let load = |name: &CString| given(|m| unsafe { cuModuleLoad(m, name.as_ptr()) });
+    let (text, to) = (file("text", PTX.as_bytes()), words(32));
+    ok(run(function(load(&text).unwrap(), "fill"), to, 5, 0));
+    assert_eq!(first_word(to), Ok(5));
+    // A fatbin that ends in its header, and one in an entry that claims more.
+    let head = [0x50, 0xed, 0x55, 0xba, 1, 0, 16, 0, 80, 0, 0, 0, 0, 0, 0, 0];
+    let entry = [&head[..], &[1, 0, 1, 1, 64, 0, 0, 0, 200], &[0; 55]].concat();
+    for content in [&head[..9], &head, &entry] {
+        assert_eq!(load(&file("cut", content)), Err(error::INVALID_IMAGE));
+    }
+    assert_eq!(load(&CString::new("/nowhere").unwrap()), Err(error::FILE_NOT_FOUND));
+}
+
+#[test]
+fn copies_between_contexts() {
+    let first = Context::new();
+    let from = words(32);
+    ok(run(function(module(), "fill"), from, 7, 0));
+    let second = Context::new();
+    let to = words(32);
+    ok(unsafe { cuMemcpyPeerAsync(to, second.0, from, first.0, 128, 0) });
+    assert_eq!(first_word(to), Ok(7));
+    // Past the end.
+    let code = unsafe { cuMemcpyPeerAsync(to, second.0, from, first.0, 132, 0) };
+    assert_eq!(code, error::INVALID_VALUE);
+}
+
 /// What a stream captures: 0 is nothing.
 fn capturing(stream: usize) -> u32 {
     given(|status| unsafe { cuStreamIsCapturing(stream, status) }).unwrap()
