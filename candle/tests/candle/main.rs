@@ -1,0 +1,9 @@
+//! The operator, the module and the model on candle's tensors.
+
+mod common;
+
+mod checkpoint;
+mod model;
+mod operator;
+mod refusals;
+mod table;
