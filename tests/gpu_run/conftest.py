@@ -56,7 +56,7 @@ class Bundle:
 
 GROUPS = ["kernel::segment_attention_sm90::d64", "kernel::segment_attention_sm90::d128",
           "kernel::decode_sm80::d128", "table::prefill::d128", "full::prefill_d128_n2048",
-          "golden::record", "python::generate"]
+          "golden::record", "python::generate", "candle::model"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import GROUPS, LIMITS, SOURCES
+from conftest import GROUPS, LIMITS, SOURCES, tools
 
 D128 = "kernel::segment_attention_sm90::d128"
 D64 = "kernel::segment_attention_sm90::d64"
@@ -33,7 +33,7 @@ def test_everything_passes(bundle, capsys):
     assert capsys.readouterr().out.endswith(text)
     for line in ("Stand-in H100, driver 580.1: SM 1980 MHz", "copy_gbs 3000", "790 TFLOP/s",
                  "kernel: 3 passed; 6 cases", "table: 1 passed", "full: 2 passed",
-                 "python: 1 passed",
+                 "python: 1 passed", "candle: 1 passed",
                  "memcheck: 3 groups clean, 0 with reports", "initcheck: 3 groups clean",
                  "123.4    612.3    810      62%  local attention, 32/8",
                  "error 4.0e-03", "ours 100 µs; time ÷ ours: loop, eager 4.50",
@@ -44,12 +44,31 @@ def test_everything_passes(bundle, capsys):
         "battery.jsonl", "groups.log", "bench.jsonl", "compare.jsonl", "sanitizer.log", "ncu.txt",
         "summary.txt"}
     groups = [c for c in bundle.calls() if c["name"] in GROUPS and "tool" not in c]
-    assert all(c["INFINI_KERNELS"] == "kernels/bounded" for c in groups) and len(groups) == 7
+    assert all(c["INFINI_KERNELS"] == "kernels/bounded" for c in groups) and len(groups) == 8
     bench = next(c for c in bundle.calls() if c["name"] == "bench")
     assert bench["kernels"] is None and bench["rows"] == "0.."
     assert bench["at"] >= max(c["at"] for c in groups)
     ports = [c["port"] for c in bundle.calls() if "tool" in c]
     assert len(ports) == len(set(ports)) == 12
+
+
+def test_what_packages_lack_is_said(bundle, monkeypatch):
+    bundle.plan({}, absent="libcublas.so.13")
+    monkeypatch.setattr(tools, "importable", lambda name: False)
+    assert bundle.run("test", "20") == 0
+    text = bundle.summary()
+    assert "python: not run: there is no PyTorch\n" in text
+    assert "candle: not run: there is no libcublas.so.13\n" in text
+
+
+def test_candle_finds_libraries_in_pytorchs_packages(bundle, tmp_path, monkeypatch):
+    (tmp_path / "site/nvidia/cu13/lib").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/first")
+    assert bundle.run("candle", "20") == 0
+    found = {c["name"]: c.get("LD_LIBRARY_PATH", "") for c in bundle.calls()}
+    assert found["candle::model"].split(":")[0] == "/first"
+    assert str(tmp_path / "site/nvidia/cu13/lib") in found["candle::model"].split(":")
 
 
 def test_quick_times_two_rows(bundle):

@@ -91,6 +91,7 @@ def bundle(tmp_path_factory):
     planted = patch(scratch, FAULTS)
     subprocess.run([ROOT / "scripts/gpu-bundle", "--dev", "--variant", f"planted={planted}",
                     "--variant", "alone=@shared_by=1", *kept(), folder], env=environment(), check=True)
+    tools.unpack(folder)
     lines = (folder / "variants.txt").read_text().splitlines()
     (folder / "variants.txt").write_text("".join(f"{line}\n" for line in lines[:2]))
     (folder / "kept.txt").write_text("".join(f"{line}\n" for line in lines[2:]))
@@ -189,6 +190,19 @@ def test_the_python_package_is_tested(bundle):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "python: 2 passed, 1 skipped; 2 cases" in done.stdout, done.stdout
     assert "asks for a GPU" in done.stdout
+
+
+def test_candle_is_tested(bundle):
+    """With stand-ins for what candle links, and without them."""
+    command = ["./run", "candle", "60", "candle::(layouts|waits|f32)$"]
+    run = lambda **more: subprocess.run(command, cwd=bundle, env=environment(**more),
+                                        capture_output=True, text=True, timeout=90)
+    target = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))
+    done = run(LD_LIBRARY_PATH=f"{target}/candle-device/lib")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "candle: 3 passed; 3 cases" in done.stdout, done.stdout
+    done = run(LD_LIBRARY_PATH="")
+    assert "candle: not run: there is no libcu" in done.stdout, done.stdout
 
 
 def test_one_case_of_a_group_runs_alone(bundle):

@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from . import card, correctness, timing, variants
+from . import card, correctness, timing, tools, variants
 from .limits import COMMANDS, POOLED, Limits, phases
 from .visit import Visit
 
@@ -34,6 +34,7 @@ def main(arguments: list[str], limits: Limits = Limits(), folder: Path = Path.cw
         visit = Visit(folder, Path(scratch), command, int(seconds), limits, only)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, visit.stop)
+        tools.unpack(folder)
         clocks = card.Clocks(Path(scratch) / "clocks.csv")
         for group, until in timetable(visit):
             run_phase(visit, group, until)

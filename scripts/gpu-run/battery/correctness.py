@@ -38,6 +38,8 @@ def submit_stage(visit: Visit, stage: str, groups: list[Group]) -> None:
     seconds = getattr(limits, stage)
     at_once = getattr(limits, f"{stage}_at_once", limits.at_once)
     env = visit.checked(visit.threads(min(at_once, len(groups))))
+    if stage == "candle":
+        env |= tools.libraries()
     for group in groups:
         def then(outcome: Outcome, group: Group = group) -> None:
             verdict = judge(group, outcome)

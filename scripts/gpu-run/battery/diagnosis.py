@@ -15,9 +15,9 @@ class Diagnosis:
         self.visit, self.known = visit, {}
 
     def consider(self, verdict: Verdict) -> None:
-        """Starts a diagnosis, unless the same failure has one or there are enough. What Python's tests find
-        alone is in the Python package."""
-        if verdict.kind == "slow" or verdict.group.stage == "python":
+        """Starts a diagnosis, unless the same failure has one or there are enough. What the tests
+        of a package find alone is in that package."""
+        if verdict.kind == "slow" or verdict.group.stage in ("python", "candle"):
             return
         key = self.key(verdict)
         same = self.known.get(key)

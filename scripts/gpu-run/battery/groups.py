@@ -1,4 +1,4 @@
-"""Groups of cases of `device-tests` and `python-tests`, and what one run of a group says."""
+"""Groups of cases of `device-tests`, `python-tests` and `candle-tests`, and what a run of one says."""
 
 import re
 import signal
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from .pool import Outcome
 
+# Stages of their own; the rest is run with the full shapes.
+STAGES = ("kernel", "table", "python", "candle")
 BAD = ("wrong", "fault", "hang", "slow")
 
 # Errors that come from the driver, as the crate, cudarc and panics word them.
@@ -25,8 +27,7 @@ class Group:
 
     @property
     def stage(self) -> str:
-        """What is of no stage of its own is run with the full shapes."""
-        return self.parts[0] if self.parts[0] in ("kernel", "table", "python") else "full"
+        return self.parts[0] if self.parts[0] in STAGES else "full"
 
     @property
     def subject(self) -> str:
@@ -47,7 +48,8 @@ class Group:
     def command(self) -> list[str]:
         if self.stage == "python":
             return [sys.executable, "python-tests", "--exact", self.name]
-        return ["./device-tests", "--exact", self.name, "--nocapture"]
+        program = "candle-tests" if self.stage == "candle" else "device-tests"
+        return [f"./{program}", "--exact", self.name, "--nocapture"]
 
 
 def listed(text: str) -> list[Group]:

@@ -5,16 +5,17 @@ from dataclasses import dataclass, fields, replace
 # What the time is shared by. A phase may last its share of the time that is left, out of its own
 # and the later ones: what ends early leaves its time to all that follow. The stages that run
 # together in one pool, kernel to sanitizer, are one phase.
-SHARES = {"card": 9, "kernel": 15, "table": 17, "full": 9, "python": 6, "sanitizer": 9,
+SHARES = {"card": 9, "kernel": 15, "table": 17, "full": 8, "python": 5, "candle": 2, "sanitizer": 8,
           "bench": 17, "compare": 11, "ncu": 7, "variants": 90}
-POOLED = ("kernel", "table", "full", "python", "sanitizer")
+POOLED = ("kernel", "table", "full", "python", "candle", "sanitizer")
 
 # Seconds if none are given, and stages.
 COMMANDS = {
     "battery": (180, ("card", *POOLED, "bench", "compare", "ncu")),
     "quick": (45, ("card", "kernel", "bench")),
-    "test": (120, ("card", "kernel", "table", "full", "python")),
+    "test": (120, ("card", "kernel", "table", "full", "python", "candle")),
     "python": (120, ("card", "python")),
+    "candle": (120, ("card", "candle")),
     "sanitize": (120, ("card", "sanitizer")),
     "bench": (120, ("card", "bench")),
     "compare": (120, ("card", "compare")),
@@ -34,6 +35,7 @@ class Limits:
     table: float = 45.0
     full: float = 60.0
     python: float = 60.0  # importing PyTorch and compiling for it included
+    candle: float = 60.0  # its kernels are compiled by the driver
     sanitizer: float = 30.0
     diagnose: float = 25.0
     blocking: float = 15.0
@@ -52,6 +54,7 @@ class Limits:
     at_once: int = 14
     full_at_once: int = 3
     python_at_once: int = 3
+    candle_at_once: int = 3
     diagnosed: int = 6
     rounds: int = 5
     lost_rows: int = 4  # benchmarks that hang or fail before no more are begun

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import tools
 from .limits import POOLED
 
 if TYPE_CHECKING:
@@ -96,8 +95,8 @@ def stages(visit: Visit) -> list[str]:
         start, end = visit.spans.get(stage, (0.0, 0.0))
         counts = ", ".join(f"{n} {NAMES.get(kind, kind)}" for kind, n in kinds.items())
         cases = sum(v.cases for v in verdicts)
-        if stage == "python" and not tools.importable("torch"):
-            lines.append("python: not run: there is no PyTorch")
+        if stage in visit.missing:
+            lines.append(f"{stage}: not run: {visit.missing[stage]}")
             continue
         lines.append(f"{stage}: {counts or 'no groups'}; {cases} cases, {end - start:.1f} s")
         for kind in ("cut", "unrun", "skipped"):

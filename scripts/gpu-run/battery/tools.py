@@ -1,7 +1,9 @@
 """NVIDIA's tools: where they are, compute-sanitizer's commands and what its reports say."""
 
+import os
 import re
 import shutil
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +41,35 @@ def find(name: str) -> str | None:
 def importable(name: str) -> bool:
     """Whether this Python has a package."""
     return find_spec(name) is not None
+
+
+def unpack(folder: Path) -> None:
+    """The programs, which travel in one archive, unless they are of this one."""
+    packed, stamp = folder / "programs.tar.xz", folder / "programs.unpacked"
+    if not packed.exists():
+        return
+    state = packed.stat()
+    known = f"{state.st_size} {state.st_mtime_ns}"
+    if stamp.exists() and stamp.read_text() == known:
+        return
+    with tarfile.open(packed) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            assert content, member.name
+            program, new = folder / member.name, folder / f"{member.name}.new"
+            new.write_bytes(content.read())
+            new.chmod(0o755)
+            new.replace(program)
+    stamp.write_text(known)
+
+
+def libraries() -> dict[str, str]:
+    """Where programs find the CUDA libraries that they link: in PyTorch's packages too."""
+    spec = find_spec("nvidia")
+    roots = (spec and spec.submodule_search_locations) or []
+    folders = sorted(str(lib) for root in roots for lib in Path(root).glob("*/lib"))
+    given = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": ":".join([given, *folders] if given else folders)}
 
 
 class Sanitizer:

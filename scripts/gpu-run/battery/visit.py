@@ -38,6 +38,7 @@ class Visit:
         self.verdicts: list[Verdict] = []
         self.sanitized: list[tuple[str, Group, str, str]] = []  # tool, group, kind, sentence
         self.report: dict[str, list[str]] = {}  # lines of card, bench, compare, ncu, variants
+        self.missing: dict[str, str] = {}  # why a stage has no groups
         self.failures: list[str] = []  # of what is no group
         self.signal = 0  # that ended the visit
 
@@ -64,16 +65,27 @@ class Visit:
         return outcomes[0]
 
     def groups(self, until: float) -> list[Group]:
-        """The groups of device-tests, and of python-tests where there is PyTorch; none is a failure."""
-        programs = {"device-tests": ["./device-tests", "--list", "--format", "terse"]}
-        if "python" in self.stages and tools.importable("torch"):
-            programs["python-tests"] = [sys.executable, "python-tests", "--list"]
+        """The groups of device-tests, and of the packages where there is what they need; none is a
+        failure."""
+        programs: dict[str, tuple[list[str], dict[str, str]]] = {
+            "device-tests": (["./device-tests", "--list", "--format", "terse"], {})}
+        if "python" in self.stages:
+            if tools.importable("torch"):
+                programs["python-tests"] = [sys.executable, "python-tests", "--list"], {}
+            else:
+                self.missing["python"] = "there is no PyTorch"
+        if "candle" in self.stages:
+            command = ["./candle-tests", "--list", "--format", "terse"]
+            programs["candle-tests"] = command, tools.libraries()
         groups: list[Group] = []
-        for name, command in programs.items():
-            outcome = self.alone("list", command, until, self.limits.ask)
+        for name, (command, env) in programs.items():
+            outcome = self.alone("list", command, until, self.limits.ask, env)
             found = listed(outcome.text)
             groups += [g for g in found if re.search(self.only, g.name)]
-            if not found and outcome.end == "exit":
+            absent = re.search(r"error while loading shared libraries: (\S+):", outcome.text)
+            if absent and name == "candle-tests":
+                self.missing["candle"] = f"there is no {absent[1]}"
+            elif not found and outcome.end == "exit":
                 self.failures.append(f"{name} listed no groups: status {outcome.status}, "
                                      + outcome.text.strip()[-200:])
         if not groups and self.only:
