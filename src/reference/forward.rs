@@ -1,7 +1,4 @@
-//! Float64 reference: the paper's equations read line by line, one token after another. Slow, and
-//! the oracle of every other implementation.
-//!
-#![doc = include_str!("../docs/conventions.md")]
+//! The operator, one token after another.
 
 use std::sync::atomic::Ordering;
 
@@ -11,13 +8,13 @@ use crate::call::form::Sequence;
 use crate::call::{self, Batch, Inputs};
 use crate::error::{Error, Result};
 use crate::memory::{Counters, check_slots};
-use crate::problem::{Denominator, EmptyMemory, Problem, Update};
+use crate::problem::{Problem, Update};
+use crate::reference::rows::{ROW, Token, attend, gate_weights, retrieve, sigma, softmax, weigh};
 
 /// What memory is for, in errors.
-const STATE: &str = "a reference state";
-const TOKEN: &str = "a token of the reference";
-const ROW: &str = "a row of the reference";
-const OUTPUTS: &str = "the reference's outputs";
+pub(super) const STATE: &str = "a reference state";
+pub(super) const TOKEN: &str = "a token of the reference";
+pub(super) const OUTPUTS: &str = "the reference's outputs";
 
 /// State of the reference: float64 throughout, one entry per slot.
 #[derive(Clone, Debug)]
@@ -26,21 +23,17 @@ pub struct State {
     pub m: Vec<f64>,
     /// Normaliser z, [slots, Hkv, Dk].
     pub z: Vec<f64>,
-    problem: Problem,
-    counters: Vec<Counters>,
+    pub(super) problem: Problem,
+    pub(super) counters: Vec<Counters>,
     /// Open segment of each slot: one entry per token.
-    open: Vec<Vec<Token>>,
+    pub(super) open: Vec<Vec<Token>>,
 }
 
-/// A token of the open segment, all KV heads.
-#[derive(Clone, Debug)]
-struct Token {
-    /// Keys as given, [Hkv, Dk].
-    k: Vec<f64>,
-    /// Keys as the local branch sees them, [Hkv, Dk].
-    k_local: Vec<f64>,
-    /// Values, [Hkv, Dv].
-    v: Vec<f64>,
+impl Token {
+    pub(super) fn try_clone(&self) -> Result<Token> {
+        let copy = |x: &[f64]| alloc::copied(x, TOKEN);
+        Ok(Token { k: copy(&self.k)?, k_local: copy(&self.k_local)?, v: copy(&self.v)? })
+    }
 }
 
 /// Everything the operator can return, row-major in the inputs' order of dimensions. Padded rows
@@ -108,14 +101,10 @@ impl State {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn try_clone(&self) -> Result<State> {
-        let copy_token = |t: &Token| -> Result<Token> {
-            let copy = |x: &[f64]| alloc::copied(x, TOKEN);
-            Ok(Token { k: copy(&t.k)?, k_local: copy(&t.k_local)?, v: copy(&t.v)? })
-        };
         let mut open = alloc::reserved(&[self.open.len()], STATE)?;
         for segment in &self.open {
             let mut copy = alloc::reserved(&[segment.len()], STATE)?;
-            segment.iter().try_for_each(|token| copy_token(token).map(|token| copy.push(token)))?;
+            segment.iter().try_for_each(|token| token.try_clone().map(|token| copy.push(token)))?;
             open.push(copy);
         }
         Ok(State {
@@ -128,7 +117,7 @@ impl State {
     }
 
     /// The state must be one of `problem`, its M and z (which anyone may replace) of that size.
-    fn check(&self, problem: &Problem) -> Result<()> {
+    pub(super) fn check(&self, problem: &Problem) -> Result<()> {
         problem.check_same(&self.problem)?;
         let z = self.counters.len() * problem.kv_heads() * problem.key_dim();
         for (argument, got, len) in
@@ -143,7 +132,7 @@ impl State {
     }
 
     /// Retrieval with one query row, and whether the memory was empty (then 0).
-    fn read(
+    pub(super) fn read(
         &self,
         p: &Problem,
         slot: usize,
@@ -158,7 +147,7 @@ impl State {
         Ok((retrieve(p, q, &self.m[chunk * m..][..m], &self.z[chunk * z..][..z])?, false))
     }
 
-    fn commit(&mut self, p: &Problem, slot: usize) -> Result<()> {
+    pub(super) fn commit(&mut self, p: &Problem, slot: usize) -> Result<()> {
         let segment = std::mem::take(&mut self.open[slot]);
         let (dk, dv) = (p.key_dim(), p.value_dim());
         for h in 0..p.kv_heads() {
@@ -185,56 +174,6 @@ impl State {
         c.open_len = 0;
         Ok(())
     }
-}
-
-/// σ(x) = ELU(x) + 1. Below f32's smallest normal number it counts as 0, as on every backend.
-pub(crate) fn sigma(x: f64) -> f64 {
-    let s = if x > 0.0 { x + 1.0 } else { x.exp() };
-    if s < f64::from(f32::MIN_POSITIVE) { 0.0 } else { s }
-}
-
-/// Eq. (7) for one row: σ(x) M / σ(x) z.
-fn retrieve(p: &Problem, x: &[f64], m: &[f64], z: &[f64]) -> Result<Vec<f64>> {
-    // Exact is invariant to the row's scale: σ(x) = exp(x − max) when no channel is positive.
-    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let shift = if p.denominator() == Denominator::Exact && max <= 0.0 { max } else { 0.0 };
-    let s = alloc::collected(x.iter().map(|&x| sigma(x - shift)), ROW)?;
-    let dot: f64 = s.iter().zip(z).map(|(s, z)| s * z).sum();
-    let den = match p.denominator() {
-        Denominator::Exact => dot,
-        Denominator::Clamp(eps) => dot.max(eps.into()),
-        Denominator::Add(eps) => dot + f64::from(eps),
-    };
-    let mut r = alloc::zeroed(&[p.value_dim()], ROW)?;
-    // Like σ, a denominator below f32's smallest normal number counts as 0.
-    let absent = den.abs() < f64::from(f32::MIN_POSITIVE);
-    if !absent {
-        for (s, m) in s.iter().zip(m.chunks_exact(p.value_dim())) {
-            r.iter_mut().zip(m).for_each(|(r, m)| *r += s * m / den);
-        }
-    }
-    Ok(r)
-}
-
-/// Eq. (6) for one row: softmax over the open segment, and its log-sum-exp.
-fn attend(p: &Problem, q: &[f64], segment: &[Token], h: usize) -> Result<(Vec<f64>, f64)> {
-    let (dk, dv) = (p.key_dim(), p.value_dim());
-    let logits = segment.iter().map(|t| {
-        p.scale() * q.iter().zip(&t.k_local[h * dk..][..dk]).map(|(q, k)| q * k).sum::<f64>()
-    });
-    let logits = alloc::collected(logits, ROW)?;
-    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = logits.iter().map(|s| (s - max).exp()).sum();
-    let mut out = alloc::zeroed(&[dv], ROW)?;
-    for (s, t) in logits.iter().zip(segment) {
-        let w = (s - max).exp() / sum;
-        out.iter_mut().zip(&t.v[h * dv..][..dv]).for_each(|(o, v)| *o += w * v);
-    }
-    Ok((out, max + sum.ln()))
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 /// The operator on any number of tokens; the same meaning as [`crate::prefill`], for inputs of any
@@ -273,6 +212,53 @@ pub fn prefill<T: Copy + Into<f64>>(
     Ok(out)
 }
 
+/// Rotates row `t` of a sequence for the local branch.
+fn rotate(batch: &Batch<'_>, seq: &Sequence, t: usize, row: &mut [f64]) {
+    if let Some(rope) = &batch.rope {
+        rope.rotate(row, batch.position(seq, t));
+    }
+}
+
+/// Key and value of token `t` of a sequence.
+pub(super) fn new_token<T: Copy + Into<f64>>(
+    p: &Problem,
+    inputs: &Inputs<'_, T>,
+    batch: &Batch<'_>,
+    seq: &Sequence,
+    t: usize,
+) -> Result<Token> {
+    let rows = inputs.rows();
+    let buffer = |width| alloc::reserved(&[p.kv_heads(), width], TOKEN);
+    let (k, k_local, v) = (buffer(p.key_dim())?, buffer(p.key_dim())?, buffer(p.value_dim())?);
+    let mut new = Token { k, k_local, v };
+    for h in 0..p.kv_heads() {
+        let at = (seq.batch, seq.first + t, h);
+        // SAFETY: `resolve` checked every index.
+        let (k, v) = unsafe { (rows.k.row(at.0, at.1, at.2), rows.v.row(at.0, at.1, at.2)) };
+        new.k.extend(k.iter().map(|&x| x.into()));
+        new.v.extend(v.iter().map(|&x| x.into()));
+    }
+    new.k_local.extend_from_slice(&new.k);
+    new.k_local.chunks_exact_mut(p.key_dim()).for_each(|k| rotate(batch, seq, t, k));
+    Ok(new)
+}
+
+/// A query row, as the memory and as the local branch see it.
+pub(super) fn query<T: Copy + Into<f64>>(
+    inputs: &Inputs<'_, T>,
+    batch: &Batch<'_>,
+    seq: &Sequence,
+    t: usize,
+    h: usize,
+) -> Result<[Vec<f64>; 2]> {
+    // SAFETY: `resolve` checked every index.
+    let q = unsafe { inputs.rows().q.row(seq.batch, seq.first + t, h) };
+    let q = alloc::collected(q.iter().map(|&x| x.into()), ROW)?;
+    let mut q_local = alloc::copied(&q, ROW)?;
+    rotate(batch, seq, t, &mut q_local);
+    Ok([q, q_local])
+}
+
 /// Token `t` of a sequence: append it, attend and retrieve with every query head, and commit the
 /// segment if the token was its last.
 #[allow(clippy::too_many_arguments)]
@@ -286,38 +272,17 @@ fn step<T: Copy + Into<f64>>(
     state: &mut State,
     out: &mut Output,
 ) -> Result<()> {
-    let (b, token, rows) = (seq.batch, seq.first + t, inputs.rows());
-    let rotate = |row: &mut [f64]| {
-        if let Some(rope) = &batch.rope {
-            rope.rotate(row, batch.position(seq, t));
-        }
-    };
-    let buffer = |width| alloc::reserved(&[p.kv_heads(), width], TOKEN);
-    let (k, k_local, v) = (buffer(p.key_dim())?, buffer(p.key_dim())?, buffer(p.value_dim())?);
-    let mut new = Token { k, k_local, v };
-    for h in 0..p.kv_heads() {
-        // SAFETY: `resolve` checked every index.
-        let (k, v) = unsafe { (rows.k.row(b, token, h), rows.v.row(b, token, h)) };
-        new.k.extend(k.iter().map(|&x| x.into()));
-        new.v.extend(v.iter().map(|&x| x.into()));
-    }
-    new.k_local.extend_from_slice(&new.k);
-    new.k_local.chunks_exact_mut(p.key_dim()).for_each(rotate);
+    let (b, token) = (seq.batch, seq.first + t);
+    let new = new_token(p, inputs, batch, seq, t)?;
     alloc::grow(&mut state.open[seq.slot], STATE)?;
     state.open[seq.slot].push(new);
     for (h, &beta) in gate.iter().enumerate() {
-        // SAFETY: as above.
-        let q = unsafe { rows.q.row(b, token, h) };
-        let q = alloc::collected(q.iter().map(|&x| x.into()), ROW)?;
-        let mut q_local = alloc::copied(&q, ROW)?;
-        rotate(&mut q_local);
-        let (a_dot, lse) = attend(p, &q_local, &state.open[seq.slot], h / p.group())?;
+        let [q, q_local] = query(inputs, batch, seq, t, h)?;
+        let segment = &state.open[seq.slot];
+        let (weights, lse) = softmax(p, &q_local, segment, h / p.group())?;
+        let a_dot = attend(p, &weights, segment, h / p.group())?;
         let (a_mem, empty) = state.read(p, seq.slot, h / p.group(), &q)?;
-        let bypass = empty && p.empty_memory() == EmptyMemory::Bypass;
-        let (g, complement) =
-            if bypass { (0.0, 1.0) } else { (sigmoid(beta.into()), sigmoid(-f64::from(beta))) };
-        // A branch of weight 0 is absent, whatever it holds.
-        let weigh = |w: f64, x: f64| if w == 0.0 { 0.0 } else { w * x };
+        let (g, complement) = gate_weights(p, beta, empty);
         let at = ((b * batch.tokens() + token) * p.heads() + h) * p.value_dim();
         for (o, (&m, &d)) in out.o[at..].iter_mut().zip(a_mem.iter().zip(&a_dot)) {
             *o = weigh(g, m) + weigh(complement, d);
