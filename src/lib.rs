@@ -36,6 +36,7 @@
 //! |---|---|
 //! | [`prefill()`], [`decode()`], [`flush`] | tokens into streams; an open segment into the memory early |
 //! | [`forward`] | prompts and single tokens in one call |
+//! | [`prefill_backward`] | gradients of a `prefill`, with a [`Tape`] of it and a [`StateGradient`] |
 //! | [`State`] | streams by slot: new, reset, fork, copy, truncate, save, load |
 //! | [`HostLayout`], [`StateViewMut`] | a state in memory of yours |
 //! | [`Pool`] | slots of all layers of a model, allocated and freed, with steps that are whole or undone |
@@ -70,7 +71,10 @@ pub mod reference;
 mod tensor;
 mod trace;
 
+pub use call::gradients::{InputGradients, OutputGradients};
+pub use call::tape::Tape;
 pub use call::{Inputs, MAX_DECODE_TOKENS, Outputs, Rope};
+pub use cpu::backward::prefill_backward;
 pub use cpu::maps::{
     KeySums, SegmentMap, apply, compose, key_sums, key_sums_until, segment_map, segment_map_until,
 };
@@ -81,6 +85,7 @@ pub use cpu::{decode, flush, forward, prefill};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use memory::State;
+pub use memory::gradient::{OpenGradient, StateGradient};
 pub use memory::layout::{HostLayout, HostPart};
 pub use pool::Pool;
 pub use pool::handles::Slot;

@@ -142,15 +142,26 @@ pub(crate) fn pieces(
     seq: Sequence,
     counters: Counters,
 ) -> impl Iterator<Item = Piece> + use<> {
+    let p = *p;
+    (0..piece_count(&p, seq, counters)).map(move |i| piece(&p, seq, counters, i))
+}
+
+/// Pieces of one sequence's call.
+pub(crate) fn piece_count(p: &Problem, seq: Sequence, counters: Counters) -> usize {
+    match seq.len {
+        0 => 0,
+        len => (counters.open_len + len).div_ceil(p.segment_len()),
+    }
+}
+
+/// The `i`-th of them: 0 to [`piece_count`] − 1.
+pub(crate) fn piece(p: &Problem, seq: Sequence, counters: Counters, i: usize) -> Piece {
     let n = p.segment_len();
-    let (mut start, mut cached, mut empty) = (0, counters.open_len, counters.committed == 0);
-    std::iter::from_fn(move || {
-        let len = (seq.len - start).min(n - cached);
-        let full = cached + len == n;
-        let piece = Piece { seq, start, len, cached, full, empty };
-        (start, cached, empty) = (start + len, 0, empty && !full);
-        (len > 0).then_some(piece)
-    })
+    let cached = if i == 0 { counters.open_len } else { 0 };
+    let start = (i * n).saturating_sub(counters.open_len);
+    let len = (seq.len - start).min(n - cached);
+    let (full, empty) = (cached + len == n, i == 0 && counters.committed == 0);
+    Piece { seq, start, len, cached, full, empty }
 }
 
 impl Counters {

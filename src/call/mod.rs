@@ -4,11 +4,15 @@
 pub(crate) mod builders;
 pub(crate) mod check;
 pub(crate) mod form;
+pub(crate) mod gradients;
 pub(crate) mod maps;
 pub(crate) mod merge;
+pub(crate) mod tape;
 
+use std::ops::{Add, Mul, Sub};
 use std::sync::atomic::AtomicBool;
 
+use crate::call::tape::Tape;
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::Counters;
@@ -74,6 +78,14 @@ impl<'a, T> Inputs<'a, T> {
     }
 }
 
+/// What rows to rotate are made of.
+pub(crate) trait Real:
+    Copy + From<f32> + Mul<Output = Self> + Add<Output = Self> + Sub<Output = Self>
+{
+}
+
+impl<F> Real for F where F: Copy + From<f32> + Mul<Output = F> + Add<Output = F> + Sub<Output = F> {}
+
 /// Rotary position embedding of the local branch: the first R channels of q and k are rotated, the
 /// rest pass. The memory always sees unrotated q and k.
 #[derive(Clone, Copy, Debug)]
@@ -94,14 +106,22 @@ impl<'a> Rope<'a> {
     rope_builders!('a);
 
     /// Rotates one row of at least R channels in place by table row `position`.
-    pub(crate) fn rotate<F>(&self, row: &mut [F], position: usize)
-    where
-        F: Copy
-            + From<f32>
-            + std::ops::Mul<Output = F>
-            + std::ops::Add<Output = F>
-            + std::ops::Sub<Output = F>,
-    {
+    pub(crate) fn rotate<F: Real>(&self, row: &mut [F], position: usize) {
+        self.each_pair(row, position, |x, y, c, s| (x * c - y * s, y * c + x * s));
+    }
+
+    /// The transposed rotation: makes the gradient to a rotated row that to the row.
+    pub(crate) fn rotate_back<F: Real>(&self, row: &mut [F], position: usize) {
+        self.each_pair(row, position, |x, y, c, s| (x * c + y * s, y * c - x * s));
+    }
+
+    #[inline(always)]
+    fn each_pair<F: Real>(
+        &self,
+        row: &mut [F],
+        position: usize,
+        turn: impl Fn(F, F, F, F) -> (F, F),
+    ) {
         let half = self.cos.shape()[1];
         if half == 0 {
             return; // tables without columns have no rows to point at
@@ -111,10 +131,7 @@ impl<'a> Rope<'a> {
             unsafe { (self.cos.rows().row(0, position, 0), self.sin.rows().row(0, position, 0)) };
         for i in 0..half {
             let (a, b) = if self.interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) };
-            let (x, y) = (row[a], row[b]);
-            let (c, s) = (F::from(cos[i]), F::from(sin[i]));
-            row[a] = x * c - y * s;
-            row[b] = y * c + x * s;
+            (row[a], row[b]) = turn(row[a], row[b], F::from(cos[i]), F::from(sin[i]));
         }
     }
 
@@ -132,12 +149,20 @@ pub struct Outputs<'a, T> {
     pub(crate) lse: Option<TensorViewMut<'a, f32>>,
     pub(crate) a_dot: Option<TensorViewMut<'a, T>>,
     pub(crate) a_mem: Option<TensorViewMut<'a, T>>,
+    pub(crate) tape: Option<&'a mut Tape>,
 }
 
 impl<'a, T> Outputs<'a, T> {
     /// Only the gated output.
     pub fn new(o: TensorViewMut<'a, T>) -> Self {
-        Self { o, lse: None, a_dot: None, a_mem: None }
+        Self { o, lse: None, a_dot: None, a_mem: None, tape: None }
+    }
+
+    /// Also what [`prefill_backward`](crate::prefill_backward) needs, on a tape. One that a call has filled is
+    /// filled anew; a call that fails leaves it empty.
+    pub fn tape(mut self, tape: &'a mut Tape) -> Self {
+        self.tape = Some(tape);
+        self
     }
 
     output_builders!(TensorViewMut<'a, T>, TensorViewMut<'a, f32>);

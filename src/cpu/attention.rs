@@ -3,6 +3,8 @@
 //! A tile is up to [`TILE_ROWS`] rows of one KV head: some tokens of one or more of its query
 //! heads. Scores of one key block [rows, 256], the output and the retrieval [rows, Dv] stay in L2.
 
+use std::f32::consts::LN_2;
+use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 use super::call::Call;
@@ -10,6 +12,7 @@ use super::matmul::{Into, Mat, matmul, matmul_scaled};
 use super::segment::SCRATCH;
 use super::simd;
 use super::simd::Running;
+use super::weights;
 use crate::alloc;
 use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
@@ -187,20 +190,19 @@ impl<T: Element> Call<'_, T> {
         }
     }
 
-    /// Queries of the local branch: rotated, scaled.
+    /// Queries of the local branch: rotated, scaled so that a score is a logarithm to base 2.
     fn local_queries(&self, piece: &Piece, tile: &Tile, x: &mut Scratch) {
         let dk = self.problem.key_dim();
-        let local = &mut x.q_local[..tile.rows() * dk];
-        local.copy_from_slice(&x.q[..tile.rows() * dk]);
+        let (q, local) = (&x.q[..tile.rows() * dk], &mut x.q_local[..tile.rows() * dk]);
+        simd::scaled(q, (self.problem.scale() * LOG2_E) as f32, local);
         if let Some(rope) = &self.batch.rope {
             for ((_, t, _), q) in tile.each().zip(local.chunks_exact_mut(dk)) {
                 rope.rotate(q, self.batch.position(&piece.seq, t));
             }
         }
-        simd::scale(local, self.problem.scale() as f32);
     }
 
-    /// o ← Σ exp(q·k − max) v over the keys each row may see, statistics in `running`.
+    /// o ← Σ 2^(q·k − max) v over the keys each row may see, statistics in `running`.
     fn local(&self, piece: &Piece, tile: &Tile, segment: Segment<'_>, x: &mut Scratch) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         let (rows, width) = (tile.rows(), self.blocks.width);
@@ -233,7 +235,7 @@ impl<T: Element> Call<'_, T> {
     fn retrieve(&self, rows: usize, segment: Segment<'_>, x: &mut Scratch) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         let q = &mut x.q[..rows * dk];
-        let unit = simd::retrieval_weights(q, segment.z, self.problem.denominator());
+        let unit = weights::retrieval_weights(q, segment.z, self.problem.denominator());
         let (q, m) = (Mat::rows(q, rows, dk, dk), Mat::rows(segment.m, dk, dv, dv));
         matmul_scaled(&mut x.mem[..rows * dv], Into::Store, unit, q, m);
     }
@@ -252,7 +254,7 @@ impl<T: Element> Call<'_, T> {
             unsafe {
                 if let Some(lse) = &out.lse {
                     let sum = if run.sum == 0.0 { f32::NAN } else { run.sum };
-                    lse.part([b, 0, h], token..token + 1)[0] = run.max + sum.ln();
+                    lse.part([b, 0, h], token..token + 1)[0] = run.max * LN_2 + sum.ln();
                 }
                 if let Some(a_dot) = &out.a_dot {
                     simd::scale(o, std::mem::replace(&mut normalise, 1.0));

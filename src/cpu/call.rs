@@ -1,7 +1,8 @@
 //! One call and its counters.
 
 use super::cancel::Cancel;
-use crate::call::form::{Sequence, pieces};
+use crate::call::form::{Piece, Sequence, pieces};
+use crate::call::tape::Notes;
 use crate::call::{Batch, InputRows, OutputRows};
 use crate::memory::Counters;
 use crate::memory::blocks::KeyBlocks;
@@ -14,6 +15,8 @@ pub(crate) struct Call<'a, T> {
     pub blocks: KeyBlocks,
     pub inputs: InputRows<'a, T>,
     pub outputs: OutputRows<'a, T>,
+    /// The tape, if it wants to know what segments find.
+    pub notes: Option<Notes<'a>>,
     /// Per query head: weight of the memory branch, weight of the local branch.
     pub gates: &'a [[f32; 2]],
     pub cancel: Cancel<'a>,
@@ -56,6 +59,17 @@ pub(super) fn decode_flops(p: &Problem, sequences: impl Iterator<Item = (usize, 
 }
 
 impl<T> Call<'_, T> {
+    /// Puts what a piece finds on the tape.
+    ///
+    /// # Safety
+    /// Of one task per piece and KV head.
+    pub unsafe fn note(&self, piece: &Piece, kv_head: usize, m: &[f32], z: &[f32]) {
+        if let Some(notes) = &self.notes {
+            // SAFETY: the caller's promise.
+            unsafe { notes.note(piece, kv_head, m, z) };
+        }
+    }
+
     /// Sequences of a decode after which it looks whether it was cancelled, of so many.
     pub fn per_check(&self, sequences: usize) -> usize {
         match self.cancel.is_possible() && !self.inline {

@@ -76,17 +76,33 @@ pub(crate) fn matmul(dst: &mut [f32], mode: Into, a: Mat<'_>, b: Mat<'_>) {
 
 /// [`matmul`] of `factor`·a·b.
 pub(crate) fn matmul_scaled(dst: &mut [f32], mode: Into, factor: f32, a: Mat<'_>, b: Mat<'_>) {
+    matmul_strided(dst, b.cols, mode, factor, a, b);
+}
+
+/// The same where rows of dst lie `stride` apart.
+pub(crate) fn matmul_strided(
+    dst: &mut [f32],
+    stride: usize,
+    mode: Into,
+    factor: f32,
+    a: Mat<'_>,
+    b: Mat<'_>,
+) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner extents");
-    assert!(m * n <= dst.len(), "destination bounds");
-    if mode == Into::Store && k == 0 {
-        dst[..m * n].fill(0.0);
+    assert!(n <= stride && (m == 0 || (m - 1) * stride + n <= dst.len()), "destination bounds");
+    if m * n == 0 {
+        return;
     }
-    if m * n * k == 0 {
+    if k == 0 {
+        if mode == Into::Store {
+            dst.chunks_mut(stride).take(m).for_each(|row| row[..n].fill(0.0));
+        }
         return;
     }
     let stores = mode == Into::Store;
-    if (2..=FEW_ROWS).contains(&m) && b.col == 1 && (stores || mode == Into::Add && factor == 1.0) {
+    let adds = mode == Into::Add && factor == 1.0;
+    if (2..=FEW_ROWS).contains(&m) && b.col == 1 && stride == n && (stores || adds) {
         let dst = &mut dst[..m * n];
         if stores {
             dst.fill(0.0);
@@ -108,7 +124,7 @@ pub(crate) fn matmul_scaled(dst: &mut [f32], mode: Into, factor: f32, a: Mat<'_>
             k,
             dst.as_mut_ptr(),
             1,
-            n as isize,
+            stride as isize,
             mode != Into::Store,
             a.data.as_ptr(),
             ac,

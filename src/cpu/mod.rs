@@ -4,6 +4,7 @@
 //! one; a decode of very little work in the calling thread.
 
 mod attention;
+pub mod backward;
 mod call;
 mod cancel;
 mod decode;
@@ -17,6 +18,7 @@ mod prefill;
 mod segment;
 pub mod simd;
 pub mod view;
+mod weights;
 mod workspace;
 
 use call::{Call, decode_flops, gate_weights, taken_in};
@@ -26,6 +28,7 @@ use workspace::Workspace;
 
 use crate::alloc;
 use crate::call::check::check_longest;
+use crate::call::tape::Tape;
 use crate::call::{Inputs, MAX_DECODE_TOKENS, Outputs, check_outputs, resolve};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -178,7 +181,7 @@ fn run<T: Element>(
     inputs: &Inputs<'_, T>,
     gate: &[f32],
     state: &mut State,
-    outputs: Outputs<'_, T>,
+    mut outputs: Outputs<'_, T>,
     entry: Entry,
 ) -> Result<()> {
     let span = match entry {
@@ -187,14 +190,20 @@ fn run<T: Element>(
         Entry::Forward => span!("forward", problem.shapes()),
     };
     let mut workspace = Workspace::take();
-    let called = (entry, &span);
-    span.run(|| run_in(&mut workspace, called, problem, inputs, gate, state, outputs))?;
-    workspace.keep();
-    Ok(())
+    let (called, mut tape) = ((entry, &span), outputs.tape.take());
+    let result = span.run(|| {
+        let room = (&mut workspace, tape.as_deref_mut());
+        run_in(room, called, problem, inputs, gate, state, outputs)
+    });
+    match result {
+        Ok(()) => workspace.keep(),
+        Err(_) => tape.into_iter().for_each(Tape::clear),
+    }
+    result
 }
 
 fn run_in<T: Element>(
-    workspace: &mut Workspace,
+    (workspace, tape): (&mut Workspace, Option<&mut Tape>),
     (entry, span): (Entry, &Span),
     problem: &Problem,
     inputs: &Inputs<'_, T>,
@@ -217,6 +226,13 @@ fn run_in<T: Element>(
     if !inline {
         pool::start()?;
     }
+    let notes = match tape {
+        Some(tape) => {
+            tape.begin(state, sequences, !decoding)?;
+            tape.notes()
+        }
+        None => None,
+    };
     alloc::refill(gates, gate.iter().copied().map(gate_weights), "the gate's weights")?;
     let call = Call {
         problem: *problem,
@@ -224,6 +240,7 @@ fn run_in<T: Element>(
         blocks: KeyBlocks::new(problem),
         inputs: inputs.rows(),
         outputs: outputs.rows(),
+        notes,
         gates,
         cancel: match decoding {
             true => Cancel::between_tasks(inputs.cancel),

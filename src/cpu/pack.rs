@@ -4,11 +4,14 @@
 use rayon::prelude::*;
 
 use super::call::Call;
+use super::cancel::Cancel;
 use super::segment::{SCRATCH, Tokens};
 use crate::alloc;
+use crate::call::InputRows;
 use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
 use crate::error::Result;
+use crate::memory::blocks::KeyBlocks;
 use crate::memory::heads::{OpenHeads, OpenMut, OpenRef};
 use crate::problem::Problem;
 
@@ -17,7 +20,6 @@ const GROUP: usize = 16;
 
 /// The first tokens of a segment.
 pub(crate) struct Packed {
-    len: usize,
     /// Unrotated keys, [len, Dk].
     keys: Vec<f32>,
     /// Keys of the local branch in [`crate::memory::blocks::KeyBlocks`] layout.
@@ -32,12 +34,16 @@ impl Packed {
     pub fn new<T>(call: &Call<'_, T>, len: usize) -> Result<Self> {
         let (p, what) = (&call.problem, "the tokens of a segment");
         Ok(Self {
-            len: 0,
             keys: alloc::reserved(&[len, p.key_dim()], what)?,
             local: alloc::reserved(&[call.blocks.prefix_len(len)], what)?,
             values: alloc::reserved(&[len, p.value_dim()], what)?,
             append: AppendScratch::new(p)?,
         })
+    }
+
+    /// Keys and values, row by row.
+    pub fn rows(&mut self) -> (&mut [f32], &[f32]) {
+        (&mut self.keys, &self.values)
     }
 }
 
@@ -68,24 +74,12 @@ impl AppendScratch {
     }
 }
 
-impl Tokens for Packed {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn key(&self, j: usize, k: &mut [f32]) {
-        k.copy_from_slice(&self.keys[j * k.len()..][..k.len()]);
-    }
-
-    fn value(&self, j: usize, v: &mut [f32]) {
-        v.copy_from_slice(&self.values[j * v.len()..][..v.len()]);
-    }
-}
-
 /// The tokens of a piece's segment where they lie: those of earlier calls in the state, the others
 /// in the inputs.
 pub(crate) struct PieceTokens<'c, 'a, T> {
-    pub call: &'c Call<'a, T>,
+    pub inputs: &'c InputRows<'a, T>,
+    pub blocks: KeyBlocks,
+    pub cancel: &'c Cancel<'a>,
     pub piece: Piece,
     pub kv_head: usize,
     pub open: OpenRef<'c>,
@@ -98,34 +92,47 @@ impl<T: Element> Tokens for PieceTokens<'_, '_, T> {
 
     fn key(&self, j: usize, k: &mut [f32]) {
         match j.checked_sub(self.piece.cached) {
-            None => self.call.blocks.get(self.open.k, j, k),
-            Some(t) => self.call.load_key(&self.piece, self.kv_head, self.piece.start + t, k),
+            None => self.blocks.get(self.open.k, j, k),
+            Some(t) => self.inputs.key(&self.piece, self.kv_head, self.piece.start + t, k),
         }
     }
 
     fn cancelled(&self) -> bool {
-        self.call.cancel.abandons()
+        self.cancel.abandons()
     }
 
     fn value(&self, j: usize, v: &mut [f32]) {
         match j.checked_sub(self.piece.cached) {
             None => v.copy_from_slice(&self.open.v[j * v.len()..][..v.len()]),
-            Some(t) => self.call.load_value(&self.piece, self.kv_head, self.piece.start + t, v),
+            Some(t) => self.inputs.value(&self.piece, self.kv_head, self.piece.start + t, v),
         }
     }
 }
 
-impl<T: Element> Call<'_, T> {
+impl<T: Element> InputRows<'_, T> {
     /// Key of token `t` of a sequence's call, unrotated.
-    fn load_key(&self, piece: &Piece, kv_head: usize, t: usize, k: &mut [f32]) {
+    pub fn key(&self, piece: &Piece, kv_head: usize, t: usize, k: &mut [f32]) {
         // SAFETY: inside the sequence `resolve` accepted.
-        T::widen(unsafe { self.inputs.k.row(piece.seq.batch, piece.seq.first + t, kv_head) }, k);
+        T::widen(unsafe { self.k.row(piece.seq.batch, piece.seq.first + t, kv_head) }, k);
     }
 
     /// Value of token `t` of a sequence's call.
-    fn load_value(&self, piece: &Piece, kv_head: usize, t: usize, v: &mut [f32]) {
+    pub fn value(&self, piece: &Piece, kv_head: usize, t: usize, v: &mut [f32]) {
         // SAFETY: as above.
-        T::widen(unsafe { self.inputs.v.row(piece.seq.batch, piece.seq.first + t, kv_head) }, v);
+        T::widen(unsafe { self.v.row(piece.seq.batch, piece.seq.first + t, kv_head) }, v);
+    }
+}
+
+impl<T: Element> Call<'_, T> {
+    /// The tokens of a piece's segment, some of which the state may hold.
+    pub fn tokens<'c>(
+        &'c self,
+        piece: Piece,
+        kv_head: usize,
+        open: OpenRef<'c>,
+    ) -> PieceTokens<'c, 'c, T> {
+        let (inputs, blocks, cancel) = (&self.inputs, self.blocks, &self.cancel);
+        PieceTokens { inputs, blocks, cancel, piece, kv_head, open }
     }
 
     /// Gathers the first `len` tokens of a piece's segment.
@@ -138,15 +145,12 @@ impl<T: Element> Call<'_, T> {
         x: &mut Packed,
     ) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
-        x.len = len;
         x.keys.resize(len * dk, 0.0);
         x.values.resize(len * dv, 0.0);
-        let tokens = PieceTokens { call: self, piece: *piece, kv_head, open };
-        let rows = x.keys.chunks_exact_mut(dk).zip(x.values.chunks_exact_mut(dv));
-        for (j, (k, v)) in rows.enumerate() {
-            tokens.key(j, k);
-            tokens.value(j, v);
-        }
+        let tokens = self.tokens(*piece, kv_head, open);
+        // One after the other: rows of two tensors in turns came at two thirds of the rate.
+        x.keys.chunks_exact_mut(dk).enumerate().for_each(|(j, k)| tokens.key(j, k));
+        x.values.chunks_exact_mut(dv).enumerate().for_each(|(j, v)| tokens.value(j, v));
         if self.needs_local(piece, kv_head) {
             x.local.resize(self.blocks.prefix_len(len), 0.0);
             let cached = self.blocks.prefix_len(piece.cached);
@@ -192,8 +196,8 @@ impl<T: Element> Call<'_, T> {
             x.keys.resize(GROUP.min(piece.len - first) * dk, 0.0);
             let rows = x.keys.chunks_exact_mut(dk).zip(open.v[j * dv..].chunks_exact_mut(dv));
             for (t, (k, v)) in (t..).zip(rows) {
-                self.load_key(piece, kv_head, t, k);
-                self.load_value(piece, kv_head, t, v);
+                self.inputs.key(piece, kv_head, t, k);
+                self.inputs.value(piece, kv_head, t, v);
             }
             self.blocks.put(open.k, j, &x.keys);
             if let (Some(_), Some(local)) = (&self.batch.rope, &mut open.k_rotated) {

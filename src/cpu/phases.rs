@@ -177,7 +177,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         records.filter(|(_, (i, _))| run[*i].full).for_each(|(chunk, &(i, h))| {
             // SAFETY: only records are written meanwhile.
             let open = unsafe { heads.open.read(run[i].seq.slot, h) };
-            let tokens = PieceTokens { call, piece: run[i], kv_head: h, open };
+            let tokens = call.tokens(run[i], h, open);
             segments.with(|x| work(&call.problem, &tokens, record.split(chunk), x));
         });
     }
@@ -185,7 +185,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
     /// Every record's Δz becomes the z its segment finds; the state's z moves past the run.
     fn scan_z(&mut self, chains: &[Chain], run: &[Piece]) {
         let record = self.record;
-        self.each_chain(chains, |pieces, work, _, z| {
+        self.each_chain(chains, |_, pieces, work, _, z| {
             for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
                 let (_, own, _) = record.split(chunk);
                 for (own, z) in own.iter_mut().zip(z.iter_mut()) {
@@ -199,10 +199,13 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
 
     /// Every record's B becomes the M its segment finds; the state's M moves past the run.
     fn scan_m(&mut self, chains: &[Chain], run: &[Piece]) {
-        let (record, p) = (self.record, self.call.problem);
-        self.each_chain(chains, |pieces, work, m, _| {
+        let (record, call) = (self.record, self.call);
+        let p = call.problem;
+        self.each_chain(chains, |h, pieces, work, m, _| {
             for (chunk, piece) in work.chunks_exact_mut(record.len()).zip(&run[pieces]) {
-                let (b, _, g) = record.split(chunk);
+                let (b, z, g) = record.split(chunk);
+                // SAFETY: one task walks through the pieces of a sequence and KV head.
+                unsafe { call.note(piece, h, m, z) };
                 if !piece.full {
                     b.copy_from_slice(m);
                     continue;
@@ -212,10 +215,10 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
         });
     }
 
-    /// Runs `scan(pieces, records, M, z)` for every (chain, KV head), in parallel.
+    /// Runs `scan(KV head, pieces, records, M, z)` for every (chain, KV head), in parallel.
     fn each_chain<F>(&mut self, chains: &[Chain], scan: F)
     where
-        F: Fn(std::ops::Range<usize>, &mut [f32], &mut [f32], &mut [f32]) + Sync,
+        F: Fn(usize, std::ops::Range<usize>, &mut [f32], &mut [f32], &mut [f32]) + Sync,
     {
         let (heads, record, kv_heads) = (self.heads, self.record, self.call.problem.kv_heads());
         let work = Shared::new(&mut self.work);
@@ -228,7 +231,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
                 let records = first * record.len()..(first + pieces.len()) * record.len();
                 (work.range(records), heads.head(chain.slot, h))
             };
-            scan(pieces, records, head.m, head.z);
+            scan(h, pieces, records, head.m, head.z);
         });
     }
 
@@ -280,7 +283,7 @@ impl<'c, 'a, T: Element> Runner<'c, 'a, T> {
     /// Puts back what a run found that was cancelled: it stands in the first records of its chains.
     fn restore(&mut self, chains: &[Chain]) {
         let record = self.record;
-        self.each_chain(chains, |_, work, m, z| {
+        self.each_chain(chains, |_, _, work, m, z| {
             let (m_found, z_found, _) = record.split(&mut work[..record.len()]);
             m.copy_from_slice(m_found);
             z.copy_from_slice(z_found);

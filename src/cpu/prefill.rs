@@ -13,7 +13,7 @@ use super::attention::{Scratch as TileScratch, Segment};
 use super::call::{Call, Extent};
 use super::pack::Packed;
 use super::pool::Pool;
-use super::segment::{SCRATCH, Scratch as SegmentScratch, advance_memory, transits};
+use super::segment::{CHUNK, SCRATCH, advance_memory, transits};
 use super::{phases, segment};
 use crate::alloc;
 use crate::call::form::{Piece, Sequence, pieces};
@@ -39,7 +39,7 @@ pub(super) fn run<T: Element>(
 /// The most KV heads one task can take, so that tasks given out longest first waste less than a
 /// tenth of the cores; None when even single heads are too few. Many, because the heads of a token
 /// lie side by side in memory.
-fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
+pub(super) fn heads_per_chain(kv_heads: usize, sequences: &[Sequence]) -> Option<usize> {
     let balanced = |heads: usize| {
         let mut loads = vec![0usize; rayon::current_num_threads()];
         let lens = sequences.iter().flat_map(|s| std::iter::repeat_n(s.len, kv_heads / heads));
@@ -202,7 +202,8 @@ struct ChainScratch {
 
 /// What a segment adds to the memory, and the buffers to compute it.
 struct Own {
-    segment: SegmentScratch,
+    /// Retrieval weights of a chunk of keys.
+    w: Vec<f32>,
     b: Vec<f32>,
     /// Empty if no segment has one.
     g: Vec<f32>,
@@ -216,7 +217,7 @@ impl ChainScratch {
         let g = if extent.transits { dk } else { 0 };
         let own = || {
             Ok(Own {
-                segment: SegmentScratch::new(p)?,
+                w: alloc::reserved(&[CHUNK.min(p.segment_len()), g], SCRATCH)?,
                 b: alloc::zeroed(&[dk, dv], SCRATCH)?,
                 g: alloc::zeroed(&[g, g], SCRATCH)?,
                 dz: alloc::zeroed(&[dk], SCRATCH)?,
@@ -239,6 +240,8 @@ fn chain<T: Element>(
     x: &mut ChainScratch,
 ) {
     let (p, tokens) = (&call.problem, piece.start..piece.start + piece.len);
+    // SAFETY: one task walks through the pieces of a sequence and KV head.
+    unsafe { call.note(piece, kv_head, head.m, head.z) };
     if piece.continues() {
         call.append(piece, kv_head, &mut head.open, &mut x.packed.append);
         let segment = call.open_segment(head.open.read(), head.m, head.z);
@@ -248,10 +251,14 @@ fn chain<T: Element>(
     let segment = Segment { keys: &x.packed.local, values: &x.packed.values, m: head.m, z: head.z };
     call.attend(piece, kv_head, tokens, segment, &mut x.tiles);
     let Some(own) = x.own.as_mut().filter(|_| piece.full) else { return };
-    segment::sums(p, &x.packed, &mut own.b, &mut own.dz, &mut own.segment);
-    if transits(p, piece) {
-        segment::transition(p, &x.packed, head.z, &mut own.g, &mut own.segment);
-    }
+    let found = transits(p, piece).then_some(&*head.z);
+    segment::additions(
+        p,
+        x.packed.rows(),
+        found,
+        (&mut own.b, &mut own.dz, &mut own.g),
+        &mut own.w,
+    );
     advance_memory(p, piece, &mut own.b, &own.g, head.m);
     head.z.iter_mut().zip(&own.dz).for_each(|(z, dz)| *z += dz);
 }

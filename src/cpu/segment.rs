@@ -2,8 +2,9 @@
 //!
 //! Keys are σ-mapped in chunks of [`CHUNK`] tokens, so that scratch does not grow with N.
 
-use super::matmul::{FEW_ROWS, Into, Mat, add_by_rows, matmul, matmul_scaled};
+use super::matmul::{FEW_ROWS, Into, Mat, add_by_rows, matmul, matmul_strided};
 use super::simd;
+use super::weights;
 use crate::alloc;
 use crate::call::form::Piece;
 use crate::error::Result;
@@ -134,9 +135,16 @@ pub(crate) fn sums(
     chunks(p, tokens, x, |first, n, x| {
         load_values(p, tokens, first, n, &mut x.v);
         simd::feature_map(&mut x.k[..n * dk]);
-        simd::add_rows(&x.k[..n * dk], dz);
-        matmul(b, Into::Add, Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.v, n, dv, dv));
+        add_sums(p, &x.k[..n * dk], &x.v[..n * dv], b, dz);
     });
+}
+
+/// b ← b + σ(K)ᵀ V and dz ← dz + Σ σ(K) of a chunk of mapped keys.
+fn add_sums(p: &Problem, k: &[f32], v: &[f32], b: &mut [f32], dz: &mut [f32]) {
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    let n = k.len() / dk;
+    simd::add_rows(k, dz);
+    matmul(b, Into::Add, Mat::rows(k, n, dk, dk).t(), Mat::rows(v, n, dv, dv));
 }
 
 /// g ← G = σ(K)ᵀ D⁻¹ σ(K), D = diag(σ(K) z), of a segment that finds the normaliser `z`.
@@ -150,18 +158,73 @@ pub(crate) fn transition(
     let dk = p.key_dim();
     g.fill(0.0);
     chunks(p, tokens, x, |_, n, x| {
-        let unit = weigh(p, n, z, &x.k, &mut x.w);
-        simd::feature_map(&mut x.k[..n * dk]);
-        let (k, w) = (Mat::rows(&x.k, n, dk, dk).t(), Mat::rows(&x.w, n, dk, dk));
-        matmul_scaled(g, Into::Add, unit, k, w);
+        let (k, w) = (&mut x.k[..n * dk], &mut x.w[..n * dk]);
+        let unit = weights::map_and_weigh(k, z, p.denominator(), w);
+        add_transition(p, k, w, unit, g);
     });
+    mirror(p, g);
+}
+
+/// Rows of G that are computed together, from the diagonal on. Up to 48 `gemm` reads W as it lies.
+const G_ROWS: usize = 32;
+
+/// g ← g + unit·σ(K)ᵀ W of a chunk of mapped keys and their weights, but for what [`mirror`] fills in:
+/// G is symmetric.
+fn add_transition(p: &Problem, k: &[f32], w: &[f32], unit: f32, g: &mut [f32]) {
+    let dk = p.key_dim();
+    let n = k.len() / dk;
+    for first in (0..dk).step_by(G_ROWS) {
+        let rows = G_ROWS.min(dk - first);
+        let k = Mat::rows(&k[first..], n, rows, dk).t();
+        let w = Mat::rows(&w[first..], n, dk - first, dk);
+        matmul_strided(&mut g[first * dk + first..], dk, Into::Add, unit, k, w);
+    }
+}
+
+/// Rows of g before the diagonal from the columns.
+fn mirror(p: &Problem, g: &mut [f32]) {
+    let dk = p.key_dim();
+    for i in 0..dk {
+        for j in 0..i / G_ROWS * G_ROWS {
+            g[i * dk + j] = g[j * dk + i];
+        }
+    }
+}
+
+/// What keys [tokens, Dk] and values of a segment add to the memory: [`sums`] and, given the z the segment
+/// finds if it has a G, [`transition`], to the bit. The keys are mapped where they lie; `w` has room for the
+/// weights of a chunk.
+pub(crate) fn additions(
+    p: &Problem,
+    (keys, values): (&mut [f32], &[f32]),
+    found: Option<&[f32]>,
+    (b, dz, g): (&mut [f32], &mut [f32], &mut [f32]),
+    w: &mut Vec<f32>,
+) {
+    b.fill(0.0);
+    dz.fill(0.0);
+    g.fill(0.0);
+    let (dk, dv) = (p.key_dim(), p.value_dim());
+    for (k, v) in keys.chunks_mut(CHUNK * dk).zip(values.chunks(CHUNK * dv)) {
+        if let Some(z) = found {
+            w.resize(k.len(), 0.0);
+            let unit = weights::map_and_weigh(k, z, p.denominator(), w);
+            add_transition(p, k, w, unit, g);
+        } else {
+            simd::feature_map(k);
+        }
+        add_sums(p, k, v, b, dz);
+    }
+    if found.is_some() {
+        mirror(p, g);
+    }
 }
 
 /// w ← the retrieval weights of the first `n` keys in k, in the unit returned.
 fn weigh(p: &Problem, n: usize, z: &[f32], k: &[f32], w: &mut [f32]) -> f32 {
     let w = &mut w[..n * p.key_dim()];
     w.copy_from_slice(&k[..n * p.key_dim()]);
-    simd::retrieval_weights(w, z, p.denominator())
+    weights::retrieval_weights(w, z, p.denominator())
 }
 
 /// A buffer with the room of `new` comes to hold it.
@@ -203,12 +266,13 @@ pub(crate) fn commit(
     });
 }
 
-/// Whether a completed segment has a G.
+/// Whether a piece completes a segment that has a G.
 pub(super) fn transits(p: &Problem, piece: &Piece) -> bool {
-    p.update() == Update::Delta && !piece.empty
+    p.update() == Update::Delta && piece.full && !piece.empty
 }
 
-/// m ← m − G m + B; `b` is left holding the M the segment found.
+/// m ← m − G m + B; `b` is left holding the M the segment found. (As G is symmetric, gradients go the other
+/// way by the same step.)
 pub(super) fn advance_memory(p: &Problem, piece: &Piece, b: &mut [f32], g: &[f32], m: &mut [f32]) {
     let (dk, dv) = (p.key_dim(), p.value_dim());
     // B − G M, then M + that: the small correction is rounded, never I − G.
@@ -219,5 +283,68 @@ pub(super) fn advance_memory(p: &Problem, piece: &Piece, b: &mut [f32], g: &[f32
         let found = *m;
         *m += *b;
         *b = found;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Rows<'a>(&'a [f32], &'a [f32], usize, usize);
+
+    impl Tokens for Rows<'_> {
+        fn len(&self) -> usize {
+            self.0.len() / self.2
+        }
+
+        fn key(&self, j: usize, k: &mut [f32]) {
+            k.copy_from_slice(&self.0[j * self.2..][..self.2]);
+        }
+
+        fn value(&self, j: usize, v: &mut [f32]) {
+            v.copy_from_slice(&self.1[j * self.3..][..self.3]);
+        }
+    }
+
+    /// σ(K)ᵀ D⁻¹ σ(K) in float64.
+    fn exact(keys: &[f32], z: &[f32]) -> Vec<f64> {
+        let sigma = |x: &f32| if *x > 0.0 { f64::from(*x) + 1.0 } else { f64::from(*x).exp() };
+        let mut g = vec![0.0; z.len() * z.len()];
+        for key in keys.chunks_exact(z.len()) {
+            let k: Vec<f64> = key.iter().map(sigma).collect();
+            let den: f64 = k.iter().zip(z).map(|(k, z)| k * f64::from(*z)).sum();
+            for (row, a) in g.chunks_exact_mut(z.len()).zip(&k) {
+                row.iter_mut().zip(&k).for_each(|(g, b)| *g += a * b / den);
+            }
+        }
+        g
+    }
+
+    #[test]
+    fn what_a_packed_segment_adds_is_the_same_and_g_is_right() {
+        // Two chunks; channels that are no multiple of the blocks of G, and fewer than one.
+        for (dk, dv, n) in [(72, 24, CHUNK + 37), (16, 16, 40)] {
+            let built = Problem::builder().key_dim(dk).value_dim(dv).segment_len(n).build();
+            let p = built.expect("valid");
+            let number = |i: usize| ((i * 7919) % 1013) as f32 / 250.0 - 2.0;
+            let keys: Vec<f32> = (0..n * dk).map(number).collect();
+            let values: Vec<f32> = (0..n * dv).map(|i| number(i + 5)).collect();
+            let z: Vec<f32> = (0..dk).map(|i| 1.0 + (i % 5) as f32).collect();
+            let buffers = || (vec![1.0; dk * dv], vec![1.0; dk], vec![1.0; dk * dk]);
+            let (mut b, mut dz, mut g) = buffers();
+            let mut scratch = Scratch::new(&p).expect("room");
+            let tokens = Rows(&keys, &values, dk, dv);
+            sums(&p, &tokens, &mut b, &mut dz, &mut scratch);
+            transition(&p, &tokens, &z, &mut g, &mut scratch);
+            let (mut packed_b, mut packed_dz, mut packed_g) = buffers();
+            let packed = (&mut packed_b[..], &mut packed_dz[..], &mut packed_g[..]);
+            let mut mapped = keys.clone();
+            additions(&p, (&mut mapped, &values), Some(&z), packed, &mut Vec::new());
+            assert_eq!((&b, &dz, &g), (&packed_b, &packed_dz, &packed_g));
+            let largest = exact(&keys, &z).into_iter().fold(0.0, f64::max);
+            for (got, want) in g.iter().zip(exact(&keys, &z)) {
+                assert!((f64::from(*got) - want).abs() <= 1e-6 * largest, "{got} for {want}");
+            }
+        }
     }
 }

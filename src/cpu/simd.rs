@@ -1,10 +1,7 @@
 //! The element-wise parts: exponential, feature map, softmax. Plain loops over fixed-width chunks,
 //! compiled for every SIMD level and chosen at run time.
 
-use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
-
-use crate::problem::Denominator;
 
 /// Lanes per chunk: one AVX-512 register, two of AVX2, four of NEON.
 pub(crate) const LANES: usize = 16;
@@ -13,7 +10,7 @@ pub(crate) const LANES: usize = 16;
 /// picks at run time.
 macro_rules! vectorised {
     ($($function:item)*) => {
-        $(#[multiversion(targets(
+        $(#[multiversion::multiversion(targets(
             "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+fma",
             "x86_64+avx2+fma",
         ))]
@@ -21,10 +18,12 @@ macro_rules! vectorised {
     };
 }
 
+pub(crate) use vectorised;
+
 /// exp(x) for x ≤ 0 within 2 ulp; 0 where it would be below f32's smallest normal number. NaN
 /// stays NaN. Cody-Waite reduction, then a polynomial of degree 6 on [−ln2/2, ln2/2] (Cephes).
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.336_54;
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer
     let clamped = if x < LOWEST { LOWEST } else { x };
@@ -43,21 +42,39 @@ fn exp(x: f32) -> f32 {
     if x < LOWEST { 0.0 } else { p * power }
 }
 
+/// 2ˣ for x ≤ 0, as [`exp`]; cheaper, as x needs no reduction but its fraction.
+#[inline(always)]
+fn exp2(x: f32) -> f32 {
+    const LOWEST: f32 = -126.0;
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x < LOWEST { LOWEST } else { x };
+    let shifted = clamped + ROUND;
+    let r = clamped - (shifted - ROUND);
+    let p = r.mul_add(1.535_336_2e-4, 1.339_887_4e-3);
+    let p = r.mul_add(p, 9.618_437e-3);
+    let p = r.mul_add(p, 5.550_332_5e-2);
+    let p = r.mul_add(p, 2.402_264_8e-1);
+    let p = r.mul_add(p, std::f32::consts::LN_2);
+    let p = r.mul_add(p, 1.0);
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < LOWEST { 0.0 } else { p * power }
+}
+
 /// σ(x) = ELU(x) + 1.
 #[inline(always)]
-fn sigma(x: f32) -> f32 {
+pub(crate) fn sigma(x: f32) -> f32 {
     let e = exp(if x > 0.0 { 0.0 } else { x });
     if x > 0.0 { x + 1.0 } else { e }
 }
 
 #[inline(always)]
-fn chunked(x: &[f32]) -> (&[[f32; LANES]], &[f32]) {
+pub(crate) fn chunked(x: &[f32]) -> (&[[f32; LANES]], &[f32]) {
     x.as_chunks::<LANES>()
 }
 
 /// Folds the lanes in a tree: log2(16) steps instead of 16.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -70,11 +87,21 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// Largest element, NaN ignored; −∞ for an empty row.
 #[inline(always)]
-fn max(row: &[f32]) -> f32 {
+pub(crate) fn max(row: &[f32]) -> f32 {
     let pick = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, rest) = chunked(row);
-    let mut acc = [f32::NEG_INFINITY; LANES];
-    for chunk in chunks {
+    // Two at once: one would wait for its own last result.
+    let (pairs, odd) = chunks.as_chunks::<2>();
+    let mut acc = [[f32::NEG_INFINITY; LANES]; 2];
+    for pair in pairs {
+        for (acc, chunk) in acc.iter_mut().zip(pair) {
+            for i in 0..LANES {
+                acc[i] = pick(acc[i], chunk[i]);
+            }
+        }
+    }
+    let [mut acc, second] = acc;
+    for chunk in odd.iter().chain([&second]) {
         for i in 0..LANES {
             acc[i] = pick(acc[i], chunk[i]);
         }
@@ -82,36 +109,8 @@ fn max(row: &[f32]) -> f32 {
     rest.iter().copied().fold(fold(acc, pick), pick)
 }
 
-/// From where on z is huge, and the unit that its weights then have.
-const HUGE: f32 = 7.9e28; // 2⁹⁶
-const HUGE_UNIT: f32 = 2.328_306_4e-10; // 2⁻³²
-
-/// 1 / denominator, or 0 where that is so small that its reciprocal would be no f32. NaN where it is
-/// infinite: z left f32, and what was written is lost.
 #[inline(always)]
-fn reciprocal(den: f64) -> f64 {
-    if den.abs() < f64::from(f32::MIN_POSITIVE) {
-        0.0
-    } else if den.is_infinite() {
-        f64::NAN
-    } else {
-        1.0 / den
-    }
-}
-
-/// [`retrieval_weights`] of one row of σ(x) whose product with z leaves f32, or may.
-#[cold]
-fn weigh_wide(row: &mut [f32], z: &[f32], policy: Denominator, unit: f32) {
-    let wide = || row.iter().zip(z).map(|(&x, &z)| f64::from(x) * f64::from(z));
-    let factor = reciprocal(policy.of(wide().sum())) / f64::from(unit);
-    let weights = row.iter_mut().zip(z);
-    weights.for_each(|(x, z)| {
-        *x = if *z == 0.0 { 0.0 } else { (f64::from(*x) * factor) as f32 };
-    });
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((ac, ar), (bc, br)) = (chunked(a), chunked(b));
     let mut acc = [0.0f32; LANES];
     for (a, b) in ac.iter().zip(bc) {
@@ -123,20 +122,20 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold(acc, |a, b| a + b) + tail
 }
 
-/// x ← exp(x − shift), and the sum of the results.
+/// x ← 2^(x − shift), and the sum of the results.
 #[inline(always)]
 fn exp_sum(row: &mut [f32], shift: f32) -> f32 {
     let (chunks, rest) = row.as_chunks_mut::<LANES>();
     let mut acc = [0.0f32; LANES];
     for chunk in chunks {
         for i in 0..LANES {
-            chunk[i] = exp(chunk[i] - shift);
+            chunk[i] = exp2(chunk[i] - shift);
             acc[i] += chunk[i];
         }
     }
     let mut sum = fold(acc, |a, b| a + b);
     for x in rest {
-        *x = exp(*x - shift);
+        *x = exp2(*x - shift);
         sum += *x;
     }
     sum
@@ -218,7 +217,7 @@ fn add_steps<const D: usize>(dst: &mut [f32], a: (&[f32], [usize; 2]), b: [&[f32
     }
 }
 
-/// Running softmax statistics of one row: maximum and sum of exponentials so far.
+/// Running softmax statistics of one row: maximum score and sum of weights so far.
 #[derive(Clone, Copy)]
 pub(crate) struct Running {
     pub max: f32,
@@ -228,6 +227,41 @@ pub(crate) struct Running {
 impl Running {
     /// Nothing seen yet.
     pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+/// Rows that go through the passes of `retrieval_weights` together.
+pub(crate) const GROUP: usize = 48;
+
+/// Makes the scores that a row does not see −∞, and its maximum that of the others.
+#[inline(always)]
+fn raise(s: &mut [f32], visible: usize, run: &mut Running, o: &mut [f32]) {
+    if visible < s.len() {
+        hide(&mut s[visible - visible % LANES..], visible % LANES);
+    }
+    let grown = max(s);
+    if grown > run.max {
+        // Before the first block `o` holds nothing.
+        if run.max != f32::NEG_INFINITY {
+            let factor = exp2(run.max - grown);
+            o.iter_mut().for_each(|o| *o *= factor);
+            run.sum *= factor;
+        }
+        run.max = grown;
+    }
+}
+
+/// s ← −∞ but for the first few elements, less than [`LANES`].
+#[inline(always)]
+fn hide(s: &mut [f32], seen: usize) {
+    let (chunks, rest) = s.as_chunks_mut::<LANES>();
+    let mut seen = seen;
+    for chunk in chunks {
+        for (i, x) in chunk.iter_mut().enumerate() {
+            *x = if i < seen { *x } else { f32::NEG_INFINITY };
+        }
+        seen = 0;
+    }
+    rest.iter_mut().skip(seen).for_each(|x| *x = f32::NEG_INFINITY);
 }
 
 /// `multiversion` renames lifetimes, `'static` as well.
@@ -258,24 +292,15 @@ pub(crate) fn softmax_block(
     o: &mut [f32],
     dv: usize,
 ) {
-    let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(running);
-    for (i, ((s, o), run)) in rows.enumerate() {
-        // Whole chunks are processed; a score of −∞ becomes a weight of 0.
-        let end = visible[i].min(width);
-        let (seen, unseen) = s.split_at_mut(end.next_multiple_of(LANES).min(width));
-        unseen.fill(0.0);
-        seen[end..].fill(f32::NEG_INFINITY);
-        let grown = max(seen);
-        if grown > run.max {
-            // exp(−∞ − max) = 0 on the first block.
-            let factor = exp(run.max - grown);
-            o.iter_mut().for_each(|o| *o *= factor);
-            run.sum *= factor;
-            run.max = grown;
-        }
+    // Pass by pass, because rows wait for their maxima, and not for those of others.
+    let rows = s.chunks_exact_mut(width).zip(o.chunks_exact_mut(dv)).zip(&mut *running);
+    for (((s, o), run), visible) in rows.zip(visible) {
+        raise(s, *visible, run, o);
+    }
+    for (s, run) in s.chunks_exact_mut(width).zip(running) {
         // All scores −∞: any finite shift gives weights 0 instead of NaN.
         let shift = if run.max == f32::NEG_INFINITY { 0.0 } else { run.max };
-        run.sum += exp_sum(seen, shift);
+        run.sum += exp_sum(s, shift);
     }
 }
 
@@ -314,29 +339,9 @@ pub(crate) fn add_rows(x: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Turns every row x (as long as `z`) into its retrieval weights σ(x) / σ(x)·z over the unit of z,
-/// so that the retrieval is one product with M, times that unit, which is returned.
-pub(crate) fn retrieval_weights(x: &mut [f32], z: &[f32], policy: Denominator) -> f32 {
-    // Where z is huge the weights, of the order of 1 / z, would leave f32's normal numbers.
-    let unit = if max(z) < HUGE { 1.0 } else { HUGE_UNIT };
-    for row in x.chunks_exact_mut(z.len()) {
-        // Exact is invariant to the row's scale: shifted so that nothing underflows.
-        let top = max(row);
-        let shift = if policy == Denominator::Exact && top <= 0.0 { top } else { 0.0 };
-        // A row of −∞ only: weightless, as in the limit of ever smaller channels.
-        let shift = if shift == f32::NEG_INFINITY { 0.0 } else { shift };
-        row.iter_mut().for_each(|x| *x = sigma(*x - shift));
-        let sum = dot(row, z);
-        let factor = reciprocal(policy.of(sum.into()));
-        if unit == 1.0 && sum.is_finite() {
-            let factor = factor as f32;
-            // Where z = 0 the memory holds nothing, but the weight may overflow, and ∞ · 0 is NaN.
-            row.iter_mut().zip(z).for_each(|(x, z)| *x = if *z == 0.0 { 0.0 } else { *x * factor });
-        } else {
-            weigh_wide(row, z, policy, unit);
-        }
-    }
-    unit
+/// y ← x · factor.
+pub(crate) fn scaled(x: &[f32], factor: f32, y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y = x * factor);
 }
 
 /// x ← x · factor.
@@ -372,6 +377,19 @@ mod tests {
         assert!(worst < 2.4e-7, "relative error {worst:e}");
         assert_eq!([exp(0.0), exp(-87.4), exp(f32::NEG_INFINITY)], [1.0, 0.0, 0.0]);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn exp2_is_within_two_ulps_and_flushes() {
+        let mut worst = 0.0f64;
+        for i in 0..1_260_000 {
+            let x = -(i as f32) * 1e-4;
+            let (got, want) = (f64::from(exp2(x)), f64::from(x).exp2());
+            worst = worst.max((got / want - 1.0).abs());
+        }
+        assert!(worst < 2.4e-7, "relative error {worst:e}");
+        assert_eq!([exp2(0.0), exp2(-126.1), exp2(f32::NEG_INFINITY)], [1.0, 0.0, 0.0]);
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::problem::Problem;
 /// Counters as a [`HostLayout`] has them: tokens, committed, open_len, rotated.
 pub(crate) type Stored = [i64; 4];
 
+const COUNTERS: &str = "the counters of a state";
+
 impl State {
     /// A state that works in place on memory in the form of `layout`, and the counters it began with,
     /// which it does not move. Copies of the state are in memory of their own.
@@ -24,6 +26,31 @@ impl State {
     /// # Safety
     /// The memory must outlive the state, and nothing else may use it meanwhile but the counters returned.
     pub(crate) unsafe fn lent<'a>(
+        layout: &HostLayout,
+        memory: &'a mut [u8],
+    ) -> Result<(State, &'a mut [Stored])> {
+        // SAFETY: the caller's promise.
+        let (mut state, stored) = unsafe { Self::lent_empty(layout, memory) }?;
+        let counters = state.counters.iter_mut().zip(&*stored).enumerate();
+        for (slot, (counters, stored)) in counters {
+            let given = Counters::from_stored(*stored, &state.problem, layout.rotation(), slot)?;
+            *counters = given;
+        }
+        let filled = state.counters.iter().map(|c| c.open_len);
+        let filled = alloc::collected(filled, COUNTERS)?;
+        let (_, open) = state.assembled();
+        open.filled = filled;
+        Ok((state, stored))
+    }
+
+    /// The same with the counters of empty streams, whatever those of the memory are.
+    ///
+    /// # Errors
+    /// [`Error::Length`], [`Error::Address`].
+    ///
+    /// # Safety
+    /// As [`Self::lent`].
+    pub(crate) unsafe fn lent_empty<'a>(
         layout: &HostLayout,
         memory: &'a mut [u8],
     ) -> Result<(State, &'a mut [Stored])> {
@@ -49,15 +76,11 @@ impl State {
         let k_rotated = if layout.rotation() { floats() } else { Vec::new().into() };
         let v = floats();
         let stored: &mut [Stored] = elements(next());
-        let p = *layout.problem();
-        let mut counters = alloc::reserved(&[stored.len()], "the counters of a state")?;
-        for (slot, stored) in stored.iter().enumerate() {
-            counters.push(Counters::from_stored(*stored, &p, layout.rotation(), slot)?);
-        }
-        let filled = counters.iter().map(|c: &Counters| c.open_len);
-        let filled = alloc::collected(filled, "the counters of a state")?;
+        let counters = alloc::zeroed(&[stored.len()], COUNTERS)?;
+        let filled = alloc::zeroed(&[stored.len()], COUNTERS)?;
         let open = Open::new(OpenSegments { k, k_rotated, v, filled });
-        Ok((State { problem: p, counters, m: Arc::new(m), z: Arc::new(z), open }, stored))
+        let problem = *layout.problem();
+        Ok((State { problem, counters, m: Arc::new(m), z: Arc::new(z), open }, stored))
     }
 
     /// Moves the counters of the memory to where the state stands.
@@ -67,7 +90,16 @@ impl State {
 }
 
 impl Counters {
-    fn from_stored(stored: Stored, problem: &Problem, rotation: bool, slot: usize) -> Result<Self> {
+    /// The counters that memory holds.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for those that no sequence of calls leads to.
+    pub(crate) fn from_stored(
+        stored: Stored,
+        problem: &Problem,
+        rotation: bool,
+        slot: usize,
+    ) -> Result<Self> {
         let [tokens, committed, open_len, rotated] = stored;
         let count = |name: &str, n: i64| {
             u64::try_from(n).map_err(|_| Error::value(format!("{name}[{slot}]"), n, "at least 0"))
@@ -91,7 +123,7 @@ impl Counters {
     }
 
     /// The counts are below 2^63 ([`Self::check`]).
-    fn stored(&self) -> Stored {
+    pub(crate) fn stored(&self) -> Stored {
         let count = |n: u64| n as i64;
         [self.tokens, self.committed, self.open_len as u64, self.rotated.into()].map(count)
     }

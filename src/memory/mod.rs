@@ -3,6 +3,7 @@
 pub(crate) mod blocks;
 mod copies;
 mod floats;
+pub(crate) mod gradient;
 pub(crate) mod heads;
 pub(crate) mod io;
 pub(crate) mod layout;

@@ -5,6 +5,7 @@ mod common;
 
 mod allocations;
 mod files;
+mod gradients;
 mod memory;
 #[cfg(target_os = "linux")]
 mod out_of_memory;

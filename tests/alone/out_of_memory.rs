@@ -10,7 +10,7 @@ use infini_attn::{
     prefill, reference, segment_map,
 };
 
-use crate::alone;
+use crate::{alone, gradients};
 
 /// Says in a child which situation to meet.
 const SITUATION: &str = "INFINI_ATTN_TEST_SITUATION";
@@ -188,6 +188,14 @@ const SITUATIONS: &[Situation] = &[
         };
         run(Update::Linear).expect("it has no G");
         run(Update::Delta)
+    }),
+    // Gradients, by chains and by phases.
+    ("scratch of a task: ", || {
+        let p = problem(Update::Delta).to_builder().heads(2).kv_heads(2).build()?;
+        gradients::starved(&p, N + 1, |work| starved_alone(work))
+    }),
+    ("the workspace of gradients: ", || {
+        gradients::starved(&problem(Update::Delta), N + 1, |work| starved_alone(work))
     }),
     ("scratch of a task: ", || {
         starved(&mut Call::new(Update::Delta, N + 3, 1), |call| {

@@ -3,16 +3,17 @@
 
 use std::collections::BTreeMap;
 
-use infini_attn::{Element, MAX_DECODE_TOKENS, Problem, reference};
+use infini_attn::{Element, MAX_DECODE_TOKENS, reference};
 use rayon::prelude::*;
 
 use super::backend::Backend;
 use super::buffers::{Arrangement, OutputBuffers, Strided};
-use super::call::{Call, CallRope, CallShape, TABLE_ROWS, rope};
-use super::cases::{Batch, Case, Gate, Positions};
+use super::call::{Call, CallShape, rope};
+use super::cases::{Batch, Case};
+use super::data::{Data, fill, tables};
 use super::metric::{Axes, log_rms, relative_rms};
 use super::plain::{Plain, Rows};
-use super::stream::{Stream, normals, rope_tables};
+use super::stream::Stream;
 use super::tolerance::{MAIN, Precision, ROUNDED_SUM_TOLERANCE, Results, Tolerances};
 use super::{WithType, widen, with_type};
 
@@ -28,7 +29,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    fn add(&mut self, case: &Case, checks: Vec<Check>) {
+    pub fn add(&mut self, case: &Case, checks: Vec<Check>) {
         self.ran += 1;
         for check in checks {
             match check {
@@ -98,7 +99,7 @@ pub fn run_cases<B: Backend>(backend: &B, cases: &[Case]) -> Summary {
 }
 
 /// One comparison: the tensor's name and its error, or a sentence.
-type Check = std::result::Result<(&'static str, f64), String>;
+pub type Check = std::result::Result<(&'static str, f64), String>;
 
 struct Job<'a, B> {
     backend: &'a B,
@@ -109,7 +110,7 @@ impl<B: Backend> WithType for Job<'_, B> {
     type Output = Vec<Check>;
 
     fn run<T: Element>(self) -> Vec<Check> {
-        let tables = self.case.rope.map(|r| rope_tables(TABLE_ROWS, r.channels, r.magnitude));
+        let tables = tables(self.case);
         let tables = tables.as_ref().map(|(cos, sin)| (&cos[..], &sin[..]));
         let mut run = Run::<T, B>::new(self.backend, self.case, tables);
         run.fill_bystanders();
@@ -125,12 +126,7 @@ impl<B: Backend> WithType for Job<'_, B> {
 struct Run<'a, T, B: Backend> {
     backend: &'a B,
     case: &'a Case,
-    gate: Vec<f32>,
-    /// Rotation tables.
-    tables: Option<(&'a [f32], &'a [f32])>,
-    streams: Vec<Stream<T>>,
-    /// Table row of every token, per sequence.
-    positions: Vec<Vec<i64>>,
+    data: Data<'a, T>,
     state: B::State,
     /// Slots that no sequence uses, with their M and z.
     bystanders: Vec<(usize, [Vec<f64>; 2], [u64; 3])>,
@@ -143,20 +139,11 @@ struct Run<'a, T, B: Backend> {
 
 impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     fn new(backend: &'a B, case: &'a Case, tables: Option<(&'a [f32], &'a [f32])>) -> Self {
-        let p = &case.problem;
-        let gate = match case.gate {
-            Gate::Normal => normals(case.seed, p.heads()),
-            Gate::Of(list) => list.iter().copied().cycle().take(p.heads()).collect(),
-        };
-        let streams = (0..case.sequences()).map(|b| stream(case, b)).collect::<Vec<_>>();
         let slots = case.slots.as_ref().map_or(case.sequences(), |(_, n)| *n);
         Self {
             backend,
             case,
-            gate,
-            tables,
-            streams,
-            positions: positions(case),
+            data: Data::new(case, tables, B::MARGIN),
             state: backend.new_state(case, slots),
             bystanders: vec![],
             seen: vec![0; case.sequences()],
@@ -166,22 +153,18 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         }
     }
 
-    fn slot(&self, sequence: usize) -> usize {
-        self.case.slots.as_ref().map_or(sequence, |(slots, _)| slots[sequence])
-    }
-
     /// Gives every slot that the case leaves alone a memory and an open segment of its own.
     fn fill_bystanders(&mut self) {
         let p = &self.case.problem;
         let slots = self.case.slots.as_ref().map_or(self.case.sequences(), |(_, n)| *n);
-        let used: Vec<usize> = (0..self.case.sequences()).map(|b| self.slot(b)).collect();
+        let used: Vec<usize> = (0..self.case.sequences()).map(|b| self.data.slot(b)).collect();
         for slot in (0..slots).filter(|s| !used.contains(s)) {
             let stream = Stream::<T>::normal(p, p.segment_len() + 1, 900 + slot as u64);
             let (mut start, n) = (0, p.segment_len());
             while start < stream.tokens {
                 // Calls that every entry point serves.
                 let len = MAX_DECODE_TOKENS.min(n - start % n).min(stream.tokens - start);
-                let [q, k, v] = self.buffers(&[1, len], Arrangement::Contiguous);
+                let [q, k, v] = self.data.buffers(&[1, len], Arrangement::Contiguous);
                 let mut call = Call {
                     q,
                     k,
@@ -214,10 +197,10 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let (case, lens) = (self.case, &self.case.calls[i]);
         let shape = CallShape::new(case.batch, lens);
         let p = &case.problem;
-        let call = self.assemble(&shape, lens);
+        let call = self.data.assemble(&shape, lens, &self.seen);
         let idle: Vec<_> = (0..lens.len())
             .filter(|&b| lens[b] == 0)
-            .map(|b| self.slot(b))
+            .map(|b| self.data.slot(b))
             .map(|s| (s, self.backend.memory(p, &self.state, s)))
             .collect();
         let what = format!("call {i}");
@@ -248,7 +231,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let (p, asked) = (&self.case.problem, self.case.asked);
         let (heads, dv) = (p.heads(), p.value_dim());
         let mut out = OutputBuffers::with_margin(lead, heads, dv, how, asked, B::MARGIN);
-        let result = self.backend.call(p, call, &self.gate, &mut self.state, &mut out);
+        let result = self.backend.call(p, call, &self.data.gate, &mut self.state, &mut out);
         if let Err(error) = result {
             self.broken = true;
             self.expect(false, format!("{what}: {error}"));
@@ -264,69 +247,6 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     fn findings(&mut self, what: &str) {
         let findings = self.backend.findings(&mut self.state);
         self.checks.extend(findings.into_iter().map(|f| Err(format!("{what}: {f}"))));
-    }
-
-    /// Buffers of NaN for q, k and v.
-    fn buffers(&self, lead: &[usize], how: Arrangement) -> [Strided<T>; 3] {
-        let p = &self.case.problem;
-        let (hq, hkv) = (p.heads(), p.kv_heads());
-        [(hq, p.key_dim()), (hkv, p.key_dim()), (hkv, p.value_dim())].map(|(heads, dim)| {
-            Strided::with_margin(&[lead, &[heads, dim]].concat(), how, f32::NAN, B::MARGIN)
-        })
-    }
-
-    /// Arguments of one call; everything that belongs to no token is NaN.
-    fn assemble(&self, shape: &CallShape, lens: &[usize]) -> Call<'a, T> {
-        let case = self.case;
-        let [q, k, v] = self.buffers(&shape.lead, case.arrangement);
-        let sum = |b: usize| lens[..b].iter().sum::<usize>() as i32;
-        let rope = case.rope.zip(self.tables).map(|(rotation, (cos, sin))| CallRope {
-            rotation,
-            cos,
-            sin,
-            positions: self.call_positions(shape, lens),
-        });
-        let mut call = Call {
-            q,
-            k,
-            v,
-            batch: case.batch,
-            lens: lens.iter().map(|&n| n as i32).collect(),
-            ranges: shape.ranges(lens),
-            cu: (0..=lens.len()).map(sum).collect(),
-            slots: case.slots.as_ref().map(|(slots, _)| slots.clone()),
-            rope,
-        };
-        for (b, &len) in lens.iter().enumerate() {
-            for t in 0..len {
-                let at = shape.token(b, t);
-                fill(&case.problem, &mut call, &at, &self.streams[b], self.seen[b] + t);
-            }
-        }
-        call
-    }
-
-    /// Explicit table rows of one call; padding gets one that must not be read.
-    fn call_positions(&self, shape: &CallShape, lens: &[usize]) -> Option<Vec<i64>> {
-        let kind = self.case.rope?.positions;
-        if kind == Positions::Continued {
-            return None;
-        }
-        let shared = kind == Positions::Shared && shape.lead.len() == 2;
-        let count = if shared { shape.lead[1] } else { shape.lead.iter().product() };
-        let mut list = vec![i64::MIN; count];
-        for (b, &len) in lens.iter().enumerate() {
-            for t in 0..len {
-                let at = shape.token(b, t);
-                let i = if shared || at.len() == 1 {
-                    at[at.len() - 1]
-                } else {
-                    at[0] * shape.lead[1] + at[1]
-                };
-                list[i] = self.positions[b][self.seen[b] + t];
-            }
-        }
-        Some(list)
     }
 
     fn gather(&mut self, i: usize, shape: &CallShape, lens: &[usize], out: &OutputBuffers<T>) {
@@ -371,7 +291,7 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         let p = self.case.problem;
         for b in 0..self.case.sequences() {
             let (want, state) = self.reference(b);
-            let slot = self.slot(b);
+            let slot = self.data.slot(b);
             let counters = self.backend.counters(&self.state, slot);
             let expected = [state.tokens(0), state.committed(0), state.open_len(0) as u64];
             self.expect(
@@ -420,33 +340,21 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         check("z", relative_rms("z", &got.z, &want.z, Axes::memory(&memory[..2]), limits.z));
     }
 
-    /// Tokens of sequence `b` from flush point to flush point, and whether a flush follows.
-    fn runs(&self, b: usize) -> Vec<(std::ops::Range<usize>, bool)> {
-        let case = self.case;
-        let mut start = 0;
-        (case.flush_after.iter().copied().chain([case.calls.len() - 1]))
-            .map(|last| {
-                let end: usize = case.calls[..=last].iter().map(|c| c[b]).sum();
-                let range = start..end;
-                start = end;
-                (range, case.flush_after.contains(&last))
-            })
-            .collect()
-    }
-
     /// The reference over sequence `b` alone: one call from flush point to flush point.
     fn reference(&self, b: usize) -> (Results, reference::State) {
         let p = &self.case.problem;
         let mut state = reference::State::new(p, 1).unwrap();
         let mut want = Results::default();
-        for (range, flush) in self.runs(b) {
+        for (range, flush) in self.data.runs(b) {
             let (len, heads) = (range.len(), p.heads());
-            let stream = self.streams[b].slice(range.clone());
+            let stream = self.data.streams[b].slice(range.clone());
             let mut inputs = stream.inputs();
-            if let (Some(rotation), Some((cos, sin))) = (&self.case.rope, self.tables) {
-                inputs = inputs.rope(rope(rotation, cos, sin, Some(&self.positions[b][range])));
+            if let (Some(rotation), Some((cos, sin))) = (&self.case.rope, self.data.tables) {
+                inputs =
+                    inputs.rope(rope(rotation, cos, sin, Some(&self.data.positions[b][range])));
             }
-            let out = reference::prefill(p, &inputs, &self.gate, &mut state).expect("reference");
+            let out =
+                reference::prefill(p, &inputs, &self.data.gate, &mut state).expect("reference");
             for (to, from) in want.main.iter_mut().zip([out.o, out.a_dot, out.a_mem]) {
                 to.extend(from);
             }
@@ -463,16 +371,16 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
     fn plain(&self, b: usize) -> Results {
         let mut plain = Plain::new(&self.case.problem);
         let mut results = Results::default();
-        for (range, flush) in self.runs(b) {
-            let stream = self.streams[b].slice(range.clone());
-            let positions = &self.positions[b][range];
-            let rows = (self.case.rope.zip(self.tables)).map(|(rotation, (cos, sin))| Rows {
+        for (range, flush) in self.data.runs(b) {
+            let stream = self.data.streams[b].slice(range.clone());
+            let positions = &self.data.positions[b][range];
+            let rows = (self.case.rope.zip(self.data.tables)).map(|(rotation, (cos, sin))| Rows {
                 rotation,
                 cos,
                 sin,
                 positions,
             });
-            let out = plain.run(&stream, rows, &self.gate);
+            let out = plain.run(&stream, rows, &self.data.gate);
             for (to, from) in results.main.iter_mut().zip([out.o, out.a_dot, out.a_mem]) {
                 to.extend(from);
             }
@@ -484,49 +392,6 @@ impl<'a, T: Element, B: Backend> Run<'a, T, B> {
         (results.m, results.z) = (plain.m, plain.z);
         results
     }
-}
-
-/// Puts token `t` of a stream into a call's buffers, at leading indices `at`.
-fn fill<T: Element>(p: &Problem, call: &mut Call<'_, T>, at: &[usize], from: &Stream<T>, t: usize) {
-    for (buffer, data, heads, dim) in [
-        (&mut call.q, &from.q, p.heads(), p.key_dim()),
-        (&mut call.k, &from.k, p.kv_heads(), p.key_dim()),
-        (&mut call.v, &from.v, p.kv_heads(), p.value_dim()),
-    ] {
-        for h in 0..heads {
-            buffer.set_row(&[at, &[h]].concat(), &data[(t * heads + h) * dim..][..dim]);
-        }
-    }
-}
-
-fn stream<T: Element>(case: &Case, sequence: usize) -> Stream<T> {
-    let values = case.values;
-    let seed = case.seed * 16 + sequence as u64;
-    Stream::from_fn(&case.problem, case.tokens(sequence), seed, |which, x| {
-        let i = "qkv".find(which).expect("one of q, k, v");
-        values.scale[i] * x + values.shift[i]
-    })
-}
-
-/// Table row of every token of every sequence.
-fn positions(case: &Case) -> Vec<Vec<i64>> {
-    let kind = case.rope.map_or(Positions::Continued, |r| r.positions);
-    (0..case.sequences())
-        .map(|b| {
-            let of_call = |(i, lens): (usize, &Vec<usize>)| {
-                let shape = CallShape::new(case.batch, lens);
-                (0..lens[b]).map(move |t| match (kind, &shape.token(b, t)[..]) {
-                    (Positions::Continued, _) => None,
-                    (Positions::Shared, [_, t]) => Some((i * 37 + t * 3) % TABLE_ROWS),
-                    // Packed tokens share no index, so there the list is per token as well.
-                    (Positions::Shared, _) => Some((i * 37 + t * 3) % TABLE_ROWS),
-                    (Positions::PerToken, _) => Some((i * 131 + b * 29 + t * 17) % TABLE_ROWS),
-                })
-            };
-            let all = case.calls.iter().enumerate().flat_map(of_call);
-            all.enumerate().map(|(t, given)| given.unwrap_or(t) as i64).collect()
-        })
-        .collect()
 }
 
 fn same_bits(a: &[Vec<f64>; 2], b: &[Vec<f64>; 2]) -> bool {

@@ -35,6 +35,21 @@ pub fn log_rms<'a>(
     rms(what, got, want, shape.into(), tolerance, 1.0)
 }
 
+/// As [`relative_rms`] for what cancels: the scale is at least `least`.
+///
+/// # Errors
+/// As [`relative_rms`].
+pub fn rms_above<'a>(
+    what: &str,
+    got: &[f64],
+    want: &[f64],
+    shape: impl Into<Axes<'a>>,
+    tolerance: f64,
+    least: f64,
+) -> Result<f64, String> {
+    rms(what, got, want, shape.into(), tolerance, least)
+}
+
 /// That no row, along the last axis, has a relative RMS error above the tolerance: few wrong rows are
 /// little of a long tensor's error. Rows of small values are held to a tenth of what all have.
 ///

@@ -7,13 +7,16 @@ pub mod backend;
 pub mod buffers;
 pub mod call;
 pub mod cases;
+pub mod data;
 pub mod driver;
 pub mod elements;
 pub mod extremes;
+pub mod gradients;
 pub mod metric;
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod noise;
+pub mod phases;
 pub mod plain;
 #[cfg(feature = "cuda")]
 pub mod plans;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Modules that hold re-exports alone.
-const FACADES: [&str; 2] = ["", "cuda"];
+const FACADES: [&str; 3] = ["", "cuda", "reference"];
 
 /// A row of the table: its modules, and the floors it stands on.
 struct Floor {

@@ -10,6 +10,8 @@ mod copies;
 mod errors;
 mod extremes;
 mod fuzz;
+mod gradients;
+mod gradients_harness;
 mod harness;
 mod lent;
 mod limits;
@@ -24,6 +26,8 @@ mod pool_model;
 #[cfg(feature = "serde")]
 mod problem_data;
 mod reference;
+mod reference_gradients;
+mod reference_rows;
 mod simd;
 mod slots;
 mod snapshots;

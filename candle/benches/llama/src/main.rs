@@ -1,5 +1,5 @@
 //! `Model` beside candle_transformers' Llama with its KV cache, on the CPU, with the same weights:
-//! `cargo bench -p infini-attn-candle --bench llama`.
+//! `cargo run --release --manifest-path candle/benches/llama/Cargo.toml -- --bench`.
 //!
 //! Elements are tokens. A conversation of so many tokens is brought one more, or a chunk of 512;
 //! `prompt` reads from the beginning, by chunks of several sizes. Ours goes on and on, its open segment
