@@ -195,6 +195,9 @@ pub fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>
 ///     what q, k and v span. Returned in the place of a new one.
 /// return_state, return_lse, return_parts : bool
 ///     What to return besides `out`.
+/// bptt_segments : int, optional
+///     Gradients (below) reach through the memory within blocks of so many segments of the call, and not
+///     into the memory of `state`; by default through all.
 ///
 /// Returns
 /// -------
@@ -207,8 +210,8 @@ pub fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>
 /// ------
 /// ValueError, TypeError
 ///     Naming the argument, what was given and what is accepted. Nothing has been changed then.
-///     A tensor that requires grad (with grad enabled) or has a forward-mode tangent is refused, and so is a
-///     call within a transform of torch.func (vmap, grad, jvp).
+///     A tensor with a forward-mode tangent is refused, and so is a call within a transform of torch.func
+///     (vmap, grad, jvp).
 /// MemoryError
 ///     Saying what there is no memory for. Nothing has been changed then.
 /// RuntimeError
@@ -219,16 +222,17 @@ pub fn positions(object: &Bound<'_, PyAny>, lead: &[usize]) -> PyResult<Vec<i64>
 ///     returns (`results`): both are valid up to there, and the stream can go on.
 ///
 /// A call goes to infini_attn.torch.infini_attention, and its state is an infini_attn.torch.State, when it is
-/// given such a state or tensors that are not in CPU memory, or while PyTorch records it (torch.jit.trace,
-/// make_fx, torch.export, a FakeTensorMode; torch.compile if infini_attn.torch is imported). Under autocast
+/// given such a state or tensors that are not in CPU memory, when q, k, v or beta requires grad (with grad
+/// enabled), or while PyTorch records it (torch.jit.trace, make_fx, torch.export, a FakeTensorMode;
+/// torch.compile if infini_attn.torch is imported). That is where gradients are. Under autocast
 /// q, k and v are cast: to the state's dtype, else to autocast's.
 ///
 /// Other Python threads run while it computes; they must neither write to the inputs meanwhile nor
 /// resize them or give them other storage.
 #[pyfunction]
 #[pyo3(
-    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, out = None, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT),
-    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, out=None, return_state=True, return_lse=False, return_parts=False)"
+    signature = (q, k, v, beta, *, segment_len = None, update = None, scale = None, empty_memory = None, denominator = None, state = None, slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, rope = None, positions = None, rope_interleaved = Flag::DEFAULT, inplace = Flag::DEFAULT, out = None, return_state = Flag::DEFAULT, return_lse = Flag::DEFAULT, return_parts = Flag::DEFAULT, bptt_segments = None),
+    text_signature = "(q, k, v, beta, *, segment_len=None, update=None, scale=None, empty_memory=None, denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None, cu_seqlens=None, rope=None, positions=None, rope_interleaved=False, inplace=False, out=None, return_state=True, return_lse=False, return_parts=False, bptt_segments=None)"
 )]
 #[allow(clippy::too_many_arguments)]
 pub fn infini_attention<'py>(
@@ -255,6 +259,7 @@ pub fn infini_attention<'py>(
     return_state: Flag<'py>,
     return_lse: Flag<'py>,
     return_parts: Flag<'py>,
+    bptt_segments: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let call = delegate::Call {
         tensors: [q, k, v, beta],
@@ -277,6 +282,7 @@ pub fn infini_attention<'py>(
             ("return_state", return_state.given()),
             ("return_lse", return_lse.given()),
             ("return_parts", return_parts.given()),
+            ("bptt_segments", bptt_segments),
         ],
     };
     if let Some(results) = call.delegated(py)? {
@@ -287,6 +293,12 @@ pub fn infini_attention<'py>(
     let return_state = return_state.or(true, "return_state")?;
     let return_lse = return_lse.or(false, "return_lse")?;
     let return_parts = return_parts.or(false, "return_parts")?;
+    if let Some(segments) = bptt_segments {
+        let segments: i64 = error::typed("bptt_segments", segments, "an integer")?;
+        if segments < 1 {
+            return Err(error::value("bptt_segments", segments, "at least 1"));
+        }
+    }
     let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots };
     let tokens = Tokens { batch, rope, positions, interleaved: rope_interleaved };
     let state: Option<Bound<'py, State>> =

@@ -109,6 +109,11 @@ impl Batch {
         }
     }
 
+    /// The slot of each sequence.
+    pub fn slots(&self) -> Vec<usize> {
+        self.slots.clone().unwrap_or_else(|| (0..self.sequences()).collect())
+    }
+
     /// Tokens of each sequence.
     pub fn lens(&self) -> Vec<usize> {
         let len =

@@ -13,13 +13,13 @@ use crate::state::{self, State};
 use crate::{error, tensor, threads};
 
 /// The memory of a state and what lies in it.
-struct Buffer<'py> {
+pub struct Buffer<'py> {
     memory: Memory<'py>,
     layout: HostLayout,
 }
 
 impl<'py> Buffer<'py> {
-    fn new(
+    pub fn new(
         state: &Bound<'py, PyAny>,
         slots: usize,
         problem: &str,
@@ -31,9 +31,22 @@ impl<'py> Buffer<'py> {
         Ok(Self { memory, layout })
     }
 
-    fn view(&mut self) -> PyResult<StateViewMut<'_>> {
+    pub fn view(&mut self) -> PyResult<StateViewMut<'_>> {
         let bytes = self.memory.as_mut_slice::<u8>()?;
         StateViewMut::new(&self.layout, bytes).map_err(error::python)
+    }
+}
+
+/// The tables of a rotation as the operator takes them.
+pub fn tables<'py>(
+    py: Python<'py>,
+    cos: Option<&Bound<'py, PyAny>>,
+    sin: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    match (cos, sin) {
+        (Some(cos), Some(sin)) => Ok(Some(PyTuple::new(py, [cos, sin])?.into_any())),
+        (None, None) => Ok(None),
+        _ => Err(error::value("rope", "one table", "a tuple (cos, sin)")),
     }
 }
 
@@ -79,11 +92,7 @@ pub fn _advance<'py>(
     parts: bool,
     inplace: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let rope = match (cos, sin) {
-        (Some(cos), Some(sin)) => Some(PyTuple::new(py, [cos, sin])?.into_any()),
-        (None, None) => None,
-        _ => return Err(error::value("rope", "one table", "a tuple (cos, sin)")),
-    };
+    let rope = tables(py, cos, sin)?;
     let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots: seq_slots };
     let tokens = Tokens { batch, rope: rope.as_ref(), positions, interleaved };
     let arguments = Arguments::new([q, k, v, beta], tokens)?;

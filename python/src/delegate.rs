@@ -1,4 +1,5 @@
-//! Calls that go to `infini_attn.torch`: what PyTorch records, and tensors on devices. And autocast.
+//! Calls that go to `infini_attn.torch`: what PyTorch records or differentiates, and tensors on devices. And
+//! autocast.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -24,7 +25,7 @@ impl<'py> Call<'_, 'py> {
         }
         let here = q.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
         let buffers = self.state.map_or(Ok(false), is_buffer)?;
-        if here && !buffers && !torch.is_recording(py)? {
+        if here && !buffers && !torch.wants_gradients(&self.tensors)? && !torch.is_recording(py)? {
             return Ok(None);
         }
         let kwargs = PyDict::new(py);

@@ -2,6 +2,7 @@
 //! the core; here arrays are borrowed, results allocated and errors translated.
 
 mod attend;
+mod backward;
 mod batch;
 mod buffer;
 #[cfg(feature = "cuda")]
@@ -9,6 +10,7 @@ mod cuda;
 mod delegate;
 mod dlpack;
 mod error;
+mod float64;
 mod merge;
 mod problem;
 mod reference;
@@ -28,6 +30,8 @@ mod _core {
     #[pymodule_export]
     use crate::attend::infini_attention;
     #[pymodule_export]
+    use crate::backward::_backward;
+    #[pymodule_export]
     use crate::buffer::{
         _advance, _flush_slots, _host_layout, _reset_slots, _state_from_buffer, _state_into_buffer,
         _truncate_slot,
@@ -38,6 +42,8 @@ mod _core {
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use crate::cuda::plan::{_merge_partials_on, DevicePlan};
+    #[pymodule_export]
+    use crate::float64::{_advance_float64, _backward_float64, _row_len};
     #[pymodule_export]
     use crate::merge::{
         _key_sums_from_bytes, _segment_map_from_bytes, KeySums, SegmentMap, apply, compose,

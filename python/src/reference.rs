@@ -162,7 +162,7 @@ pub fn reference_infini_attention<'py>(
 }
 
 /// The elements of an input of any float type.
-fn widen(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
+pub fn widen(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
     fn as_f64<T: Scalar + Into<f64>>(memory: &Memory<'_>) -> PyResult<Vec<f64>> {
         tensor::collect(tensor::elements(memory.view::<T>()?)?.into_iter().map(Into::into))
     }

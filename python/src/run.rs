@@ -9,7 +9,7 @@ use pyo3::types::PyTuple;
 use crate::attend::Arguments;
 use crate::dlpack::{Memory, Scalar};
 use crate::threads::{Computed, Lane};
-use crate::{error, tensor, threads};
+use crate::{error, tensor, threads, torch};
 
 /// What a call advances: a state, or one in memory of another library.
 pub enum Advanced<'a, 'b> {
@@ -116,6 +116,11 @@ pub fn run<'py, T: Element + Scalar>(
         outputs = outputs.a_dot(a_dot.view_mut()?).a_mem(a_mem.view_mut()?);
     }
     let Computed { result, interrupt } = compute(py, arguments, problem, &mut state, outputs)?;
+    if let (Some(out), tensor::Kind::Torch, Some(torch)) =
+        (wanted.out, arguments.kind, torch::loaded(py)?)
+    {
+        torch.written(out)?;
+    }
     let interrupt = match (result, interrupt) {
         (result, None) => result.map(|()| None).map_err(error::python)?,
         (Ok(()), Some(error)) => Some(Interrupt { error, taken: batch.lens() }),

@@ -77,6 +77,16 @@ impl Torch {
         })
     }
 
+    /// Tells PyTorch, which saves tensors for gradients, that a tensor was written to.
+    pub fn written(&self, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = tensor.py();
+        if tensor.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
+            return Ok(());
+        }
+        let graph = self.module.bind(py).getattr("autograd")?.getattr("graph")?;
+        graph.call_method1(intern!(py, "increment_version"), (tensor,)).map(drop)
+    }
+
     /// Whether an object is a tensor.
     pub fn is_tensor(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
         object.is_instance(self.tensor.bind(object.py()))
@@ -87,6 +97,23 @@ impl Torch {
     pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         let class = object.get_type_ptr().cast();
         [self.tensor.as_ptr(), self.parameter.as_ptr()].contains(&class)
+    }
+
+    /// Whether PyTorch differentiates what is done with any of these objects.
+    pub fn wants_gradients(&self, objects: &[&Bound<'_, PyAny>]) -> PyResult<bool> {
+        for object in objects {
+            let py = object.py();
+            if (self.is_plain(object) || self.is_tensor(object)?)
+                && object.getattr(intern!(py, "requires_grad"))?.is_truthy()?
+            {
+                return self.is_grad_enabled(py);
+            }
+        }
+        Ok(false)
+    }
+
+    fn is_grad_enabled(&self, py: Python<'_>) -> PyResult<bool> {
+        self.module.bind(py).call_method0(intern!(py, "is_grad_enabled"))?.is_truthy()
     }
 
     /// Refuses a tensor whose values, gradient or tangent a call would lose; returns the one whose
@@ -115,7 +142,7 @@ impl Torch {
         if !tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
             return Ok(tensor.clone());
         }
-        if self.module.bind(py).call_method0(intern!(py, "is_grad_enabled"))?.is_truthy()? {
+        if self.is_grad_enabled(py)? {
             let expected = "no gradient (this operator computes none: use torch.no_grad() or \
                             tensor.detach())";
             return Err(error::value(argument, "a tensor that requires grad", expected));

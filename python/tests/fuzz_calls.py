@@ -263,14 +263,61 @@ def buffer(w):
     return tensor, count, text, rotation
 
 
-def advance(w):
+def tokens_of(w):
+    """q, k, v, beta and options as the operators of infini_attn.torch hand them on."""
     args, options = w.inputs(w.tokens())
     cos, sin = options.pop("rope", (None, None))
     names = dict(slots="seq_slots", rope_interleaved="interleaved")
     options = {names.get(name, name): value for name, value in options.items()}
     if cos is not None:
         options |= dict(cos=cos, sin=sin)
+    return args, options
+
+
+def advance(w):
+    args, options = tokens_of(w)
     return (*args, *buffer(w)), options | w.some(0.3, short=True)
+
+
+def outputs(w, q, dtype=None):
+    """New numbers shaped like a call's output and its log-sum-exp."""
+    o = lambda: w.numbers(*q.shape[:-1], w.value_dim, dtype=dtype)
+    return o, lambda: w.numbers(*q.shape[:-3], w.heads, q.shape[-3], dtype=dtype or "f32")
+
+
+def backward(w):
+    args, options = tokens_of(w)
+    state, *reading = buffer(w)
+    o, lse = outputs(w, args[0])
+    options |= w.some(0.3, d_lse=lse(), d_a_mem=o(), bptt_segments=w.rng.randint(1, 3))
+    if w.chance(0.3):
+        options |= dict(a_dot=o(), d_a_dot=o())
+    d_state = state.clone() if w.chance(0.5) else None
+    return (*args, state if w.chance(0.7) else None, d_state, *reading, o(), lse(), o()), options
+
+
+def rows(w):
+    """A state of float64, its slots and its problem; or no state."""
+    text = _core._problem_text(w.problem(dtype="f32"))
+    if w.chance(0.3):
+        return None, w.batch, text
+    made = torch.rand(w.batch, _core._row_len(text), dtype=torch.float64)
+    opened = w.rng.randrange(w.problem().segment_len)
+    made[:, -4:] = torch.tensor([9.0 + opened, 9.0, opened, float(w.rope and opened > 0)])
+    return made, w.batch, text
+
+
+def advance_float64(w):
+    w.dtype = w.rng.choice(("f32", "f16"))
+    args, options = tokens_of(w)
+    return (*args, *rows(w)), options
+
+
+def backward_float64(w):
+    (*args, _, _, _), options = advance_float64(w)
+    o, lse = outputs(w, args[0], "f32")
+    given = [x if w.chance(0.5) else None for x in (o(), lse(), None, o(), o())]
+    return (*args, *rows(w), *given), options | w.some(0.3, bptt_segments=w.rng.randint(1, 3))
 
 
 def of_slots(w):
@@ -328,6 +375,10 @@ CALLS = {
     "_problem_from_text": (_core._problem_from_text, of(lambda w: _core._problem_text(w.problem()))),
     "_call_problem": (_core._call_problem, call_problem),
     "_advance": (_core._advance, advance),
+    "_backward": (_core._backward, backward),
+    "_advance_float64": (_core._advance_float64, advance_float64),
+    "_backward_float64": (_core._backward_float64, backward_float64),
+    "_row_len": (_core._row_len, lambda w: ((buffer(w)[2],), {})),
     "_flush_slots": (_core._flush_slots, of_slots),
     "_reset_slots": (_core._reset_slots, of_slots),
     "_truncate_slot": (_core._truncate_slot, lambda w: ((*buffer(w), *truncate(w)[1:]), {})),
@@ -363,5 +414,5 @@ CALLS = {
 WEIGHTS = {name: 30 if name == "infini_attention" else 1 if hasattr(f, "__objclass__") else 3 for name, (f, _) in CALLS.items()}
 
 # Which calls may change the state they are given.
-BUFFERS = {"_advance", "_flush_slots", "_reset_slots", "_truncate_slot", "_state_into_buffer"}
+BUFFERS = {"_advance", "_backward", "_flush_slots", "_reset_slots", "_truncate_slot", "_state_into_buffer"}
 WRITES = {"State.flush", "State.reset", "State.truncate", "ReferenceState.flush"} | BUFFERS

@@ -138,7 +138,7 @@ def test_autocast(dtype):
 
 # The messages stand apart from the calls: PyTorch quotes the line of a call.
 REFUSED = {
-    "q: a tensor that requires grad given": dict(q=inputs()[0].requires_grad_()),
+    "bptt_segments: 0 given, at least 1": dict(q=inputs()[0].requires_grad_(), bptt_segments=0),
     "k: dtype torch.float64 given, torch.float32": dict(k=inputs()[1].double()),
     "update: 'x' given, linear or delta": dict(update="x"),
     "an infini_attn.torch.State expected": dict(state=infini_attn.State(PROBLEM, 2)),

@@ -70,9 +70,8 @@ OPERATOR = [
     (ValueError, r"q: DLPack device \(2, 0\) given, CPU memory", dict(q=OnDevice())),
     (TypeError, "q: a PyTorch tensor given, an array by DLPack as|k: a PyTorch tensor given, an array by", dict(q=Array(Q))),
     # Gradients, devices, lazy negation.
-    (ValueError, "q: a tensor that requires grad given, no gradient", dict(q=Q.clone().requires_grad_())),
-    (ValueError, "v: a tensor that requires grad given", dict(v=torch.nn.Parameter(V))),
-    (ValueError, "beta: a tensor that requires grad given", dict(beta=torch.nn.Parameter(BETA))),
+    (TypeError, "bptt_segments: float given, an integer", dict(bptt_segments=1.5)),
+    (ValueError, "bptt_segments: 0 given, at least 1", dict(bptt_segments=0)),
     (ValueError, "k: device meta given, cpu", dict(k=K.to("meta"))),
     (ValueError, "beta: device meta given, cpu", dict(beta=BETA.to("meta"))),
     (ValueError, "q: a tensor with the negative bit given", dict(q=CONJUGATE)),

@@ -82,6 +82,16 @@ def test_a_call_within_its_first_segment(slow, inplace, threads):
         assert not hasattr(info.value, "tokens_taken")
 
 
+def test_gradients(slow):
+    """Of a call that is not made: any outputs take as long."""
+    (q, k, v, beta), state = slow
+    o, lse, text = torch.rand_like(q), torch.rand(1, 4, 50_000), infini_attn._core._problem_text(state.problem)
+    call = q, k, v, beta, None, 1, text, False, o, lse, None, o, None, None, None, None, False
+    with pytest.raises(KeyboardInterrupt), interrupted(0.3) as seconds:
+        torch.ops.infini_attn.prefill_backward(*call)
+    assert seconds[0] < 5
+
+
 @pytest.mark.parametrize("hkv", [2, 1])
 def test_a_call_in_place_says_what_it_has_done(hkv):
     q, k, v, beta = tensors(1, 400_000, 2, hkv, 16)

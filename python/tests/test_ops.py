@@ -173,15 +173,10 @@ ERRORS = [
     (TypeError, "v: dtype torch.float16 given, torch.float32 as q has", dict(v=V.half())),
     (
         TypeError,
-        "q: dtype torch.float64 given, f32, f16 or bf16",
+        "state: State given, an infini_attn.torch.Float64State",
         dict(q=Q.double(), k=K.double(), v=V.double()),
     ),
     (ValueError, r"beta: shape \[3\] given, \[Hq\] = \[4\]", dict(beta=BETA[:3])),
-    (
-        ValueError,
-        r"beta: a tensor that requires grad given, .*torch.no_grad\(\)",
-        dict(beta=BETA.clone().requires_grad_()),
-    ),
     (ValueError, "state: made for segment_len = 8, the call has segment_len = 16", dict(segment_len=16)),
     (
         ValueError,
@@ -358,7 +353,42 @@ def samples():
         "flush_": [(here(), slots), (here(rotation=False), {})],
         "reset_": [(here(), {})],
         "truncate_": [((*here(), 1, 10), {})],
+        **trained(),
         "merge_partials": [(([torch.rand(3, 20, 4, 6)] * 2, [torch.rand(3, 4, 20)] * 2), {})],
+    }  # fmt: skip
+
+
+def doubles():
+    return [*(x.double().requires_grad_() for x in (Q, K, V)), BETA]
+
+
+def rows():
+    return torch.ops.infini_attn.prefill_float64(*doubles(), None, 3, TEXT)[2].detach()
+
+
+def trained():
+    """The same of the operators that gradients are computed by."""
+    learned = lambda *tensors: tuple(x.clone().requires_grad_() for x in tensors)
+    (q, k, v, beta), before = learned(Q, K, V, BETA), state(tokens=5)._floats().clone()
+    reading, slots = (3, TEXT, True), (None, 2, torch.tensor([2, 0, 1]))
+    whole = (q, k, v, beta, None, *reading, True, None, None, None, MASK, None, *ROPE)
+    out, lse, _, a_dot, a_mem = OPS.prefill_train(*whole)
+    return {
+        "prefill_train": [
+            (whole, {}), ((q, k, v, beta, *learned(before), *reading, False, *slots[1:]), {}),
+            ((*learned(*(x.flatten(0, 1)[:20] for x in (Q, K, V))), BETA, None, *reading, False, None, None,
+              None, None, torch.tensor(CU)), {}),
+        ],
+        "prefill_backward": [
+            ((*[x.detach() for x in (q, k, v, beta)], before, *reading, *[x.detach() for x in (out, lse, a_dot)],
+              torch.rand_like(out), None, torch.rand_like(before), torch.rand_like(out), None, True), {}),
+        ],
+        "prefill_float64": [((*doubles(), None, 3, TEXT, None, None, None, MASK, None, *ROPE), {}),
+                            ((*doubles(), rows(), 3, TEXT, 2, torch.tensor([2, 0, 1])), {})],
+        "prefill_float64_backward": [
+            ((*[x.detach() for x in doubles()], rows(), 3, TEXT, None, torch.rand(3, 4, 20).double(), rows() * 2,
+              torch.rand(3, 20, 4, 6).double(), None), {}),
+        ],
     }  # fmt: skip
 
 

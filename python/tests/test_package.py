@@ -30,7 +30,7 @@ def test_signature_of_the_operator():
         " denominator=None, state=None, slots=None, seq_lens=None, attention_mask=None,"
         " cu_seqlens=None, rope=None, positions=None,"
         " rope_interleaved=False, inplace=False, out=None, return_state=True, return_lse=False,"
-        " return_parts=False)"
+        " return_parts=False, bptt_segments=None)"
     )
 
 

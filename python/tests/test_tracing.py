@@ -1,4 +1,4 @@
-"""PyTorch transforms or differentiates operations: refused, never a tangent lost. What records them is
+"""PyTorch transforms operations: refused, never a tangent lost. What records them is
 in test_compile.py; here, what else sees a call."""
 
 import subprocess
@@ -73,13 +73,26 @@ def test_tangents_are_not_dropped():
                 attend(**options)
         with pytest.raises(ValueError, match="^q: a tensor with a forward-mode tangent given"):
             attend_by_operators(dual(Q))
+        learned = Q.clone().requires_grad_()
+        for function in (attend, attend_by_operators):
+            with pytest.raises(ValueError, match="^q: a tensor with a forward-mode tangent given"):
+                function(dual(learned))
+        with pytest.raises(ValueError, match="^beta: a tensor with a forward-mode tangent given"):
+            attend(learned, beta=dual(BETA))
         assert torch.equal(attend(), EXPECTED)
         assert torch.equal(attend(dual(Q).detach()), EXPECTED)
 
 
-def test_operators_refuse_what_requires_grad():
-    with pytest.raises(ValueError, match="^q: a tensor that requires grad given"):
-        attend_by_operators(Q.clone().requires_grad_())
+def test_what_is_differentiated_cannot_be_traced():
+    learned = Q.clone().requires_grad_()
+    for function in (attend, attend_by_operators):
+        with pytest.raises(ValueError, match="^q: tensors that require grad within torch.jit.trace given"):
+            torch.jit.trace(function, (learned,))
+        with torch.no_grad():
+            assert torch.equal(torch.jit.trace(function, (learned,))(Q), EXPECTED)
+
+
+def test_operators_without_gradients_refuse_what_requires_grad():
     text = infini_attn._core._problem_text(Problem(heads=2, key_dim=8, segment_len=4))
     with pytest.raises(ValueError, match="^v: a tensor that requires grad given"):
         torch.ops.infini_attn.prefill(Q, K, V.clone().requires_grad_(), BETA, None, 1, text, False)

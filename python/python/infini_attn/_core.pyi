@@ -14,6 +14,9 @@ __all__ = [
     "State",
     "__version__",
     "_advance",
+    "_advance_float64",
+    "_backward",
+    "_backward_float64",
     "_call_problem",
     "_cuda_status",
     "_flush_slots",
@@ -23,6 +26,7 @@ __all__ = [
     "_problem_from_text",
     "_problem_text",
     "_reset_slots",
+    "_row_len",
     "_segment_map_from_bytes",
     "_state_from_buffer",
     "_state_from_bytes",
@@ -185,6 +189,7 @@ def infini_attention(
     return_state: Literal[True] = True,
     return_lse: Literal[False] = False,
     return_parts: Literal[False] = False,
+    bptt_segments: int | None = None,
 ) -> tuple[_Tensor, State]: ...
 @overload
 def infini_attention(
@@ -211,6 +216,7 @@ def infini_attention(
     return_state: Literal[False],
     return_lse: Literal[False] = False,
     return_parts: Literal[False] = False,
+    bptt_segments: int | None = None,
 ) -> _Tensor: ...
 @overload
 def infini_attention(
@@ -237,6 +243,7 @@ def infini_attention(
     return_state: bool = True,
     return_lse: bool = False,
     return_parts: bool = False,
+    bptt_segments: int | None = None,
 ) -> Any: ...
 
 @final
@@ -350,6 +357,77 @@ def _advance(
     parts: bool = False,
     inplace: bool = True,
 ) -> tuple[Any, ...]: ...
+def _backward(
+    q: _DLPack,
+    k: _DLPack,
+    v: _DLPack,
+    beta: _Floats,
+    state: _DLPack | None,
+    d_state: _DLPack | None,
+    slots: int,
+    problem: str,
+    rotation: bool,
+    o: _DLPack,
+    lse: _DLPack,
+    d_o: _DLPack,
+    *,
+    d_lse: _DLPack | None = None,
+    a_dot: _DLPack | None = None,
+    d_a_dot: _DLPack | None = None,
+    d_a_mem: _DLPack | None = None,
+    bptt_segments: int | None = None,
+    seq_slots: _Ints | None = None,
+    seq_lens: _Ints | None = None,
+    attention_mask: _Floats | None = None,
+    cu_seqlens: _Ints | None = None,
+    cos: _DLPack | None = None,
+    sin: _DLPack | None = None,
+    positions: _Ints | None = None,
+    interleaved: bool = False,
+) -> list[Any]: ...
+def _advance_float64(
+    q: _DLPack,
+    k: _DLPack,
+    v: _DLPack,
+    beta: _Floats,
+    rows: _DLPack | None,
+    slots: int,
+    problem: str,
+    *,
+    seq_slots: _Ints | None = None,
+    seq_lens: _Ints | None = None,
+    attention_mask: _Floats | None = None,
+    cu_seqlens: _Ints | None = None,
+    cos: _DLPack | None = None,
+    sin: _DLPack | None = None,
+    positions: _Ints | None = None,
+    interleaved: bool = False,
+) -> list[Any]: ...
+def _backward_float64(
+    q: _DLPack,
+    k: _DLPack,
+    v: _DLPack,
+    beta: _Floats,
+    rows: _DLPack | None,
+    slots: int,
+    problem: str,
+    d_o: _DLPack | None,
+    d_lse: _DLPack | None,
+    d_rows: _DLPack | None,
+    d_a_dot: _DLPack | None,
+    d_a_mem: _DLPack | None,
+    *,
+    bptt_segments: int | None = None,
+    seq_slots: _Ints | None = None,
+    seq_lens: _Ints | None = None,
+    attention_mask: _Floats | None = None,
+    cu_seqlens: _Ints | None = None,
+    cos: _DLPack | None = None,
+    sin: _DLPack | None = None,
+    positions: _Ints | None = None,
+    interleaved: bool = False,
+) -> list[Any]: ...
+def _row_len(problem: str) -> int: ...
 def _flush_slots(
     state: _DLPack, slots: int, problem: str, rotation: bool, seq_slots: _Ints | None
 ) -> None: ...

@@ -2,8 +2,6 @@
 
 `convert` gives a model Infini-attention in place of its attention, `load` reads what such a model's
 `save_pretrained` wrote. Both know Llama, Mistral, Qwen2 and Qwen3.
-
-There are no gradients yet: call models under `torch.no_grad()`, as `generate` does.
 """
 
 import sys
@@ -21,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from . import Problem, infini_attention
 from .nn import Gated, last_columns, rotation_of_embeddings
+from .torch import State
 
 __all__ = ["InfiniCache", "InfiniCacheLayer", "convert", "load"]
 
@@ -271,7 +270,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         undo = None
         if self.record_past and self.fills_a_segment(tokens, call["segment_len"]):
             undo = (None if self.state is None else self.state.fork(), call)
-        out, self.state = infini_attention(**call, state=self.state, inplace=self.state is not None)
+        # What gradients are computed of stays as it is.
+        inplace = self.state is not None and not torch.is_grad_enabled()
+        out, self.state = infini_attention(**call, state=self.state, inplace=inplace)
         self.is_initialized, self.undo = True, undo
         self.seen += tokens
         full = tokens if mask is None else int(mask.flip(1).long().cumprod(1).sum(1).min())
@@ -343,6 +344,12 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = self.unpadded = 0
 
+    def detach(self) -> None:
+        """Gradients of what follows end here."""
+        self.undo = None
+        if isinstance(self.state, State):
+            self.state = self.state.detach()
+
     def fork(self, streams: list[int]) -> None:
         """Stream i goes on where streams[i] stands."""
         self.undo = None
@@ -389,6 +396,11 @@ class InfiniCache(Cache):
     def __init__(self, config) -> None:
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[InfiniCacheLayer() for _ in range(layers)])
+
+    def detach(self) -> None:
+        """What was seen so far is a constant to the gradients of what follows."""
+        for layer in self.layers:
+            layer.detach()
 
 
 def cache_layer(cache: Cache, index: int) -> InfiniCacheLayer:

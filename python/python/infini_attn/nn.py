@@ -1,7 +1,4 @@
-"""Infini-attention as a module of PyTorch: projections, gate and rotation around the operator.
-
-There are no gradients yet: call modules under `torch.no_grad()` or `torch.inference_mode()`.
-"""
+"""Infini-attention as a module of PyTorch: projections, gate and rotation around the operator."""
 
 import torch
 
@@ -132,6 +129,7 @@ class InfiniAttention(Gated):
         state=None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         return_state: bool = True,
+        bptt_segments: int | None = None,
     ):
         """Attends to `hidden`, [B, T, E], and to what `state` has seen.
 
@@ -140,13 +138,16 @@ class InfiniAttention(Gated):
         attention_mask : [B, T] or longer, optional
             Ones for tokens and zeros for padding, on either side; of a longer one the last T columns.
         state : optional
-            Where the streams stand; it is advanced itself (`state.fork()` before keeps a copy). New,
-            empty streams by default.
+            Where the streams stand. Without gradients (under `torch.no_grad()`, the module in `eval()`)
+            it is advanced itself, and `state.fork()` before keeps a copy; otherwise it stays as it is, and
+            the next call takes the state returned. New, empty streams by default.
         position_embeddings : (cos, sin), each [B or 1, T, R], optional
             Rotates by these, every frequency twice as Hugging Face's models make them, instead of by
             each token's place in its stream.
         return_state : bool
             Whether to return the state.
+        bptt_segments : int, optional
+            As in infini_attention.
 
         Returns
         -------
@@ -165,9 +166,11 @@ class InfiniAttention(Gated):
             options |= rotation(*self.tables(places(state, mask, batch, tokens, hidden.device)))
         split = lambda x: x.unflatten(-1, (-1, self.head_dim))
         q, k, v = (split(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        # What is computed again for its gradients finds the state as it was.
+        inplace = state is not None and not (self.training or torch.is_grad_enabled())
         results = infini_attention(
-            q, k, v, self.beta, state=state, inplace=state is not None, attention_mask=mask,
-            return_state=return_state, **options,
+            q, k, v, self.beta, state=state, inplace=inplace, attention_mask=mask,
+            return_state=return_state, bptt_segments=bptt_segments, **options,
         )
         out, state = results if return_state else (results, None)
         return self.o_proj(out.flatten(-2)), state
@@ -188,7 +191,8 @@ def places(state, mask: torch.Tensor | None, batch: int, tokens: int, device) ->
     """The place of each token in its stream, int64 [B, T], or [1, T] where all streams agree."""
     seen = torch.as_tensor(getattr(state, "tokens", [0]))
     # What is no state, or one of another batch, the operator refuses.
-    if len(seen) != batch or seen.unique().numel() < 2:
+    same = lambda: not torch.compiler.is_compiling() and seen.unique().numel() < 2
+    if len(seen) != batch or same():
         seen = seen[:1]
     if mask is None:
         steps = torch.arange(tokens, device=device)

@@ -65,14 +65,37 @@ def empty(problem: str, slots: int, rotation: bool, device: torch.device) -> tor
 
 
 def views(buffer: torch.Tensor, problem: str, slots: int, rotation: bool) -> dict[str, torch.Tensor]:
-    """The parts of a buffer by name, [slots, ...], which share its memory."""
-    found, at = {}, 0
+    """The parts of a buffer by name, [slots, ...], which share its memory. Of the same memory as float32
+    all but the counters, differentiably."""
+    found, at, width = {}, 0, buffer.element_size()
     for part in parts(problem, rotation, buffer.device.type):
         size = part.bytes(slots)
         shape = (slots, *part.shape) if part.of_slots else part.shape
-        found[part.name] = buffer[at : at + size].view(part.dtype).view(shape)
+        if width == 1 or part.dtype == buffer.dtype:
+            piece = buffer[at // width : (at + size) // width]
+            found[part.name] = (piece.view(part.dtype) if width == 1 else piece).view(shape)
         at += _aligned(size)
     return found
+
+
+def rows(floats: torch.Tensor, problem: str, slots: int, rotation: bool) -> dict[str, torch.Tensor]:
+    """The parts of a state on the CPU as float32 by name, [slots, bytes / 4], in their order and the
+    counters among them, of which only copies have a meaning."""
+    found, at = {}, 0
+    for part in parts(problem, rotation, "cpu"):
+        size = part.bytes(slots)
+        found[part.name] = floats[at // 4 : (at + size) // 4].view(slots, part.bytes(1) // 4)
+        at += _aligned(size)
+    return found
+
+
+def joined(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The state of such parts, as float32: a copy, to the bit."""
+    pieces = []
+    for row in rows.values():
+        size = 4 * row.numel()
+        pieces += [row.reshape(-1), row.new_zeros((_aligned(size) - size) // 4)]
+    return torch.cat(pieces)
 
 
 def _aligned(size):

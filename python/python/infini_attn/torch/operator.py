@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import _core
-from . import _cpu, _cuda, _layout
+from . import _cpu, _cuda, _float64, _layout, _train
 from .ops import DTYPES, cast
 from .state import State
 
@@ -38,15 +38,19 @@ def infini_attention(
     return_state: bool = True,
     return_lse: bool = False,
     return_parts: bool = False,
+    bptt_segments: int | None = None,
 ) -> Any:
     """`infini_attn.infini_attention` of PyTorch's tensors on any device, with a State of this package.
 
     Arguments, results and errors are the same. torch.compile (also of whole
     graphs, with shapes that vary), torch.export, make_fx and torch.jit.trace record it. Under autocast
-    q, k and v are cast, to the state's dtype or, without a state, to autocast's. What is to be learned
-    is refused: there are no gradients.
+    q, k and v are cast, to the state's dtype or, without a state, to autocast's.
+
+    Where q, k, v, beta or the state requires grad (with grad enabled, on the CPU), PyTorch can
+    differentiate the results, the state among them, of which another call continues. Tensors of float64
+    on the CPU are computed by the reference, slowly, for checks; their state is a Float64State.
     """
-    _check_tensors(q, k, v, beta, cu_seqlens is not None)
+    _check_tensors(q, k, v, cu_seqlens is not None)
     for name, flag in (
         ("rope_interleaved", rope_interleaved),
         ("inplace", inplace),
@@ -56,6 +60,9 @@ def infini_attention(
     ):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: {type(flag).__name__} given, True or False expected")
+    if isinstance(state, _core.State) and not _is_float64(q) and _train.wants_gradients(q, k, v, beta):
+        # Recorded calls leave it as it is.
+        state = State.from_state(state)
     if state is not None:
         _check_state(state, q)
     problem = _problem_of(q, k, v, state, (segment_len, update, scale, empty_memory, denominator))
@@ -72,17 +79,54 @@ def infini_attention(
         positions=_integers("positions", positions),
         interleaved=rope_interleaved,
     )
-    beta = _numbers("beta", beta, torch.float32)
+    gate, beta = beta, _numbers("beta", beta, torch.float32)
+    bptt_segments = _segments(bptt_segments)
     for name, x in (("beta", beta), *options.items()):
         # PyTorch would take the whole call for one without values.
         if isinstance(x, torch.Tensor) and x.is_meta and not q.is_meta:
             raise ValueError(f"{name}: device meta given, {q.device} expected")
     if state is not None:
-        buffer, sequences, rotation = state.buffer, state.sequences, state.rotation
+        sequences = state.sequences
     else:
         sequences = q.shape[0] if cu_seqlens is None else _count(options["cu_seqlens"])
+    learned = dict(q=q, k=k, v=v, beta=beta)
+    if _is_float64(q):
+        inplace = inplace and state is not None
+        _train.check(learned, rope=(cos, sin), out=out, inplace=inplace, of="of float64 tensors")
+        o, state, lse, *parts = _float64.attend(
+            **learned,
+            state=state,
+            sequences=sequences,
+            problem=problem,
+            bptt_segments=bptt_segments,
+            options=options,
+        )
+        return _pack(o, state, lse, parts if return_parts else [], return_state, return_lse)
+    if state is not None:
+        buffer, rotation = state.buffer, state.rotation
+    else:
         buffer, rotation = None, rope is not None
     operators: Any = torch.ops.infini_attn
+    if _train.wants_gradients(q, k, v, beta, None if state is None else state._tracked):
+        _train.check(learned, rope=(cos, sin), out=out, inplace=inplace and state is not None)
+        tables = rope or (None, None)
+        given = (slots, seq_lens, attention_mask, cu_seqlens, *tables, positions, rope_interleaved)
+        options = {name: _kept(x, g) for (name, x), g in zip(options.items(), given)}
+        o, lse, new, *parts = operators.prefill_train(
+            q,
+            k,
+            v,
+            _train.gate(_kept(beta, gate), q.shape[-2]),
+            None if state is None else state._floats(),
+            sequences,
+            problem,
+            rotation,
+            return_parts,
+            bptt_segments,
+            *options.values(),
+        )
+        state = State._of_tracked(new, problem, sequences, rotation)
+        return _pack(o, state, lse, parts if return_parts else [], return_state, return_lse)
     if out is not None:
         _check_out(out, (*q.shape[:-1], v.shape[-1]), _dtype(problem), q.device, buffer)
     if (out is not None or return_parts) and _is_eager(q):
@@ -97,6 +141,7 @@ def infini_attention(
         o, lse, *parts = operators.prefill_(
             q, k, v, beta, buffer, sequences, problem, rotation, **options
         )
+        state._changed()
     else:
         o, lse, buffer, *parts = operators.prefill(
             q, k, v, beta, buffer, sequences, problem, rotation, **options
@@ -104,11 +149,36 @@ def infini_attention(
         state = State._of(buffer, problem, sequences, rotation)
     if out is not None and operators is torch.ops.infini_attn:
         o = out.copy_(o)
+    return _pack(o, state, lse, parts, return_state, return_lse)
+
+
+def _kept(x, given):
+    """What was given, until gradients are computed: arrays of others may change meanwhile, which PyTorch
+    notices of tensors alone."""
+    return x.clone() if isinstance(x, torch.Tensor) and x is not given else x
+
+
+def _pack(o, state, lse, parts, return_state, return_lse):
     results = (o,) + ((state,) if return_state else ()) + ((lse,) if return_lse else ()) + tuple(parts)
     return results if len(results) > 1 else o
 
 
-def _check_tensors(q, k, v, beta, packed):
+def _segments(bptt_segments):
+    if bptt_segments is None:
+        return None
+    if isinstance(bptt_segments, bool):
+        raise TypeError("bptt_segments: bool given, an integer expected")
+    try:
+        segments = index(bptt_segments)
+    except TypeError:
+        given = type(bptt_segments).__name__
+        raise TypeError(f"bptt_segments: {given} given, an integer expected") from None
+    if segments < 1:
+        raise ValueError(f"bptt_segments: {segments} given, at least 1 expected")
+    return segments
+
+
+def _check_tensors(q, k, v, packed):
     if not torch.compiler.is_compiling():
         _check_transforms()
     names, rank = ("[total, Hq, Dk], as cu_seqlens is given", 3) if packed else ("[B, T, Hq, Dk]", 4)
@@ -119,14 +189,6 @@ def _check_tensors(q, k, v, beta, packed):
             raise ValueError(f"{name}: device {x.device} given, {q.device} as q has expected")
         if x.dim() != rank:
             raise ValueError(f"{name}: shape {list(x.shape)} given, rank {rank} {names} expected")
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
-            if isinstance(x, torch.Tensor) and x.requires_grad:
-                given = f"{name}: a tensor that requires grad given"
-                expected = (
-                    "no gradient (this operator computes none: use torch.no_grad() or tensor.detach())"
-                )
-                raise ValueError(f"{given}, {expected} expected")
 
 
 def _check_transforms():
@@ -136,11 +198,17 @@ def _check_transforms():
         raise ValueError(f"q: a tensor within a transform of torch.func given, {expected} expected")
 
 
+def _is_float64(q):
+    """Whether a call is one for the reference."""
+    return q.dtype == torch.float64 and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 def _check_state(state, q):
-    if not isinstance(state, State):
+    wanted: Any = _float64.Float64State if _is_float64(q) else State
+    if not isinstance(state, wanted):
         given = "an infini_attn.State" if isinstance(state, _core.State) else type(state).__name__
-        raise TypeError(f"state: {given} given, an infini_attn.torch.State expected")
-    if state.buffer.device != q.device:
+        raise TypeError(f"state: {given} given, an infini_attn.torch.{wanted.__name__} expected")
+    if wanted is State and state.buffer.device != q.device:
         raise ValueError(f"state: device {state.buffer.device} given, {q.device} as q has expected")
 
 
@@ -156,11 +224,12 @@ def _problem_of(q, k, v, state, policies):
         for name, x in (("k", k), ("v", v)):
             if x.dtype != dtype:
                 raise TypeError(f"{name}: dtype {x.dtype} given, {dtype} as q has expected")
-    if dtype not in DTYPES:
+    known = DTYPES | ({torch.float64: "f32"} if _is_float64(q) else {})
+    if dtype not in known:
         raise TypeError(f"q: dtype {dtype} given, f32, f16 or bf16 expected")
     # The index of a symbol is a number: heads and channels do not vary in a graph.
     extents = tuple(map(index, (q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])))
-    return _text(base, extents, DTYPES[dtype], policies)
+    return _text(base, extents, known[dtype], policies)
 
 
 def _dtype(problem):

@@ -2,13 +2,13 @@
 
 A state is a tensor of bytes ([`State.buffer`]) beside what says how to read it: its `slots`, the
 `problem` as text and whether it has room for rotated keys (`rotation`). Sequence b belongs to slot
-`seq_slots[b]`. The operators compute no gradients.
+`seq_slots[b]`. PyTorch differentiates `prefill_train`, by `prefill_backward`, and their likes of float64.
 """
 
 import torch
 
 from .. import _core
-from . import _cpu, _layout
+from . import _cpu, _float64, _layout, _train
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, {state}, SymInt slots, str problem, bool rotation, *,"
@@ -82,12 +82,12 @@ def _under_autocast(name, device):
     """q, k and v as the problem has them, whatever autocast's own type is: the state's layout follows
     it."""
 
-    def call(q, k, v, beta, state, slots, problem, rotation, **options):
+    def call(q, k, v, beta, state, slots, problem, *args, **options):
         dtype = _DTYPES[_core._problem_from_text(problem).dtype]
         q, k, v = (cast(x, dtype) for x in (q, k, v))
         with torch.autocast(device.lower(), enabled=False):
             operator = getattr(torch.ops.infini_attn, name).default
-            return operator(q, k, v, beta, state, slots, problem, rotation, **options)
+            return operator(q, k, v, beta, state, slots, problem, *args, **options)
 
     return call
 
@@ -100,6 +100,11 @@ for _name, _schema in SCHEMAS.items():
     if _schema.startswith("(Tensor q"):
         for _device in ("CPU", "CUDA"):
             _library.impl(_name, _under_autocast(_name, _device), f"Autocast{_device}")
+
+for _module in (_train, _float64):
+    _module.register(_library)
+    SCHEMAS |= _module.SCHEMAS
+_library.impl("prefill_train", _under_autocast("prefill_train", "CPU"), "AutocastCPU")
 
 
 def merge(a_dot, lse):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from .. import _core
-from . import _layout, ops  # noqa: F401 (the operators are registered)
+from . import _layout, _tracked, ops  # noqa: F401 (the operators are registered)
 
 _problems: dict[str, _core.Problem] = {}
 
 
-class State:
+class State(_tracked.Tracked):
     """The state of B independent streams in one tensor, on the CPU or a GPU.
 
     State(problem, sequences=1) starts that many empty streams. All of it lies in `buffer`, a tensor of
@@ -34,10 +34,6 @@ class State:
         Room for rotated keys, which calls with rope need.
     """
 
-    buffer: torch.Tensor
-    sequences: int
-    rotation: bool
-
     def __init__(
         self, problem: _core.Problem, sequences: int = 1, *, device: Any = "cpu", rotation: bool = True
     ):
@@ -52,6 +48,7 @@ class State:
         self.sequences = sequences
         self.rotation = rotation
         self._text = text
+        self._tracked = None
 
     @classmethod
     def _of(cls, buffer, text, sequences, rotation):
@@ -106,7 +103,10 @@ class State:
         return _problems[self._text]
 
     def _parts(self):
-        return _layout.views(self.buffer, self._text, self.sequences, self.rotation)
+        parts = _layout.views(self.buffer, self._text, self.sequences, self.rotation)
+        if self._tracked is not None:
+            parts |= _layout.views(self._tracked, self._text, self.sequences, self.rotation)
+        return parts
 
     @property
     def memory(self) -> torch.Tensor:
@@ -201,6 +201,8 @@ class State:
         return self._take(self._chosen("slots", slots))
 
     def _take(self, chosen):
+        if self._is_recorded():
+            return _tracked.taken(self, chosen)
         count = chosen.shape[0]
         new = self._empty_like(count)
         if self._on_cuda():
@@ -258,6 +260,8 @@ class State:
                 raise ValueError(
                     f"states[{i}]: {given} given, {first.problem} on {first.device} expected"
                 )
+        if any(state._is_recorded() for state in states):
+            return _tracked.concatenated(states)
         new = first._empty_like(count, any(state.rotation for state in states))
         at = 0
         for state in states:
@@ -269,6 +273,8 @@ class State:
         """For every pair (from, to): slot `to` of this state continues where slot `from` of `source`
         stands, which may be this state. No slot is written twice, nor one that is read."""
         _check_state("source", source)
+        source._check_constant("source")
+        self._check_constant("copy_slots")
         pairs = list(pairs)
         if (
             source._text != self._text
@@ -288,15 +294,20 @@ class State:
                 expected = "a slot that is not copied as well"
                 raise ValueError(f"pairs[{i}] (to): {slot} given, {expected} expected")
         self._copy(source, come, go)
+        self._changed()
 
     def reset(self, slots: Any = None) -> None:
         """Forgets everything all streams (or those in `slots`) have seen, in place."""
+        self._check_constant("reset")
         torch.ops.infini_attn.reset_(*self._arguments(), seq_slots=self._optional(slots))
+        self._changed()
 
     def flush(self, slots: Any = None) -> None:
         """Commits the open segments of all streams (or of those in `slots`), in place; the next token
         opens a new segment of full length."""
+        self._check_constant("flush")
         torch.ops.infini_attn.flush_(*self._arguments(), seq_slots=self._optional(slots))
+        self._changed()
 
     def truncate(self, slot: int, tokens: int) -> None:
         """Takes back the last tokens of a stream, which goes on behind its first `tokens`. That reaches
@@ -307,7 +318,9 @@ class State:
             raise ValueError(f"slot: {slot} given, {expected} expected")
         if tokens < 0:
             raise ValueError(f"tokens: {tokens} given, at least 0 expected")
+        self._check_constant("truncate")
         torch.ops.infini_attn.truncate_(*self._arguments(), slot, tokens)
+        self._changed()
 
     def _arguments(self):
         return self.buffer, self.sequences, self._text, self.rotation
@@ -323,6 +336,9 @@ class State:
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self
+        if self._is_recorded():
+            given = f"a state that requires grad on {self.device}"
+            raise ValueError(f"device: {device} for {given} given, state.detach() expected before")
         if device.type != self.device.type and "cuda" in (device.type, self.device.type):
             # Laid out otherwise there.
             return State.from_state(self.to_state(), device=device, rotation=self.rotation)
@@ -343,7 +359,9 @@ class State:
         return self.to("cuda" if device is None else torch.device("cuda", device))
 
     def clone(self) -> "State":
-        """A copy of all bytes."""
+        """A copy of all bytes; differentiable, if the state requires grad."""
+        if self._is_recorded():
+            return State._of_tracked(self._floats().clone(), self._text, self.sequences, self.rotation)
         # A tensor that knows when it is written to, whatever the mode.
         with torch.inference_mode(False):
             return self._copied(self.buffer.clone())
@@ -449,7 +467,8 @@ def _state_of(buffer, text, sequences, rotation, device="cpu"):
 
 
 def _flatten(state):
-    return [state.buffer, state.sequences], (state._text, state.rotation)
+    memory = state.buffer if state._tracked is None else state._tracked
+    return [memory, state.sequences], (state._text, state.rotation)
 
 
 def _flatten_with_keys(state):
@@ -459,7 +478,11 @@ def _flatten_with_keys(state):
 
 
 def _unflatten(leaves, context):
-    return State._of(leaves[0], context[0], leaves[1], context[1])
+    dtype = getattr(leaves[0], "dtype", torch.uint8)
+    if dtype.is_floating_point and dtype != torch.float32:
+        raise TypeError(f"state: dtype {dtype} given, the bytes or float32 of a state expected")
+    tracked = dtype == torch.float32
+    return (State._of_tracked if tracked else State._of)(leaves[0], context[0], leaves[1], context[1])
 
 
 torch.utils._pytree.register_pytree_node(
