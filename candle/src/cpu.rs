@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, Layout, Result, Storage, WithDType};
 use infini_attn::{Element, Inputs, Outputs, Rope, TensorView, TensorViewMut};
 
 use crate::error::{refused, wrapped, zeros};
-use crate::operator::{Call, Lent, Output, OutputShapes, described, strides};
+use crate::gradient::Record;
+use crate::operator::{Call, Lent, Output, OutputShapes, Rotation, described, strides};
 
 pub fn forward<T: Element + WithDType>(
     call: &Call<'_>,
@@ -15,14 +16,7 @@ pub fn forward<T: Element + WithDType>(
     let [q, k, v] = qkv.map(|(storage, layout)| view::<T>(storage.as_slice()?, layout));
     let gate = call.gate.view()?;
     let gate = gate.as_slice().expect("contiguous");
-    let rope = match &call.rope {
-        Some(rope) => Some(
-            Rope::new(rope.cos.view()?, rope.sin.view()?)
-                .interleaved(rope.interleaved)
-                .positions(call.positions),
-        ),
-        None => None,
-    };
+    let rope = call.rope.as_ref().map(|rope| rotation(rope, call.positions)).transpose()?;
     let inputs = described!(Inputs::new(q?, k?, v?), call, rope);
 
     let mut o = zeros::<T>(&shapes.o, "o")?;
@@ -41,6 +35,12 @@ pub fn forward<T: Element + WithDType>(
             .a_dot(TensorViewMut::new(a_dot, &shapes.o).map_err(wrapped)?)
             .a_mem(TensorViewMut::new(a_mem, &shapes.o).map_err(wrapped)?);
     }
+    let mut record = call.record.borrow_mut();
+    if let Some(Record { tape, lse }) = &mut *record {
+        *lse = zeros::<f32>(&shapes.lse, "lse")?;
+        let lse = TensorViewMut::new(lse, &shapes.lse).map_err(wrapped)?;
+        outputs = outputs.lse(lse).tape(tape);
+    }
     let problem = *state.problem();
     infini_attn::forward(&problem, &inputs, gate, state, outputs).map_err(wrapped)?;
     let mut all = vec![(T::to_cpu_storage_owned(o), shapes.o.clone())];
@@ -51,7 +51,13 @@ pub fn forward<T: Element + WithDType>(
     Ok(all)
 }
 
-fn view<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<TensorView<'a, T>> {
+/// A rotation as the core takes it.
+pub fn rotation<'a>(rope: &'a Rotation<'_>, positions: &'a [i64]) -> Result<Rope<'a>> {
+    let rope = Rope::new(rope.cos.view()?, rope.sin.view()?).interleaved(rope.interleaved);
+    Ok(rope.positions(positions))
+}
+
+pub fn view<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<TensorView<'a, T>> {
     TensorView::strided(data, layout.start_offset(), layout.dims(), &strides(layout))
         .map_err(wrapped)
 }

@@ -24,6 +24,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod gradient;
 mod model;
 mod operator;
 mod state;

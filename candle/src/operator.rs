@@ -16,9 +16,10 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::{refused, wrapped};
+use crate::gradient::{self, Record};
 use crate::state::State;
 
-const NAME: &str = "infini-attention";
+pub(crate) const NAME: &str = "infini-attention";
 
 /// What [`infini_attention_parts`] returns.
 #[derive(Clone, Debug)]
@@ -47,8 +48,11 @@ pub struct Parts {
 /// are copied first, of which an event of the crate `tracing` tells (target `infini_attn_candle`, DEBUG).
 ///
 /// On CUDA everything is enqueued on the stream of the state, ordered with that of the tensors by cudarc's
-/// events, and the output comes from candle's allocator; nothing waits. There are no gradients yet: where
-/// an input tracks them, `backward` ends in candle's `BackwardNotSupported`.
+/// events, and the output comes from candle's allocator; nothing waits.
+///
+/// On the CPU the output has gradients to q, k, v and the gate, through the memory of all segments of the call
+/// ([`infini_attn::prefill_backward`]); the state before the call is a constant. On CUDA there are none
+/// yet: where an input tracks them, `backward` ends in candle's `BackwardNotSupported`.
 ///
 /// # Errors
 /// For tensors, lengths, slots or a gate that do not fit, by the name of the argument; for memory that is
@@ -80,7 +84,8 @@ pub fn infini_attention(
     Ok(outputs.remove(0))
 }
 
-/// [`infini_attention`], and the two branches before the gate with the local one's log-sum-exp.
+/// [`infini_attention`], and the two branches before the gate with the local one's log-sum-exp; without
+/// gradients, on any device.
 ///
 /// # Errors
 /// Those of [`infini_attention`].
@@ -123,11 +128,22 @@ fn run(
         positions: batch.positions.unwrap_or(&places),
         parts,
         recorded: input.is_some(),
+        record: RefCell::new(
+            (input.is_some() && !parts && q.device().is_cpu()).then(Record::default),
+        ),
         state: RefCell::new(state),
         kept: RefCell::default(),
     };
     let first = q.apply_op3_no_bwd(&k, &v, &call)?;
-    let kept = call.kept.into_inner().into_iter();
+    let (record, problem) = (call.record.into_inner(), *call.state.borrow().problem());
+    let mut kept = call.kept.into_inner();
+    if let Some(record) = record {
+        let positions = call.positions;
+        let recorded =
+            gradient::Recorded::new(problem, record, [q, k, v], row.clone(), batch, positions);
+        return Ok(vec![gradient::put(kept.remove(0), qkv, gate, recorded)?]);
+    }
+    let kept = kept.into_iter();
     match input {
         None => {
             let plain =
@@ -135,7 +151,7 @@ fn run(
             Ok(std::iter::once(first).chain(kept.map(plain)).collect())
         }
         Some(input) => {
-            kept.map(|output| input.apply_op1(Recorded(Mutex::new(Some(output))))).collect()
+            kept.map(|output| input.apply_op1(Unsupported(Mutex::new(Some(output))))).collect()
         }
     }
 }
@@ -210,6 +226,8 @@ pub(crate) struct Call<'a> {
     pub parts: bool,
     /// Whether all outputs are kept, to be put into candle's graph, or all but the first.
     recorded: bool,
+    /// What gradients need, if there are any.
+    pub record: RefCell<Option<Record>>,
     state: RefCell<&'a mut State>,
     kept: RefCell<Vec<Output<Storage>>>,
 }
@@ -236,7 +254,7 @@ pub(crate) struct Rotation<'a> {
 }
 
 impl<'a> Rotation<'a> {
-    fn new(rope: &'a batch::Rope) -> Self {
+    pub fn new(rope: &'a batch::Rope) -> Self {
         let (cos, sin) = (Lent::new("cos", &rope.cos), Lent::new("sin", &rope.sin));
         Self { cos, sin, interleaved: rope.interleaved }
     }
@@ -345,18 +363,18 @@ impl CustomOp3 for Call<'_> {
     }
 }
 
-/// Stands in candle's graph for an output of a call on an input that tracks gradients, of which there are
-/// none: its `backward` says so.
-struct Recorded(Mutex<Option<Output<Storage>>>);
+/// Stands in candle's graph for an output without gradients of a call on an input that tracks them: its
+/// `backward` says so.
+struct Unsupported(Mutex<Option<Output<Storage>>>);
 
-impl Recorded {
+impl Unsupported {
     fn take(&self) -> Output<Storage> {
         let mut output = self.0.lock().unwrap_or_else(|e| e.into_inner());
         output.take().expect("candle computes an operation once")
     }
 }
 
-impl CustomOp1 for Recorded {
+impl CustomOp1 for Unsupported {
     fn name(&self) -> &'static str {
         NAME
     }

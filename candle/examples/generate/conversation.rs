@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
-use candle_transformers::generation::LogitsProcessor;
 use infini_attn_candle::{Cache, Model, Slot};
 use tokenizers::Tokenizer;
+
+use crate::sampler::Sampler;
 
 /// Tokens, and how long they took.
 #[derive(Clone, Copy, Debug)]
@@ -84,14 +85,14 @@ impl<'a> Conversation<'a> {
         &mut self,
         mut logits: Tensor,
         most: usize,
-        draw: &mut LogitsProcessor,
+        draw: &mut Sampler,
         ends: &[u32],
         text: &mut Text<'_>,
         out: &mut dyn Write,
     ) -> Result<Count> {
         let (start, mut tokens) = (Instant::now(), 0);
         while tokens < most {
-            let token = draw.sample(&logits)?;
+            let token = draw.draw(&logits)?;
             logits = self.read(&[token])?;
             tokens += 1;
             if ends.contains(&token) {

@@ -5,6 +5,7 @@ mod checkpoint;
 mod cli;
 mod conversation;
 mod demo;
+mod sampler;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,6 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use candle_nn::VarBuilder;
-use candle_transformers::generation::LogitsProcessor;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use infini_attn_candle::{Cache, Config, Model, Settings};
@@ -22,6 +22,7 @@ use tokenizers::Tokenizer;
 use crate::checkpoint::Checkpoint;
 use crate::cli::Cli;
 use crate::conversation::{Conversation, Count, Text};
+use crate::sampler::Sampler;
 
 fn main() -> ExitCode {
     match run(&Cli::parse(), &mut std::io::stdout().lock(), &mut std::io::stderr()) {
@@ -59,7 +60,7 @@ fn run(cli: &Cli, out: &mut dyn Write, notes: &mut dyn Write) -> Result<()> {
     let (logits, read) = conversation.read_in(&prompt, cli.chunk, |n| bar.inc(n as u64))?;
     bar.finish_and_clear();
 
-    let mut draw = LogitsProcessor::new(cli.seed, Some(cli.temperature), Some(cli.top_p));
+    let mut draw = Sampler::new(cli.seed, cli.temperature, cli.top_p);
     let mut text = Text::new(&tokenizer, &prompt);
     let answered = conversation.answer(logits, cli.tokens, &mut draw, &ends, &mut text, out)?;
     if let Some(path) = &cli.state {

@@ -3,6 +3,7 @@
 mod common;
 
 mod checkpoint;
+mod gradients;
 mod model;
 mod operator;
 mod refusals;

@@ -1,4 +1,4 @@
-//! The operator on views, in batches, token by token, and where gradients are tracked.
+//! The operator on views, in batches, token by token; its parts where gradients are tracked.
 
 use candle_core::{DType, Device, IndexOp, Result, Tensor, Var};
 use infini_attn_candle::{
@@ -198,9 +198,9 @@ fn parts_are_what_the_gate_mixes() -> Result<()> {
     Ok(())
 }
 
-/// Until there are gradients, asking for them is candle's own error, whichever input tracks them.
+/// Of all four outputs there are no gradients, whichever input tracks them: that is candle's own error.
 #[test]
-fn backward_is_not_supported() -> Result<()> {
+fn parts_have_no_gradients() -> Result<()> {
     let [q, k, v] = qkv(8, (1, 20), DType::F32, &CPU)?;
     let call = |q: &Tensor, k: &Tensor, v: &Tensor, gate: &Tensor| {
         infini_attention_parts(q, k, v, gate, &mut state(1, DType::F32), &Batch::new())

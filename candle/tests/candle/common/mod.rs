@@ -11,6 +11,8 @@ pub mod call;
 pub mod candle;
 #[path = "../../../../tests/common/cases.rs"]
 pub mod cases;
+#[path = "../../../../tests/common/data.rs"]
+pub mod data;
 #[path = "../../../../tests/common/driver.rs"]
 pub mod driver;
 #[path = "../../../../tests/common/elements.rs"]
