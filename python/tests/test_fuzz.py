@@ -15,7 +15,7 @@ from fuzz_calls import CALLS
 import infini_attn
 from infini_attn import _core, reference
 
-COUNT = int(os.environ.get("INFINI_ATTN_FUZZ_CALLS", 20_000))
+COUNT = int(os.environ.get("INFINI_ATTN_FUZZ_CALLS", 12_000))
 SEED = int(os.environ.get("INFINI_ATTN_FUZZ_SEED", 1))
 PROGRAM = pathlib.Path(__file__).with_name("fuzz.py")
 
