@@ -7,7 +7,7 @@ use std::f32::consts::LN_2;
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
-use super::call::Call;
+use super::call::{Call, weights_of};
 use super::matmul::{Into, Mat, matmul, matmul_scaled};
 use super::segment::SCRATCH;
 use super::simd;
@@ -18,7 +18,6 @@ use crate::call::form::{Piece, Sequence};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::memory::heads::OpenRef;
-use crate::problem::EmptyMemory;
 
 /// Rows per tile: a multiple of the `gemm` crate's 6-row micro-kernel; see docs/cpu.md.
 pub(crate) const TILE_ROWS: usize = 48;
@@ -112,11 +111,7 @@ impl Tile {
 impl<T: Element> Call<'_, T> {
     /// Gate weights of a head while reading a memory that may be empty.
     fn weights(&self, head: usize, empty: bool) -> [f32; 2] {
-        if empty && self.problem.empty_memory() == EmptyMemory::Bypass {
-            [0.0, 1.0]
-        } else {
-            self.gates[head]
-        }
+        weights_of(&self.problem, self.gates, head, empty)
     }
 
     /// Query heads of a KV head.

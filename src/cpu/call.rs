@@ -6,7 +6,7 @@ use crate::call::tape::Notes;
 use crate::call::{Batch, InputRows, OutputRows};
 use crate::memory::Counters;
 use crate::memory::blocks::KeyBlocks;
-use crate::problem::{Problem, Update};
+use crate::problem::{EmptyMemory, Problem, Update};
 
 /// Everything the tasks of one call share.
 pub(crate) struct Call<'a, T> {
@@ -35,6 +35,14 @@ pub(super) fn taken_in(sequences: &mut [Sequence], counters: &[Counters]) -> Vec
 pub(crate) fn gate_weights(logit: f32) -> [f32; 2] {
     let sigmoid = |x: f64| (1.0 / (1.0 + (-x).exp())) as f32;
     [sigmoid(logit.into()), sigmoid(-f64::from(logit))]
+}
+
+/// Those of a head while it reads a memory that may be empty.
+pub(super) fn weights_of(p: &Problem, gates: &[[f32; 2]], head: usize, empty: bool) -> [f32; 2] {
+    match empty && p.empty_memory() == EmptyMemory::Bypass {
+        true => [0.0, 1.0],
+        false => gates[head],
+    }
 }
 
 /// Moves the counters past a call whose tasks are done.

@@ -18,7 +18,7 @@ use crate::call::form::{Piece, Sequence, piece, piece_count};
 use crate::call::gradients::{GradientRows, InputGradients, OutputGradientRows, OutputGradients};
 use crate::call::tape::Tape;
 use crate::call::{Batch, InputRows, Inputs, resolve};
-use crate::cpu::call::gate_weights;
+use crate::cpu::call::{gate_weights, weights_of};
 use crate::cpu::cancel::Cancel;
 use crate::cpu::pack::PieceTokens;
 use crate::cpu::{pool, prefill};
@@ -28,7 +28,7 @@ use crate::memory::State;
 use crate::memory::blocks::KeyBlocks;
 use crate::memory::gradient::StateGradient;
 use crate::memory::heads::{Heads, OpenRef};
-use crate::problem::{EmptyMemory, Problem};
+use crate::problem::Problem;
 use crate::trace::{Span, span};
 
 /// What memory is for, in errors.
@@ -190,10 +190,7 @@ struct Backward<'a, T> {
 impl<T: Element> Backward<'_, T> {
     /// Gate weights of a head while reading a memory that may be empty.
     fn weights(&self, head: usize, empty: bool) -> [f32; 2] {
-        match empty && self.problem.empty_memory() == EmptyMemory::Bypass {
-            true => [0.0, 1.0],
-            false => self.gates[head],
-        }
+        weights_of(&self.problem, self.gates, head, empty)
     }
 
     /// Pieces of sequence `i`.

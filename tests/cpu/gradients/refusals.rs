@@ -8,8 +8,8 @@ use super::fixture::{Arguments, Fixture};
 use crate::common::buffers::{Arrangement, Asked, OutputBuffers};
 use crate::common::stream::Stream;
 use infini_attn::{
-    DType, Error, InputGradients, Inputs, OutputGradients, Outputs, Problem, State, StateGradient,
-    Tape, TensorView, TensorViewMut, prefill, prefill_backward,
+    DType, Error, HostLayout, InputGradients, Inputs, OutputGradients, Outputs, Problem, State,
+    StateGradient, Tape, TensorView, TensorViewMut, prefill, prefill_backward,
 };
 
 /// 4 query heads on 2 KV heads, (Dk, Dv) = (6, 5), N = 4, and two sequences of 3 tokens.
@@ -65,6 +65,53 @@ fn calls_end_early() {
             let result = pool.install(|| fixture.backward(|a| a.inputs = a.inputs.cancel(&LATER)));
             assert!(matches!(result, Err(Error::Cancelled { taken }) if taken == [0]));
         });
+    }
+}
+
+#[test]
+fn gradients_to_rotated_keys_need_room() {
+    let (cos, sin) = ([1.0f32; 16 * 2], [0.0f32; 16 * 2]);
+    let table = |x| TensorView::new(x, &[16, 2]).expect("a table");
+    let (p, stream, _, cu) = small();
+    let mut fixture = Fixture::new(&p, &[6], &stream, &cu);
+    let tape = Tape::of(&State::new(&p, 2).expect("room")).expect("room");
+    let layout = HostLayout::new(&p, 2, false).expect("a layout");
+    let mut memory = vec![0u64; layout.bytes() as usize / 8];
+    let mut lent =
+        StateGradient::lent(&layout, bytemuck::cast_slice_mut(&mut memory)).expect("it fits");
+    let rope = infini_attn::Rope::new(table(&cos), table(&sin));
+    let inputs = fixture.inputs().rope(rope);
+    let outputs = {
+        let (out, up) = (&fixture.out, &fixture.up);
+        OutputGradients::new(out.o.view(), out.lse.as_ref().expect("asked").view(), up.o.view())
+    };
+    let into = &mut fixture.into;
+    let (q, k, v) = (into.q.view_mut(), into.k.view_mut(), into.v.view_mut());
+    let into = InputGradients::new(q, k, v, &mut into.gate);
+    let result = prefill_backward(&p, &inputs, &fixture.gate, &tape, &outputs, &mut lent, into);
+    let error = result.expect_err("refused").to_string();
+    assert!(error.starts_with("state gradient: one without rotation given"), "{error}");
+}
+
+/// Gradients to the tokens that the second call of the fixture found in open segments.
+#[test]
+fn open_rows_are_read_by_token() {
+    let (p, stream, lead, cu) = small();
+    let mut fixture = Fixture::new(&p, &lead, &stream, &cu);
+    fixture.backward(|_| {}).expect("valid");
+    for (slot, head, j) in [(0, 0, 0), (1, 1, 2)] {
+        let row = fixture.gradient.open(slot, head, j).expect("there");
+        assert_eq!([row.k.len(), row.k_rotated.len(), row.v.len()], [6, 6, 5]);
+        assert!(row.k.iter().chain(&row.v).all(|x| x.is_finite() && *x != 0.0), "{row:?}");
+        assert!(row.k_rotated.iter().all(|x| *x == 0.0));
+    }
+    let behind = fixture.gradient.open(0, 0, 3).expect("there");
+    assert!(behind.k.iter().chain(&behind.v).all(|x| *x == 0.0), "three tokens were open");
+    for (argument, [slot, head, j]) in
+        [("slots[0]", [2, 0, 0]), ("kv_head", [0, 2, 0]), ("j", [0, 0, 4])]
+    {
+        let error = fixture.gradient.open(slot, head, j).expect_err("refused").to_string();
+        assert!(error.starts_with(argument), "{error}");
     }
 }
 
