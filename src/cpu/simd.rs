@@ -229,9 +229,6 @@ impl Running {
     pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// Rows that go through the passes of `retrieval_weights` together.
-pub(crate) const GROUP: usize = 48;
-
 /// Makes the scores that a row does not see −∞, and its maximum that of the others.
 #[inline(always)]
 fn raise(s: &mut [f32], visible: usize, run: &mut Running, o: &mut [f32]) {

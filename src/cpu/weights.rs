@@ -1,7 +1,10 @@
 //! From rows of queries or keys to their retrieval weights, σ(x) / σ(x)·z.
 
-use super::simd::{GROUP, LANES, chunked, fold, max, sigma, vectorised};
+use super::simd::{LANES, chunked, fold, max, sigma, vectorised};
 use crate::problem::Denominator;
+
+/// Rows that go through the passes of [`retrieval_weights`] together.
+const GROUP: usize = 48;
 
 /// From where on z is huge, and the unit that its weights then have.
 const HUGE: f32 = 7.9e28; // 2⁹⁶
@@ -124,7 +127,7 @@ pub(crate) fn retrieval_rows(
         }
         let product = map_row(row, z);
         let (sum, factor) = weigh_row(row, product, z, policy, unit);
-        let clamped = matches!(policy, Denominator::Clamp(eps) if sum <= f64::from(eps));
+        let clamped = matches!(policy, Denominator::Clamp(eps) if sum < f64::from(eps));
         *out = [factor as f32, if clamped { 0.0 } else { 1.0 }];
     }
     unit

@@ -84,7 +84,7 @@ impl<'a> StateGradient<'a> {
     /// dL/dM and dL/dz of all slots, to write to.
     ///
     /// # Errors
-    /// None that anybody has met: nothing else holds them.
+    /// [`Error::OutOfMemory`], which does not come: nobody else holds this memory.
     pub fn memory_mut(&mut self) -> Result<(&mut [f32], &mut [f32])> {
         let (m, z) = self.state.own_memory()?;
         Ok((m, z))

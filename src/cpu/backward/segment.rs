@@ -167,7 +167,7 @@ impl<T: Element> Backward<'_, T> {
         }
         tail.v.clear();
         tail.v.extend_from_slice(&open.v[first * dv..][..len * dv]);
-        if !last.continues() || last.cached == 0 {
+        if first == 0 {
             open.k.fill(0.0);
             open.v.fill(0.0);
             return open.k_rotated.iter_mut().for_each(|keys| keys.fill(0.0));

@@ -14,8 +14,8 @@ use crate::common::{narrow, widen};
 use backend::Cpu;
 use fixture::Fixture;
 use infini_attn::{
-    DType, Element, InputGradients, OutputGradients, Outputs, Problem, State, StateGradient, Tape,
-    TensorView, TensorViewMut, Update, prefill, prefill_backward, reference,
+    DType, Denominator, Element, InputGradients, OutputGradients, Outputs, Problem, State,
+    StateGradient, Tape, TensorView, TensorViewMut, Update, prefill, prefill_backward, reference,
 };
 
 fn run(backend: Cpu, cases: &[Case], bptt_segments: Option<usize>) -> Summary {
@@ -78,46 +78,64 @@ fn nearly_open_gates() {
 fn keys_of_the_open_segment<T: Element>(beta: f32, tolerance: f64) {
     let p = Problem::builder().heads(2).kv_heads(1).head_dim(32).segment_len(64);
     let p = p.dtype(T::DTYPE).build().expect("valid");
-    let tokens = 64 + 50;
-    let stream = Stream::<T>::normal(&p, tokens, 5);
-    let up: Vec<T> = narrow(&normals(6, tokens * 2 * 32));
-    let (inputs, gate, of_o) = (stream.inputs(), [beta; 2], [1, tokens, 2, 32]);
-
-    let (mut o, mut lse) = (up.clone(), vec![0.0; 2 * tokens]);
-    let (mut state, mut tape) = (State::new(&p, 1).expect("room"), Tape::new());
-    let outputs = Outputs::new(TensorViewMut::new(&mut o, &of_o).expect("its shape"))
-        .lse(TensorViewMut::new(&mut lse, &[1, 2, tokens]).expect("its shape"))
-        .tape(&mut tape);
-    prefill(&p, &inputs, &gate, &mut state, outputs).expect("valid");
-    let view = |x| TensorView::new(x, &of_o).expect("its shape");
-    let lse = TensorView::new(&lse, &[1, 2, tokens]).expect("its shape");
-    let (mut dq, mut dk, mut dv) = (up.clone(), stream.k.clone(), stream.v.clone());
-    let mut gate_gradient = [0.0; 2];
-    let into = |x, heads| TensorViewMut::new(x, &[1, tokens, heads, 32]).expect("its shape");
-    let gradients = InputGradients::new(
-        into(&mut dq, 2),
-        into(&mut dk, 1),
-        into(&mut dv, 1),
-        &mut gate_gradient,
-    );
-    let mut d_state = StateGradient::new(&p, 1).expect("room");
-    let given = OutputGradients::new(view(&o), lse, view(&up));
-    prefill_backward(&p, &inputs, &gate, &tape, &given, &mut d_state, gradients).expect("valid");
-
-    let mut exact = reference::State::new(&p, 1).expect("room");
-    let start = exact.clone();
-    let mut out = reference::prefill(&p, &inputs, &gate, &mut exact).expect("valid");
-    let mut gradient = reference::StateGradient::new(&exact).expect("room");
-    out.o = widen(&up);
-    [&mut out.a_dot, &mut out.a_mem, &mut out.lse].into_iter().for_each(|x| x.fill(0.0));
-    let want = reference::prefill_backward(&p, &inputs, &gate, &start, &out, &mut gradient, None);
-    let (want, got) = (want.expect("valid"), widen(&dk));
+    let stream = Stream::<T>::normal(&p, 64 + 50, 5);
+    let [got, want] = both_sides(&p, &stream, &[beta; 2]);
     let check = |what: &str, got: &[f64], want: &[f64]| {
         let error = relative_rms(what, got, want, &[got.len()], tolerance);
         error.unwrap_or_else(|e| panic!("{} β = {beta}: {e}", T::DTYPE));
     };
-    check("dk", &got[64 * 32..], &want.k[64 * 32..]);
-    check("dβ", &gate_gradient.map(f64::from), &want.gate);
+    check("dk", &got[1][64 * 32..], &want[1][64 * 32..]);
+    check("dβ", &got[3], &want[3]);
+}
+
+/// dq, dk, dv and dβ of a new stream in one call, from random dL/do: ours, and the reference's.
+fn both_sides<T: Element>(p: &Problem, stream: &Stream<T>, gate: &[f32]) -> [[Vec<f64>; 4]; 2] {
+    let (heads, kv_heads, tokens) = (p.heads(), p.kv_heads(), stream.tokens);
+    let up: Vec<T> = narrow(&normals(6, tokens * heads * p.value_dim()));
+    let (inputs, of_o) = (stream.inputs(), [1, tokens, heads, p.value_dim()]);
+
+    let (mut o, mut lse) = (up.clone(), vec![0.0; heads * tokens]);
+    let (mut state, mut tape) = (State::new(p, 1).expect("room"), Tape::new());
+    let outputs = Outputs::new(TensorViewMut::new(&mut o, &of_o).expect("its shape"))
+        .lse(TensorViewMut::new(&mut lse, &[1, heads, tokens]).expect("its shape"))
+        .tape(&mut tape);
+    prefill(p, &inputs, gate, &mut state, outputs).expect("valid");
+    let view = |x| TensorView::new(x, &of_o).expect("its shape");
+    let lse = TensorView::new(&lse, &[1, heads, tokens]).expect("its shape");
+    let (mut dq, mut dk, mut dv) = (stream.q.clone(), stream.k.clone(), stream.v.clone());
+    let mut d_gate = vec![0.0; heads];
+    let into = |x, heads, dim| TensorViewMut::new(x, &[1, tokens, heads, dim]).expect("its shape");
+    let gradients = InputGradients::new(
+        into(&mut dq, heads, p.key_dim()),
+        into(&mut dk, kv_heads, p.key_dim()),
+        into(&mut dv, kv_heads, p.value_dim()),
+        &mut d_gate,
+    );
+    let mut d_state = StateGradient::new(p, 1).expect("room");
+    let given = OutputGradients::new(view(&o), lse, view(&up));
+    prefill_backward(p, &inputs, gate, &tape, &given, &mut d_state, gradients).expect("valid");
+
+    let mut exact = reference::State::new(p, 1).expect("room");
+    let start = exact.clone();
+    let mut out = reference::prefill(p, &inputs, gate, &mut exact).expect("valid");
+    let mut gradient = reference::StateGradient::new(&exact).expect("room");
+    out.o = widen(&up);
+    [&mut out.a_dot, &mut out.a_mem, &mut out.lse].into_iter().for_each(|x| x.fill(0.0));
+    let want = reference::prefill_backward(p, &inputs, gate, &start, &out, &mut gradient, None);
+    let want = want.expect("valid");
+    [[widen(&dq), widen(&dk), widen(&dv), widen(&d_gate)], [want.q, want.k, want.v, want.gate]]
+}
+
+/// σ(0)·z is ε exactly: as PyTorch's `clamp` has it, the denominator still moves.
+#[test]
+fn a_denominator_at_its_bound_moves() {
+    let p = Problem::builder().heads(1).head_dim(4).segment_len(2).update(Update::Delta);
+    let p = p.denominator(Denominator::Clamp(8.0)).build().expect("valid");
+    let zeros = |which, x| if which == 'v' { x } else { 0.0 };
+    let [got, want] = both_sides(&p, &Stream::<f32>::from_fn(&p, 4, 5, zeros), &[0.5]);
+    for ((name, got), want) in ["dq", "dk", "dv", "dβ"].into_iter().zip(&got).zip(&want) {
+        relative_rms(name, got, want, &[got.len()], 1e-5).unwrap_or_else(|e| panic!("{e}"));
+    }
 }
 
 #[test]
