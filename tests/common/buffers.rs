@@ -18,6 +18,18 @@ pub enum Arrangement {
     Reversed,
 }
 
+/// Every index of a shape, row-major.
+pub fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
+    let shape = shape.to_vec();
+    (0..shape.iter().product()).map(move |mut i: usize| {
+        let mut at = vec![0; shape.len()];
+        for (a, extent) in at.iter_mut().zip(&shape).rev() {
+            (*a, i) = (i % extent, i / extent);
+        }
+        at
+    })
+}
+
 /// Guards of buffers that need no alignment.
 pub const MARGIN: usize = 5;
 
@@ -130,18 +142,17 @@ impl<T: Element> Strided<T> {
         self.data[start..start + row.len()].copy_from_slice(row);
     }
 
+    /// Sets every element, row-major, rounded.
+    pub fn assign(&mut self, values: &[f64]) {
+        for (at, &x) in indices(&self.shape).zip(values) {
+            self.set(&at, scalar(x as f32));
+        }
+    }
+
     /// Whether every element outside of the view still has the guard's bits.
     pub fn guards_intact(&self) -> bool {
         let mut inside = vec![false; self.data.len()];
-        let count: usize = self.shape.iter().product();
-        for mut i in 0..count {
-            let mut at = vec![0; self.shape.len()];
-            for (a, &extent) in at.iter_mut().zip(&self.shape).rev() {
-                *a = i % extent;
-                i /= extent;
-            }
-            inside[self.index(&at)] = true;
-        }
+        indices(&self.shape).for_each(|at| inside[self.index(&at)] = true);
         let guard = bits(&[self.guard]);
         self.data.iter().zip(inside).all(|(&x, inside)| inside || bits(&[x]) == guard)
     }

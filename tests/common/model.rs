@@ -4,7 +4,7 @@ use infini_attn::{
     Element, Inputs, Outputs, Problem, Result, State, decode, flush, forward, prefill, reference,
 };
 
-use super::buffers::{Arrangement, Asked, OutputBuffers, Strided};
+use super::buffers::{Arrangement, Asked, OutputBuffers, Strided, indices};
 use super::stream::Stream;
 use super::widen;
 
@@ -174,15 +174,6 @@ impl Model for Oracle {
 
 /// All of one slot's elements of a state's M or z, row-major.
 pub fn slot_values(view: &infini_attn::TensorView<'_, f32>, slot: usize) -> Vec<f64> {
-    let shape = &view.shape()[1..];
-    (0..shape.iter().product())
-        .map(|mut i: usize| {
-            let mut at = vec![slot; shape.len() + 1];
-            for (a, &extent) in at[1..].iter_mut().zip(shape).rev() {
-                *a = i % extent;
-                i /= extent;
-            }
-            f64::from(view.at(&at))
-        })
-        .collect()
+    let all = indices(&view.shape()[1..]);
+    all.map(|at| view.at(&[&[slot], &at[..]].concat()).into()).collect()
 }

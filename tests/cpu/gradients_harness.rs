@@ -1,13 +1,13 @@
 //! What the tests of gradients rest on: the driver passes what is right and fails on what is not.
 
 use crate::common::backend::{Backend, ReferenceBackend};
-use crate::common::buffers::{OutputBuffers, Strided};
+use crate::common::buffers::{OutputBuffers, Strided, indices};
 use crate::common::call::{Call, CallShape};
 use crate::common::cases::{Batch, Case, cases};
 use crate::common::gradients::{Back, Differentiable, GradientBuffers, run_gradients};
 use crate::common::phases::{self, Mistake, Token};
 use crate::common::{narrow, scalar, widen};
-use infini_attn::reference::{self, Output, StateGradient};
+use infini_attn::reference::{self, OpenGradient, Output, StateGradient};
 use infini_attn::{Element, EmptyMemory, Problem, Result};
 
 /// The reference, rounded to the types of a backend.
@@ -66,9 +66,9 @@ impl Differentiable for Rounded {
         let (inputs, gate, bptt) = (back.call.inputs(), back.gate, back.bptt_segments);
         let got =
             reference::prefill_backward(p, &inputs, gate, back.tape, &outputs, gradient, bptt)?;
-        store(&mut into.q, &got.q);
-        store(&mut into.k, &got.k);
-        store(&mut into.v, &got.v);
+        into.q.assign(&got.q);
+        into.k.assign(&got.k);
+        into.v.assign(&got.v);
         into.gate = got.gate.iter().map(|&x| x as f32).collect();
         let round = |x: &mut f64| *x = f64::from(*x as f32);
         gradient.m.iter_mut().chain(&mut gradient.z).for_each(round);
@@ -144,6 +144,86 @@ impl Phases {
         };
         (0..len).map(token).collect()
     }
+
+    /// What a sequence's call found and was given.
+    fn found<'a, T: Element>(
+        &self,
+        p: &'a Problem,
+        back: &Back<'a, T, Streams>,
+        shape: &CallShape,
+        sequence: Sequence,
+    ) -> phases::Call<'a> {
+        let ((slot, b, len), (state, open)) = (sequence, back.tape);
+        let (call, seen) = (back.call, state.tokens(slot));
+        let query = |t| {
+            let q = row(&call.q, &shape.token(b, t));
+            let mut rotated = q.clone();
+            turn(call, &mut rotated, p.key_dim(), position(call, shape, b, t, seen), 1.0);
+            [q, rotated]
+        };
+        let mut tokens = open[slot].clone();
+        tokens.extend(Phases::tokens(p, call, shape, sequence, seen));
+        let main = |x: Option<&Strided<T>>| match x {
+            Some(x) => (0..len).flat_map(|t| row(x, &shape.token(b, t))).collect(),
+            None => vec![0.0; len * p.heads() * p.value_dim()],
+        };
+        let up = back.upstream;
+        let d_lse = |i: usize| {
+            let at = shape.lse(b, i / p.heads(), i % p.heads());
+            up.lse.as_ref().map_or(0.0, |x| x.get(&at).into())
+        };
+        phases::Call {
+            p,
+            q: (0..len).map(query).collect(),
+            tokens,
+            gate: back.gate,
+            memory: [&state.m, &state.z].map(|all| part(all, open.len(), slot).to_vec()),
+            empty: state.committed(slot) == 0,
+            upstream: Output {
+                o: main(Some(&up.o)),
+                a_dot: main(up.a_dot.as_ref()),
+                a_mem: main(up.a_mem.as_ref()),
+                lse: (0..len * p.heads()).map(d_lse).collect(),
+            },
+            bptt_segments: back.bptt_segments,
+            mistake: self.0,
+        }
+    }
+
+    /// Gradients to the query and to a new token, turned back, in the place of the token.
+    fn put<T: Element>(
+        &self,
+        call: &Call<'_, T>,
+        (at, position): (&[usize], usize),
+        [mut q, mut q_rotated]: [Vec<f64>; 2],
+        mut token: OpenGradient,
+        into: &mut GradientBuffers<T>,
+    ) {
+        let dim = call.k.shape()[at.len() + 1];
+        turn(call, &mut q_rotated, dim, position, -1.0);
+        add(&mut q, &q_rotated);
+        if self.0 != Some(Mistake::KeysNotRotatedBack) {
+            turn(call, &mut token.k_rotated, dim, position, -1.0);
+        }
+        add(&mut token.k, &token.k_rotated);
+        for (x, row) in [(&mut into.q, &q), (&mut into.k, &token.k), (&mut into.v, &token.v)] {
+            let dim = x.shape()[at.len() + 1];
+            for (h, row) in row.chunks_exact(dim).enumerate() {
+                let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
+                x.set_row(&[at, &[h]].concat(), &narrow(&row));
+            }
+        }
+    }
+}
+
+fn add(a: &mut [f64], b: &[f64]) {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+}
+
+/// A slot's part of M or z of so many.
+fn part(all: &[f64], slots: usize, slot: usize) -> &[f64] {
+    let len = all.len() / slots;
+    &all[slot * len..][..len]
 }
 
 impl Differentiable for Phases {
@@ -202,105 +282,33 @@ impl Differentiable for Phases {
             indices(x.shape()).for_each(|at| x.set(&at, scalar(padding)));
         }
         into.gate.fill(0.0);
-        let lead = &shape.lead;
         for sequence in sequences.into_iter().filter(|s| s.2 > 0) {
-            let (slot, b, len) = sequence;
-            let seen = state.tokens(slot);
-            let place = |t| position(call, &shape, b, t, seen);
-            let query = |t| {
-                let q = row(&call.q, &shape.token(b, t));
-                let mut rotated = q.clone();
-                turn(call, &mut rotated, p.key_dim(), place(t), 1.0);
-                [q, rotated]
-            };
-            let mut tokens = open[slot].clone();
-            tokens.extend(Phases::tokens(p, call, &shape, sequence, seen));
-            let main = |x: Option<&Strided<T>>| match x {
-                Some(x) => (0..len).flat_map(|t| row(x, &shape.token(b, t))).collect(),
-                None => vec![0.0; len * p.heads() * p.value_dim()],
-            };
-            let up = back.upstream;
-            let d_lse = |i: usize| {
-                let at = shape.lse(b, i / p.heads(), i % p.heads());
-                up.lse.as_ref().map_or(0.0, |x| x.get(&at).into())
-            };
-            let slots = state.m.len() / (p.kv_heads() * p.key_dim() * p.value_dim());
-            let of_slot = |all: &[f64]| {
-                let len = all.len() / slots;
-                all[slot * len..][..len].to_vec()
-            };
-            let one = phases::Call {
-                p,
-                q: (0..len).map(query).collect(),
-                tokens,
-                gate: back.gate,
-                memory: [of_slot(&state.m), of_slot(&state.z)],
-                empty: state.committed(slot) == 0,
-                upstream: Output {
-                    o: main(Some(&up.o)),
-                    a_dot: main(up.a_dot.as_ref()),
-                    a_mem: main(up.a_mem.as_ref()),
-                    lse: (0..len * p.heads()).map(d_lse).collect(),
-                },
-                bptt_segments: back.bptt_segments,
-                mistake,
-            };
-            let mut memory = [of_slot(&gradient.m), of_slot(&gradient.z)];
-            let mut got = one.backward(&mut memory, &gradient.open[slot]);
+            let (slot, b, _) = sequence;
+            let mut memory =
+                [&gradient.m, &gradient.z].map(|all| part(all, open.len(), slot).to_vec());
+            let found = self.found(p, back, &shape, sequence);
+            let mut got = found.backward(&mut memory, &gradient.open[slot]);
             for (all, part) in [&mut gradient.m, &mut gradient.z].into_iter().zip(&memory) {
                 all[slot * part.len()..][..part.len()].copy_from_slice(part);
             }
-            let sum = |a: &mut [f64], b: &[f64]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
             let new = got.tokens.split_off(open[slot].len());
             gradient.open[slot] = got.tokens;
             if call.rope.is_none() {
                 for row in &mut gradient.open[slot] {
-                    sum(&mut row.k, &std::mem::take(&mut row.k_rotated));
+                    add(&mut row.k, &std::mem::take(&mut row.k_rotated));
                     row.k_rotated = vec![0.0; row.k.len()];
                 }
             }
-            for (t, (mut token, [mut q, mut q_rotated])) in new.into_iter().zip(got.q).enumerate() {
-                turn(call, &mut q_rotated, p.key_dim(), place(t), -1.0);
-                sum(&mut q, &q_rotated);
-                if mistake != Some(Mistake::KeysNotRotatedBack) {
-                    turn(call, &mut token.k_rotated, p.key_dim(), place(t), -1.0);
-                }
-                sum(&mut token.k, &token.k_rotated);
+            for (t, (mut token, q)) in new.into_iter().zip(got.q).enumerate() {
                 if mistake == Some(Mistake::NotANumber) && t == 7 {
                     token.v[0] = f64::NAN;
                 }
-                let at = shape.token(b, t);
-                for (x, row) in
-                    [(&mut into.q, &q), (&mut into.k, &token.k), (&mut into.v, &token.v)]
-                {
-                    let dim = x.shape()[lead.len() + 1];
-                    for (h, row) in row.chunks_exact(dim).enumerate() {
-                        let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
-                        x.set_row(&[&at[..], &[h]].concat(), &narrow(&row));
-                    }
-                }
+                let place = position(call, &shape, b, t, state.tokens(slot));
+                self.put(call, (&shape.token(b, t), place), q, token, into);
             }
             into.gate.iter_mut().zip(got.gate).for_each(|(sum, x)| *sum += x as f32);
         }
         Ok(())
-    }
-}
-
-/// Every index of a shape, row-major.
-fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
-    let shape = shape.to_vec();
-    (0..shape.iter().product()).map(move |mut i: usize| {
-        let mut at = vec![0; shape.len()];
-        for (a, extent) in at.iter_mut().zip(&shape).rev() {
-            (*a, i) = (i % extent, i / extent);
-        }
-        at
-    })
-}
-
-fn store<T: Element>(buffer: &mut Strided<T>, values: &[f64]) {
-    for (at, &x) in indices(buffer.shape()).zip(values) {
-        buffer.set(&at, scalar(x as f32));
     }
 }
 

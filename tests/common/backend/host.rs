@@ -4,11 +4,10 @@ use infini_attn::{
     Element, MAX_DECODE_TOKENS, Problem, Result, State, decode, flush, forward, prefill, reference,
 };
 
-use crate::common::buffers::{MARGIN, OutputBuffers, Strided};
+use crate::common::buffers::{MARGIN, OutputBuffers};
 use crate::common::call::Call;
 use crate::common::cases::Case;
 use crate::common::model::slot_values;
-use crate::common::scalar;
 use crate::common::tolerance::Precision;
 
 /// An implementation of the operator.
@@ -120,21 +119,10 @@ impl Backend for ReferenceBackend {
         out: &mut OutputBuffers<T>,
     ) -> Result<()> {
         let result = reference::prefill(problem, &call.inputs(), gate, state)?;
-        fn store<T: Element>(buffer: Option<&mut Strided<T>>, values: &[f64]) {
-            let Some(buffer) = buffer else { return };
-            let shape = buffer.shape().to_vec();
-            for (mut i, &x) in values.iter().enumerate() {
-                let mut at = vec![0; shape.len()];
-                for (a, extent) in at.iter_mut().zip(&shape).rev() {
-                    (*a, i) = (i % extent, i / extent);
-                }
-                buffer.set(&at, scalar(x as f32));
-            }
-        }
-        store(Some(&mut out.o), &result.o);
-        store(out.a_dot.as_mut(), &result.a_dot);
-        store(out.a_mem.as_mut(), &result.a_mem);
-        store(out.lse.as_mut(), &result.lse);
+        out.o.assign(&result.o);
+        out.a_dot.iter_mut().for_each(|x| x.assign(&result.a_dot));
+        out.a_mem.iter_mut().for_each(|x| x.assign(&result.a_mem));
+        out.lse.iter_mut().for_each(|x| x.assign(&result.lse));
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use infini_attn_candle::{
 };
 
 use super::backend::Backend;
-use super::buffers::{Arrangement, MARGIN, OutputBuffers, Strided};
+use super::buffers::{Arrangement, MARGIN, OutputBuffers, Strided, indices};
 use super::call::{Call, CallRope, TABLE_ROWS, laid_out};
 use super::cases::Case;
 use super::model::slot_values;
@@ -155,12 +155,8 @@ fn fill<T: Element, D: Element + WithDType>(
     assert_eq!(to.shape(), from.dims());
     let values = from.flatten_all()?.to_vec1::<D>()?;
     let (lead, width) = to.shape().split_at(to.shape().len() - 1);
-    let (lead, width) = (lead.to_vec(), width[0]);
-    for (mut i, row) in values.chunks_exact(width.max(1)).enumerate() {
-        let mut at = vec![0; lead.len()];
-        for (a, extent) in at.iter_mut().zip(&lead).rev() {
-            (*a, i) = (i % extent, i / extent);
-        }
+    let rows = values.chunks_exact(width[0].max(1));
+    for (at, row) in indices(lead).zip(rows) {
         to.set_row(&at, bytemuck::cast_slice(row));
     }
     Ok(())
