@@ -17,7 +17,7 @@ pub fn forward<T: Element + WithDType>(
     let gate = call.gate.view()?;
     let gate = gate.as_slice().expect("contiguous");
     let rope = call.rope.as_ref().map(|rope| rotation(rope, call.positions)).transpose()?;
-    let inputs = described!(Inputs::new(q?, k?, v?), call, rope);
+    let inputs = described!(Inputs::new(q?, k?, v?), call.batch, rope);
 
     let mut o = zeros::<T>(&shapes.o, "o")?;
     let mut others = match call.parts {

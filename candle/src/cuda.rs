@@ -29,7 +29,7 @@ pub fn forward<T: Element + CudaDType + DeviceRepr>(
         ),
         None => None,
     };
-    let inputs = described!(Inputs::new(q?, k?, v?), call, rope);
+    let inputs = described!(Inputs::new(q?, k?, v?), call.batch, rope);
 
     let mut o = buffer::<T>(device, &shapes.o, "o")?;
     let mut others = match call.parts {

@@ -16,7 +16,7 @@ use infini_attn::{
 use crate::batch::{Batch, Lengths, Rope};
 use crate::cpu::{rotation, view};
 use crate::error::{refused, wrapped, zeros};
-use crate::operator::{NAME, Output, Rotation, described};
+use crate::operator::{NAME, Output, Rotation, described, lse_shape};
 
 /// What a call leaves for its gradients besides its tensors.
 #[derive(Default)]
@@ -108,15 +108,8 @@ impl Recorded {
         let gate = &gate.as_slice::<f32>()?[at.start_offset()..][..self.problem.heads()];
         let rope = self.rope.as_ref().map(Rotation::new);
         let rope = rope.as_ref().map(|rope| rotation(rope, &self.positions)).transpose()?;
-        let batch = &self.batch();
-        let inputs =
-            described!(Inputs::new(rows(0)?, rows(1)?, rows(2)?), Described { batch }, rope);
-        let mut lse = o.dims().to_vec();
-        lse.pop();
-        if let [.., tokens, heads] = &mut lse[..] {
-            std::mem::swap(tokens, heads);
-        }
-        let lse = TensorView::new(&self.record.lse, &lse).map_err(wrapped)?;
+        let inputs = described!(Inputs::new(rows(0)?, rows(1)?, rows(2)?), self.batch(), rope);
+        let lse = TensorView::new(&self.record.lse, &lse_shape(o.dims())).map_err(wrapped)?;
         let outputs = OutputGradients::new(rows(3)?, lse, rows(4)?);
 
         let shapes = self.qkv.each_ref().map(Tensor::dims);
@@ -144,11 +137,6 @@ impl Recorded {
             .map(|(x, shape)| Tensor::from_vec(x, shape, device));
         Ok(([q?, k?, v?], Tensor::from_vec(d_gate, self.problem.heads(), device)?))
     }
-}
-
-/// As `described` takes it.
-struct Described<'a> {
-    batch: &'a Batch<'a>,
 }
 
 /// The output of a call, in the graph behind its inputs.

@@ -296,16 +296,22 @@ pub(crate) struct OutputShapes {
 impl OutputShapes {
     /// Of a q; what does not fit is refused by its name later.
     fn new(q: &Layout, problem: &infini_attn::Problem) -> Self {
-        let (mut o, mut lse) = (q.dims().to_vec(), q.dims().to_vec());
+        let mut o = q.dims().to_vec();
         if let Some(last) = o.last_mut() {
             *last = problem.value_dim();
         }
-        lse.pop();
-        if let [.., tokens, heads] = &mut lse[..] {
-            std::mem::swap(tokens, heads);
-        }
-        Self { o, lse }
+        Self { lse: lse_shape(&o), o }
     }
+}
+
+/// The log-sum-exp's shape beside an output's.
+pub(crate) fn lse_shape(o: &[usize]) -> Vec<usize> {
+    let mut lse = o.to_vec();
+    lse.pop();
+    if let [.., tokens, heads] = &mut lse[..] {
+        std::mem::swap(tokens, heads);
+    }
+    lse
 }
 
 impl CustomOp3 for Call<'_> {
@@ -396,14 +402,15 @@ impl CustomOp1 for Unsupported {
 
 /// Layout, slots, rotation of the batch into a call's inputs, which are of either backend's types.
 macro_rules! described {
-    ($inputs:expr, $call:expr, $rope:expr) => {{
-        let mut inputs = match $call.batch.lengths {
+    ($inputs:expr, $batch:expr, $rope:expr) => {{
+        let batch = $batch;
+        let mut inputs = match batch.lengths {
             $crate::batch::Lengths::Full => $inputs,
             $crate::batch::Lengths::Padded(lens) => $inputs.seq_lens(lens),
             $crate::batch::Lengths::Ranges(ranges) => $inputs.seq_ranges(ranges),
             $crate::batch::Lengths::Packed(cu) => $inputs.cu_seqlens(cu),
         };
-        if let Some(slots) = $call.batch.slots {
+        if let Some(slots) = batch.slots {
             inputs = inputs.slots(slots);
         }
         if let Some(rope) = $rope {
