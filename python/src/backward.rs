@@ -6,12 +6,13 @@ use infini_attn::{
     Element, HostLayout, InputGradients, OutputGradients, State, StateGradient, Tape,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::attend::Arguments;
-use crate::buffer::{self, Buffer};
+use crate::buffer::Buffer;
 use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::problem::parsed;
-use crate::{error, tensor, threads};
+use crate::{error, keywords, tensor, threads};
 
 /// Tensors beside q, k and v: what the call has put out, and the gradients with respect to it.
 struct Outputs<'py> {
@@ -44,7 +45,7 @@ fn borrowed<'py>(argument: &str, object: Given<'_, 'py>) -> PyResult<Option<Memo
 /// (None: empty streams). `d_state`, dL/d(state after it) in a buffer of the state's form, becomes
 /// dL/d(state before it); None is a loss that does not depend on the state.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, state, d_state, slots, problem, rotation, o, lse, d_o, *, d_lse = None, a_dot = None, d_a_dot = None, d_a_mem = None, bptt_segments = None, seq_slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, cos = None, sin = None, positions = None, interleaved = false))]
+#[pyo3(signature = (q, k, v, beta, state, d_state, slots, problem, rotation, o, lse, d_o, *, d_lse = None, a_dot = None, d_a_dot = None, d_a_mem = None, bptt_segments = None, **tokens))]
 #[allow(clippy::too_many_arguments)]
 pub fn _backward<'py>(
     py: Python<'py>,
@@ -65,19 +66,9 @@ pub fn _backward<'py>(
     d_a_dot: Given<'_, 'py>,
     d_a_mem: Given<'_, 'py>,
     bptt_segments: Option<usize>,
-    seq_slots: Given<'_, 'py>,
-    seq_lens: Given<'_, 'py>,
-    attention_mask: Given<'_, 'py>,
-    cu_seqlens: Given<'_, 'py>,
-    cos: Given<'_, 'py>,
-    sin: Given<'_, 'py>,
-    positions: Given<'_, 'py>,
-    interleaved: bool,
+    tokens: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<[Bound<'py, PyAny>; 4]> {
-    let rope = buffer::tables(py, cos, sin)?;
-    let batch = crate::batch::Given { seq_lens, attention_mask, cu_seqlens, slots: seq_slots };
-    let tokens = crate::attend::Tokens { batch, rope: rope.as_ref(), positions, interleaved };
-    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let arguments = keywords::arguments(py, [q, k, v, beta], tokens)?;
     let a_dot = match (borrowed("a_dot", a_dot)?, borrowed("d_a_dot", d_a_dot)?) {
         (Some(a_dot), Some(d_a_dot)) => Some([a_dot, d_a_dot]),
         (None, Some(_)) => return Err(error::value("d_a_dot", "without a_dot", "a_dot with it")),

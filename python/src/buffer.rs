@@ -2,15 +2,13 @@
 
 use infini_attn::{HostLayout, MAX_DECODE_TOKENS, StateViewMut};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::PyDict;
 
-use crate::attend::{Arguments, Tokens};
-use crate::batch;
 use crate::dlpack::{Memory, Scalar, by_dtype};
 use crate::problem::parsed;
 use crate::run::{Advanced, Wanted, run};
 use crate::state::{self, State};
-use crate::{error, tensor, threads};
+use crate::{error, keywords, tensor, threads};
 
 /// The memory of a state and what lies in it.
 pub struct Buffer<'py> {
@@ -37,19 +35,6 @@ impl<'py> Buffer<'py> {
     }
 }
 
-/// The tables of a rotation as the operator takes them.
-pub fn tables<'py>(
-    py: Python<'py>,
-    cos: Option<&Bound<'py, PyAny>>,
-    sin: Option<&Bound<'py, PyAny>>,
-) -> PyResult<Option<Bound<'py, PyAny>>> {
-    match (cos, sin) {
-        (Some(cos), Some(sin)) => Ok(Some(PyTuple::new(py, [cos, sin])?.into_any())),
-        (None, None) => Ok(None),
-        _ => Err(error::value("rope", "one table", "a tuple (cos, sin)")),
-    }
-}
-
 type Part = (&'static str, &'static str, Vec<usize>, u64);
 
 /// The parts of a state on the host, (name, dtype, shape, offset in bytes), and the bytes of all.
@@ -67,7 +52,7 @@ pub fn _host_layout(problem: &str, slots: usize, rotation: bool) -> PyResult<(Ve
 /// more than a decode takes. Unless it is the caller's state that moves (`inplace`), an interrupt tells nothing
 /// of it.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, state, slots, problem, rotation, *, seq_slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, cos = None, sin = None, positions = None, interleaved = false, short = false, out = None, parts = false, inplace = true))]
+#[pyo3(signature = (q, k, v, beta, state, slots, problem, rotation, *, short = false, out = None, parts = false, inplace = true, **tokens))]
 #[allow(clippy::too_many_arguments)]
 pub fn _advance<'py>(
     py: Python<'py>,
@@ -79,23 +64,13 @@ pub fn _advance<'py>(
     slots: usize,
     problem: &str,
     rotation: bool,
-    seq_slots: Option<&Bound<'py, PyAny>>,
-    seq_lens: Option<&Bound<'py, PyAny>>,
-    attention_mask: Option<&Bound<'py, PyAny>>,
-    cu_seqlens: Option<&Bound<'py, PyAny>>,
-    cos: Option<&Bound<'py, PyAny>>,
-    sin: Option<&Bound<'py, PyAny>>,
-    positions: Option<&Bound<'py, PyAny>>,
-    interleaved: bool,
     short: bool,
     out: Option<&Bound<'py, PyAny>>,
     parts: bool,
     inplace: bool,
+    tokens: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let rope = tables(py, cos, sin)?;
-    let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots: seq_slots };
-    let tokens = Tokens { batch, rope: rope.as_ref(), positions, interleaved };
-    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let arguments = keywords::arguments(py, [q, k, v, beta], tokens)?;
     let longest = arguments.batch.lens().into_iter().max().unwrap_or(0);
     if short && longest > MAX_DECODE_TOKENS {
         let expected = format_args!("at most {MAX_DECODE_TOKENS}");

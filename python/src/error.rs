@@ -114,6 +114,11 @@ impl<'py> Flag<'py> {
     /// What a signature says by False or True.
     pub const DEFAULT: Self = Self(None);
 
+    /// A flag that is, or is not, there.
+    pub fn of(flag: Option<Bound<'py, PyAny>>) -> Self {
+        Self(flag)
+    }
+
     /// What was given, if it was.
     pub fn given(&self) -> Option<&Bound<'py, PyAny>> {
         self.0.as_ref()

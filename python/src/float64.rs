@@ -5,12 +5,13 @@ use std::sync::atomic::AtomicBool;
 
 use infini_attn::{Problem, TensorView, reference};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::attend::{Arguments, Tokens};
+use crate::attend::Arguments;
 use crate::dlpack::Memory;
 use crate::problem::parsed;
 use crate::reference::widen;
-use crate::{batch, buffer, error, tensor, threads};
+use crate::{error, keywords, tensor, threads};
 
 type Given<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
@@ -66,7 +67,7 @@ fn made<'py>(
 
 /// (o, lse, the state's rows after the call, a_dot, a_mem).
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, rows, slots, problem, *, seq_slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, cos = None, sin = None, positions = None, interleaved = false))]
+#[pyo3(signature = (q, k, v, beta, rows, slots, problem, **tokens))]
 #[allow(clippy::too_many_arguments)]
 pub fn _advance_float64<'py>(
     py: Python<'py>,
@@ -77,19 +78,9 @@ pub fn _advance_float64<'py>(
     rows: Given<'_, 'py>,
     slots: usize,
     problem: &str,
-    seq_slots: Given<'_, 'py>,
-    seq_lens: Given<'_, 'py>,
-    attention_mask: Given<'_, 'py>,
-    cu_seqlens: Given<'_, 'py>,
-    cos: Given<'_, 'py>,
-    sin: Given<'_, 'py>,
-    positions: Given<'_, 'py>,
-    interleaved: bool,
+    tokens: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<[Bound<'py, PyAny>; 5]> {
-    let rope = buffer::tables(py, cos, sin)?;
-    let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots: seq_slots };
-    let tokens = Tokens { batch, rope: rope.as_ref(), positions, interleaved };
-    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let arguments = keywords::arguments(py, [q, k, v, beta], tokens)?;
     let problem = parsed(problem)?;
     let mut next = state(&problem, slots, rows)?;
     let (operands, cancel) = (Operands::new(&arguments)?, AtomicBool::new(false));
@@ -112,7 +103,7 @@ pub fn _advance_float64<'py>(
 /// dL/dq, dL/dk, dL/dv and dL/d(rows before the call), from the gradients with respect to what the call
 /// returns, of which None are zeros.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, beta, rows, slots, problem, d_o, d_lse, d_rows, d_a_dot, d_a_mem, *, bptt_segments = None, seq_slots = None, seq_lens = None, attention_mask = None, cu_seqlens = None, cos = None, sin = None, positions = None, interleaved = false))]
+#[pyo3(signature = (q, k, v, beta, rows, slots, problem, d_o, d_lse, d_rows, d_a_dot, d_a_mem, *, bptt_segments = None, **tokens))]
 #[allow(clippy::too_many_arguments)]
 pub fn _backward_float64<'py>(
     py: Python<'py>,
@@ -129,19 +120,9 @@ pub fn _backward_float64<'py>(
     d_a_dot: Given<'_, 'py>,
     d_a_mem: Given<'_, 'py>,
     bptt_segments: Option<usize>,
-    seq_slots: Given<'_, 'py>,
-    seq_lens: Given<'_, 'py>,
-    attention_mask: Given<'_, 'py>,
-    cu_seqlens: Given<'_, 'py>,
-    cos: Given<'_, 'py>,
-    sin: Given<'_, 'py>,
-    positions: Given<'_, 'py>,
-    interleaved: bool,
+    tokens: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<[Bound<'py, PyAny>; 4]> {
-    let rope = buffer::tables(py, cos, sin)?;
-    let batch = batch::Given { seq_lens, attention_mask, cu_seqlens, slots: seq_slots };
-    let tokens = Tokens { batch, rope: rope.as_ref(), positions, interleaved };
-    let arguments = Arguments::new([q, k, v, beta], tokens)?;
+    let arguments = keywords::arguments(py, [q, k, v, beta], tokens)?;
     let problem = parsed(problem)?;
     let state = state(&problem, slots, rows)?;
     let [shape, lse_shape] = arguments.batch.outputs(problem.heads(), problem.value_dim());

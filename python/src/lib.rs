@@ -11,6 +11,7 @@ mod delegate;
 mod dlpack;
 mod error;
 mod float64;
+mod keywords;
 mod merge;
 mod problem;
 mod reference;

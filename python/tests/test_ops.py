@@ -265,6 +265,21 @@ def test_an_output_within_the_state_is_refused(inplace):
     assert torch.equal(made.buffer, before)
 
 
+@pytest.mark.parametrize("error, text, given", [
+    (TypeError, "unexpected keyword argument 'rope'", dict(rope=ROPE)),
+    (ValueError, "^rope: one table given", dict(cos=ROPE[0])),
+    (TypeError, "^interleaved: int given, True or False", dict(interleaved=1)),
+])  # fmt: skip
+def test_keywords_of_the_extension(error, text, given):
+    made = state()
+    before = made.buffer.clone()
+    with pytest.raises(error, match=text):
+        _core._advance(Q, K, V, BETA, made.buffer, 3, TEXT, True, **given)
+    assert torch.equal(made.buffer, before)
+    none = dict.fromkeys(("seq_slots", "seq_lens", "attention_mask", "cu_seqlens", "cos", "sin", "positions"))
+    _core._advance(Q, K, V, BETA, made.buffer, 3, TEXT, True, **none)
+
+
 def test_lists_are_for_the_processor_whatever_the_default_device():
     made, plain = state(), state()
     with torch.device("meta"):

@@ -1,9 +1,10 @@
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, final, overload
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Unpack
 
 __all__ = [
     "KeySums",
@@ -66,6 +67,18 @@ _Floats = _DLPack | ArrayLike
 _Ints = _DLPack | ArrayLike
 _Tables = tuple[_DLPack, _DLPack] | list[Any]
 _Path = str | bytes | PathLike[str] | PathLike[bytes]
+
+class _Tokens(TypedDict, total=False):
+    """What the operators of `infini_attn.torch` say of tokens."""
+
+    seq_slots: _Ints | None
+    seq_lens: _Ints | None
+    attention_mask: _Floats | None
+    cu_seqlens: _Ints | None
+    cos: _DLPack | None
+    sin: _DLPack | None
+    positions: _Ints | None
+    interleaved: bool
 
 MAX_DECODE_TOKENS: int
 __version__: str
@@ -344,18 +357,11 @@ def _advance(
     problem: str,
     rotation: bool,
     *,
-    seq_slots: _Ints | None = None,
-    seq_lens: _Ints | None = None,
-    attention_mask: _Floats | None = None,
-    cu_seqlens: _Ints | None = None,
-    cos: _DLPack | None = None,
-    sin: _DLPack | None = None,
-    positions: _Ints | None = None,
-    interleaved: bool = False,
     short: bool = False,
     out: _DLPack | None = None,
     parts: bool = False,
     inplace: bool = True,
+    **tokens: Unpack[_Tokens],
 ) -> tuple[Any, ...]: ...
 def _backward(
     q: _DLPack,
@@ -376,14 +382,7 @@ def _backward(
     d_a_dot: _DLPack | None = None,
     d_a_mem: _DLPack | None = None,
     bptt_segments: int | None = None,
-    seq_slots: _Ints | None = None,
-    seq_lens: _Ints | None = None,
-    attention_mask: _Floats | None = None,
-    cu_seqlens: _Ints | None = None,
-    cos: _DLPack | None = None,
-    sin: _DLPack | None = None,
-    positions: _Ints | None = None,
-    interleaved: bool = False,
+    **tokens: Unpack[_Tokens],
 ) -> list[Any]: ...
 def _advance_float64(
     q: _DLPack,
@@ -393,15 +392,7 @@ def _advance_float64(
     rows: _DLPack | None,
     slots: int,
     problem: str,
-    *,
-    seq_slots: _Ints | None = None,
-    seq_lens: _Ints | None = None,
-    attention_mask: _Floats | None = None,
-    cu_seqlens: _Ints | None = None,
-    cos: _DLPack | None = None,
-    sin: _DLPack | None = None,
-    positions: _Ints | None = None,
-    interleaved: bool = False,
+    **tokens: Unpack[_Tokens],
 ) -> list[Any]: ...
 def _backward_float64(
     q: _DLPack,
@@ -418,14 +409,7 @@ def _backward_float64(
     d_a_mem: _DLPack | None,
     *,
     bptt_segments: int | None = None,
-    seq_slots: _Ints | None = None,
-    seq_lens: _Ints | None = None,
-    attention_mask: _Floats | None = None,
-    cu_seqlens: _Ints | None = None,
-    cos: _DLPack | None = None,
-    sin: _DLPack | None = None,
-    positions: _Ints | None = None,
-    interleaved: bool = False,
+    **tokens: Unpack[_Tokens],
 ) -> list[Any]: ...
 def _row_len(problem: str) -> int: ...
 def _flush_slots(

@@ -26,9 +26,7 @@ SCHEMAS = {
         " -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_beta, Tensor d_state)"
     ),
 }
-NAMES = (
-    "seq_slots", "seq_lens", "attention_mask", "cu_seqlens", "cos", "sin", "positions", "interleaved",
-)  # fmt: skip
+NAMES = tuple(argument.split()[-1].split("=")[0] for argument in TOKENS.split(","))
 # Arguments before the tokens.
 _BEFORE = 10
 

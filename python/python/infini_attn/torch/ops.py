@@ -10,16 +10,11 @@ import torch
 from .. import _core
 from . import _cpu, _float64, _layout, _train
 
-_CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor beta, {state}, SymInt slots, str problem, bool rotation, *,"
-    " Tensor? seq_slots=None, Tensor? seq_lens=None, Tensor? attention_mask=None,"
-    " Tensor? cu_seqlens=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None,"
-    " bool interleaved=False"
-)
+_CALL = f"{_train.CALL}, *, {_train.TOKENS}"
 _STATE = "Tensor(a!) state, SymInt slots, str problem, bool rotation"
-_IN_PLACE = _CALL.format(state="Tensor(a!) state")
+_IN_PLACE = _CALL.replace("Tensor? state", "Tensor(a!) state")
 SCHEMAS = {
-    "prefill": f"({_CALL.format(state='Tensor? state')}) -> (Tensor o, Tensor lse, Tensor new_state)",
+    "prefill": f"({_CALL}) -> (Tensor o, Tensor lse, Tensor new_state)",
     "prefill_": f"({_IN_PLACE}) -> (Tensor o, Tensor lse)",
     "decode_": f"({_IN_PLACE}) -> (Tensor o, Tensor lse)",
     "flush_": f"({_STATE}, *, Tensor? seq_slots=None) -> ()",
