@@ -2,6 +2,7 @@
 
 use infini_attn::{Element, Outputs, TensorView, TensorViewMut};
 
+use super::metric::coordinates;
 use super::{bits, scalar};
 
 /// How the elements of a tensor are arranged in memory. The last dimension is always contiguous.
@@ -21,13 +22,7 @@ pub enum Arrangement {
 /// Every index of a shape, row-major.
 pub fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + use<> {
     let shape = shape.to_vec();
-    (0..shape.iter().product()).map(move |mut i: usize| {
-        let mut at = vec![0; shape.len()];
-        for (a, extent) in at.iter_mut().zip(&shape).rev() {
-            (*a, i) = (i % extent, i / extent);
-        }
-        at
-    })
+    (0..shape.iter().product()).map(move |i| coordinates(i, &shape))
 }
 
 /// Guards of buffers that need no alignment.

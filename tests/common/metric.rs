@@ -244,7 +244,7 @@ fn ranges(numbers: &[usize]) -> String {
     if chunks.len() > MOST { format!("{shown}, ...") } else { shown }
 }
 
-fn coordinates(mut index: usize, shape: &[usize]) -> Vec<usize> {
+pub fn coordinates(mut index: usize, shape: &[usize]) -> Vec<usize> {
     let mut at = vec![0; shape.len()];
     for (a, &extent) in at.iter_mut().zip(shape).rev() {
         *a = index % extent;

@@ -6,15 +6,12 @@ use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use infini_attn_candle::{Batch, Rope, Slots, State, infini_attention_parts};
 
-use crate::data::{DTYPES, HEADS, Scale, call, close, expected, gate, on, tolerance, values};
+use crate::common::random::values;
+use crate::data::{DTYPES, HEADS, Scale, call, close, expected, gate, on, tolerance};
 
 fn tokens(qkv: &[Tensor; 3], first: usize, count: usize) -> Result<[Tensor; 3]> {
     let part = |t: &Tensor| t.narrow(1, first, count);
     Ok([part(&qkv[0])?, part(&qkv[1])?, part(&qkv[2])?])
-}
-
-fn f64s(tensor: &Tensor) -> Result<Vec<f64>> {
-    Ok(values(tensor)?.into_iter().map(f64::from).collect())
 }
 
 /// Prefill, several tokens, single tokens across the end of a segment: as one call.
@@ -67,7 +64,7 @@ pub fn packed_is_padded_is_one_by_one(device: &Device) -> Result<()> {
     for (b, &len) in lens.iter().enumerate() {
         let row = o.narrow(0, b, 1)?;
         close("padded", &row.narrow(1, 0, len)?, want(b), tolerance(DType::BF16))?;
-        let padding = values(&row.narrow(1, len, most - len)?)?;
+        let padding = values(&row.narrow(1, len, most - len)?);
         ensure!(padding.iter().all(|&x| x == 0.0), "padding of sequence {b}");
     }
 
@@ -133,7 +130,7 @@ pub fn rotated_as_on_the_cpu(device: &Device) -> Result<()> {
         call(&on(device, &inputs)?, &mut state, &batch)
     };
     for (interleaved, own) in [(false, false), (true, false), (false, true)] {
-        let want = f64s(&run(&Device::Cpu, interleaved, own)?)?;
+        let want = values(&run(&Device::Cpu, interleaved, own)?);
         // Keys are rounded once more after they were rotated.
         close("o", &run(device, interleaved, own)?, &want, 2.0 * tolerance(DType::F16))?;
     }

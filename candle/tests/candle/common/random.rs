@@ -96,7 +96,7 @@ pub fn tokens(count: usize, seed: u32) -> Vec<u32> {
 
 /// A tensor's values.
 pub fn values(t: &Tensor) -> Vec<f64> {
-    let flat =
-        t.to_dtype(DType::F32).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
+    let on_cpu = t.to_device(&Device::Cpu).and_then(|t| t.to_dtype(DType::F32));
+    let flat = on_cpu.and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>());
     flat.expect("a tensor of numbers").into_iter().map(f64::from).collect()
 }
