@@ -103,7 +103,13 @@ def test_the_gradient_of_a_state():
         outs.append(out.double().square().sum())
     assert_close((outs[0] - outs[1]) / (2 * h), grad.memory.norm(), 1e-3)
     assert grad.memory.any() and grad.normalizer.any()
-    assert grad.open_v[:, :, :5].any() and not state.detach().requires_grad
+    assert grad.open_v[:, :, :5].any() and after.grad is None
+    constant = state.detach()
+    assert not constant.requires_grad and constant.buffer.data_ptr() == state.buffer.data_ptr()
+    # A change in place is one of what is recorded.
+    with torch.no_grad():
+        state.reset()
+    assert state.requires_grad and state.memory.requires_grad and not state.memory.any()
 
 
 def test_slots_that_a_call_does_not_name_pass_gradients_on():
@@ -122,6 +128,7 @@ MOVES = {
     "fork": (lambda state: state.fork(), [0, 1]),
     "clone": (lambda state: state.clone(), [0, 1]),
     "concat": (lambda state: State.concat([state, State(PROBLEM, 1), state[:1]]), [0, 1, 2, 0]),
+    "behind a constant": (lambda state: State.concat([State(PROBLEM, 1, rotation=False), state]), [2, 0, 1]),
 }
 
 
@@ -134,6 +141,7 @@ def test_streams_move_differentiably(name):
     with torch.no_grad():
         own = move(state)
     assert moved.requires_grad and not own.requires_grad and torch.equal(moved.buffer, own.buffer)
+    assert moved.rotation == own.rotation and moved.buffer.data_ptr() != state.buffer.data_ptr()
     w = torch.randn(moved.memory.shape, generator=torch.Generator().manual_seed(5))
     got = torch.autograd.grad((moved.memory * w).sum(), inputs[1:3])
     summed = torch.zeros(3, *w.shape[1:]).index_add(0, torch.tensor(order), w)[:2]
@@ -178,12 +186,17 @@ def test_in_place_changes_are_refused():
         with pytest.raises(ValueError, match="^slot"):
             state.flush([7])
         assert state.requires_grad
-        state.flush()
-    assert not state.requires_grad and state.open_len.tolist() == [0, 0]
-    _, state = infini_attention(*inputs, segment_len=N)
-    with torch.no_grad():
-        infini_attention(*inputs, state=state, inplace=True)
-    assert not state.requires_grad and state.tokens.tolist() == [26, 26]
+    for change, tokens in [
+        (State.reset, [0, 0]),
+        (State.flush, [13, 13]),
+        (lambda state: state.truncate(0, 10), [10, 13]),
+        (lambda state: state.copy_slots(plain, [(0, 1)]), [13, 0]),
+        (lambda state: infini_attention(*inputs, state=state, inplace=True), [26, 26]),
+    ]:
+        _, state = infini_attention(*inputs, segment_len=N)
+        with torch.no_grad():
+            change(state)
+        assert not state.requires_grad and state.tokens.tolist() == tokens
     # PyTorch notices that what backward needs has changed.
     _, state = infini_attention(*inputs, segment_len=N)
     state = state.detach()
