@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::fixture::{Arguments, Fixture};
-use crate::common::buffers::{Arrangement, Asked, OutputBuffers};
+use crate::common::buffers::{Arrangement, Asked, CANARY, OutputBuffers};
 use crate::common::stream::Stream;
 use infini_attn::{
     DType, Error, HostLayout, InputGradients, Inputs, OutputGradients, Outputs, Problem, State,
@@ -25,6 +25,8 @@ fn small() -> (Problem, Stream<f32>, [usize; 1], [i32; 3]) {
 fn refused(argument: &str, words: &[&str], change: impl FnOnce(&mut Arguments<'_, '_, f32>)) {
     let (p, stream, lead, cu) = small();
     let mut fixture = Fixture::new(&p, &lead, &stream, &cu);
+    // Once, so that open segments have gradients to lose.
+    fixture.backward(|_| {}).expect("valid");
     let before = (fixture.into.bits(), format!("{:?}", fixture.gradient));
     let error = fixture.backward(change).expect_err("refused").to_string();
     assert!(error.starts_with(argument), "{error:?} does not begin with {argument:?}");
@@ -44,7 +46,8 @@ fn the_fixture_itself_is_accepted() {
     assert_ne!(format!("{:?}", fixture.gradient), before.1);
 }
 
-/// A call that is cancelled before it begins writes nothing; one that is cancelled later ends.
+/// A call that is cancelled before it begins writes nothing; one that is cancelled later ends before it comes
+/// to the first tokens, whose gradients are the last.
 #[test]
 fn calls_end_early() {
     static STOP: AtomicBool = AtomicBool::new(true);
@@ -64,6 +67,10 @@ fn calls_end_early() {
             });
             let result = pool.install(|| fixture.backward(|a| a.inputs = a.inputs.cancel(&LATER)));
             assert!(matches!(result, Err(Error::Cancelled { taken }) if taken == [0]));
+            assert!(
+                fixture.into.q.row(&[0, 0]).iter().all(|dq| *dq == CANARY),
+                "{threads} threads"
+            );
         });
     }
 }
@@ -99,11 +106,14 @@ fn open_rows_are_read_by_token() {
     let (p, stream, lead, cu) = small();
     let mut fixture = Fixture::new(&p, &lead, &stream, &cu);
     fixture.backward(|_| {}).expect("valid");
-    for (slot, head, j) in [(0, 0, 0), (1, 1, 2)] {
+    let mut others = vec![];
+    for (slot, head, j) in (0..12).map(|i| (i / 6, i / 3 % 2, i % 3)) {
         let row = fixture.gradient.open(slot, head, j).expect("there");
         assert_eq!([row.k.len(), row.k_rotated.len(), row.v.len()], [6, 6, 5]);
         assert!(row.k.iter().chain(&row.v).all(|x| x.is_finite() && *x != 0.0), "{row:?}");
         assert!(row.k_rotated.iter().all(|x| *x == 0.0));
+        assert!(!others.contains(&row), "slot {slot}, KV head {head}, token {j}");
+        others.push(row);
     }
     let behind = fixture.gradient.open(0, 0, 3).expect("there");
     assert!(behind.k.iter().chain(&behind.v).all(|x| *x == 0.0), "three tokens were open");
