@@ -37,6 +37,17 @@ pub struct Arguments<'a, 'b, T> {
 
 impl<'a, T: Element> Fixture<'a, T> {
     pub fn new(p: &Problem, lead: &[usize], stream: &'a Stream<T>, cu: &'a [i32]) -> Self {
+        Self::taped(p, lead, stream, cu, Tape::every(2).expect("a tape"))
+    }
+
+    /// The call fills this tape.
+    pub fn taped(
+        p: &Problem,
+        lead: &[usize],
+        stream: &'a Stream<T>,
+        cu: &'a [i32],
+        mut tape: Tape,
+    ) -> Self {
         let (heads, dv, how) = (p.heads(), p.value_dim(), Arrangement::Contiguous);
         let outputs = || OutputBuffers::<T>::new(lead, heads, dv, how, Asked::ALL);
         let gate: Vec<f32> = normals(9, heads);
@@ -48,7 +59,6 @@ impl<'a, T: Element> Fixture<'a, T> {
         let lse = up.lse.as_mut().expect("asked for").data_mut();
         lse.copy_from_slice(&normals(4, lse.len()));
         let mut state = State::new(p, cu.len() - 1).expect("a state");
-        let mut tape = Tape::every(2).expect("a tape");
         let mut fixture = Self {
             p: *p,
             stream,

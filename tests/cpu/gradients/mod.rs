@@ -155,13 +155,18 @@ fn extremes_are_as_right() {
 }
 
 /// One call of several sequences, backward with N(0, 1) everywhere: all gradients' bits.
-fn bits<T: Element>(p: &Problem, sequences: usize, tokens: usize, threads: usize) -> Vec<u8> {
+fn bits<T: Element>(
+    p: &Problem,
+    (sequences, tokens): (usize, usize),
+    tape: Tape,
+    threads: usize,
+) -> Vec<u8> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     let stream = Stream::<T>::normal(p, sequences * tokens, 8);
     let lead = [sequences * tokens];
     let cu: Vec<i32> = (0..=sequences).map(|b| (b * tokens) as i32).collect();
     pool.install(|| {
-        let mut fixture = Fixture::<T>::new(p, &lead, &stream, &cu);
+        let mut fixture = Fixture::<T>::taped(p, &lead, &stream, &cu, tape);
         fixture.backward(|_| {}).expect("a valid call");
         let mut bits = fixture.into.bits();
         let gradient = &fixture.gradient;
@@ -174,17 +179,22 @@ fn bits<T: Element>(p: &Problem, sequences: usize, tokens: usize, threads: usize
 
 /// The number of threads changes no bit.
 fn threads<T: Element>() {
-    // (query heads, KV heads, N, sequences, tokens): one long sequence on one head, and several.
+    // (query heads, KV heads, N, sequences, tokens): one long sequence on one head, and several; more
+    // segments than a run of them has anywhere.
     for (heads, kv_heads, n, sequences, tokens) in
-        [(4, 1, 32, 1, 500), (4, 2, 48, 3, 130), (2, 2, 97, 1, 97)]
+        [(4, 1, 32, 1, 500), (4, 2, 48, 3, 130), (2, 2, 97, 1, 97), (2, 2, 2, 1, 600)]
     {
         for update in [Update::Linear, Update::Delta] {
             let p = Problem::builder().heads(heads).kv_heads(kv_heads).head_dim(64).segment_len(n);
             let p = p.dtype(T::DTYPE).update(update).build().expect("valid");
-            let one = bits::<T>(&p, sequences, tokens, 1);
-            for threads in [1, 2, 3, 7] {
-                let same = bits::<T>(&p, sequences, tokens, threads) == one;
-                assert!(same, "{update} {} N={n}: {threads} threads", T::DTYPE);
+            for every in [None, Some(2)] {
+                let tape = || every.map_or(Tape::new(), |n| Tape::every(n).expect("a tape"));
+                let bits = |threads| bits::<T>(&p, (sequences, tokens), tape(), threads);
+                let one = bits(1);
+                for threads in [1, 2, 3, 7] {
+                    let what = format!("{update} {} N={n} {every:?}", T::DTYPE);
+                    assert!(bits(threads) == one, "{what}: {threads} threads");
+                }
             }
         }
     }
