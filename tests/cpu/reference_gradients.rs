@@ -405,6 +405,9 @@ fn what_does_not_fit_is_refused() {
     refused("gradient.z: 3 ", None, &|_, gradient| gradient.z.truncate(3));
     refused("gradient.open: 0 ", None, &|_, gradient| gradient.open[0].clear());
     refused("gradient.open.k: 3 ", None, &|_, gradient| gradient.open[0][0].k.truncate(3));
+    refused("gradient.open.k_rotated: 3 ", None, &|_, gradient| {
+        gradient.open[0][0].k_rotated.truncate(3)
+    });
     refused("gradient.open.v: 3 ", None, &|_, gradient| gradient.open[0][0].v.truncate(3));
     refused("bptt_segments: 0 ", Some(0), &|_, _| ());
 }
