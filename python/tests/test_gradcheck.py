@@ -83,17 +83,19 @@ def test_truncated():
         assert_close(got, wanted, 1e-12)
 
 
-def test_what_it_computes_is_the_reference():
+@pytest.mark.parametrize("empty_memory", ["gate", "bypass"])
+def test_what_it_computes_is_the_reference(empty_memory):
     q, k, v, beta = (x.detach() for x in doubles(2, 10))
-    options = dict(segment_len=N, rope=ROPE, return_lse=True, return_parts=True)
-    out, state, *rest = infini_attention(q, k, v, beta, **options)
+    options = dict(segment_len=N, rope=ROPE, empty_memory=empty_memory, return_lse=True, return_parts=True)
+    out, state, *rest = infini_attention(q, k, v, beta, inplace=True, **options)
     own, own_state, *own_rest = reference.infini_attention(q, k, v, beta, **options)
-    for got, wanted in zip([out, *rest, state.memory], [own, *own_rest, own_state.M], strict=True):
+    of_state = [state.memory, state.normalizer], [own_state.M, own_state.z]
+    for got, wanted in zip([out, *rest, *of_state[0]], [own, *own_rest, *of_state[1]], strict=True):
         assert_close(got, wanted, 1e-7)
     assert state.tokens.tolist() == [10, 10] and state.sequences == 2 and state.problem.segment_len == N
     assert not state.requires_grad and out.dtype == torch.float64
     for gate in (torch.inf, -torch.inf):
-        parts = infini_attention(q, k, v, gate, **options)
+        parts = infini_attention(q, k, v, gate, **options | dict(empty_memory="gate"))
         assert torch.equal(parts[0], parts[4 if gate > 0 else 3])
 
 
@@ -135,6 +137,9 @@ def test_what_is_refused():
     ]:  # fmt: skip
         with pytest.raises(error, match=text):
             infini_attention(**dict(q=q, k=k, v=v, beta=beta, segment_len=None if "state" in options else N) | options)
+    # Which autocast does not cast.
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="^q: dtype f64 given, f32, f16 or bf16"):
+        infini_attention(q, k, v, beta, segment_len=N)
     # Without gradients infini_attn.infini_attention is for other types.
     with pytest.raises(TypeError, match="^q: dtype f64 given, f32, f16 or bf16"):
         infini_attn.infini_attention(*(x.detach() for x in (q, k, v, beta)), segment_len=N)

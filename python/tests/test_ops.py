@@ -397,6 +397,8 @@ def trained():
         "prefill_backward": [
             ((*[x.detach() for x in (q, k, v, beta)], before, *reading, *[x.detach() for x in (out, lse, a_dot)],
               torch.rand_like(out), None, torch.rand_like(before), torch.rand_like(out), None, True), {}),
+            ((*[x.detach() for x in (q, k, v, beta)], None, *reading, out.detach(), lse.detach(), None,
+              torch.rand_like(out), None, None, None, None, False), {}),
         ],
         "prefill_float64": [((*doubles(), None, 3, TEXT, None, None, None, MASK, None, *ROPE), {}),
                             ((*doubles(), rows(), 3, TEXT, 2, torch.tensor([2, 0, 1])), {})],

@@ -65,6 +65,22 @@ def test_a_layer_in_pieces_is_the_whole():
     same(trained(Document(), text()), trained(Document([33]), text()))
 
 
+def test_a_layer_that_truncates():
+    class Whole(Document):
+        def forward(self, x):
+            return self.layer(x, bptt_segments=1)
+
+    class Cut(Document):
+        def forward(self, x):
+            outs, state = [], None
+            for piece in x.split(N, dim=1):
+                out, state = self.layer(piece, state=state and state.detach())
+                outs.append(out)
+            return torch.cat(outs, dim=1), state
+
+    same(trained(Whole(), text()), trained(Cut(), text()))
+
+
 @pytest.mark.parametrize("training, grad", [(True, True), (True, False), (False, True), (False, False)])
 def test_when_a_layer_advances_a_state_itself(training, grad):
     layer = Document().layer.train(training)
@@ -222,7 +238,8 @@ def test_memory_does_not_grow():
         if i % 100 == 99:
             gc.collect()
             sizes.append(resident())
-    assert sizes[-1] - sizes[1] < 8 * 2**20, sizes
+    # A state of every step would be 3 MiB.
+    assert sizes[-1] - sizes[1] < 2**20, sizes
 
 
 def test_chunks_as_of_flash_linear_attention():
