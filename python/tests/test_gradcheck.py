@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import assert_close, tables, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 import infini_attn
@@ -124,6 +125,8 @@ def test_what_is_refused():
     broken.rows[0, -4] = 0.5
     for error, text, options in [
         (TypeError, "^state: State given, an infini_attn.torch.Float64State expected", dict(state=State(problem))),
+        (TypeError, "^state: an infini_attn.State given, an infini_attn.torch.Float64State",
+         dict(state=infini_attn.State(problem))),
         (TypeError, "^state: Float64State given, an infini_attn.torch.State expected",
          dict(state=state, q=q.float(), k=k.float(), v=v.float())),
         (TypeError, "^k: dtype torch.float32 given, torch.float64 as q has", dict(k=k.float())),
@@ -140,6 +143,9 @@ def test_what_is_refused():
     # Which autocast does not cast.
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="^q: dtype f64 given, f32, f16 or bf16"):
         infini_attention(q, k, v, beta, segment_len=N)
+    with FakeTensorMode(), pytest.raises(TypeError, match="^q: dtype torch.float64 given, f32, f16 or bf16"):
+        q_there = torch.empty(1, 5, 2, 4, dtype=torch.float64, device="cuda")
+        infini_attention(q_there, q_there, q_there, torch.zeros(2), segment_len=N)
     # Without gradients infini_attn.infini_attention is for other types.
     with pytest.raises(TypeError, match="^q: dtype f64 given, f32, f16 or bf16"):
         infini_attn.infini_attention(*(x.detach() for x in (q, k, v, beta)), segment_len=N)
