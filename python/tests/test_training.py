@@ -312,6 +312,28 @@ def test_caches_carry_gradients():
         cache.crop(-1)
 
 
+def test_drafts_are_taken_back_beside_gradients():
+    """What is left has the gradients of a text without the draft; behind detach there is nothing to take back."""
+    model, test_hf = model_of("llama")
+    ids, weight = test_hf.tokens(2, 3 * N), model.model.embed_tokens.weight
+    given = lambda cache, ids: model(ids, **{test_hf.CACHE: cache}).logits
+    drafted, plain = (infini_attn.hf.InfiniCache(model.config) for _ in range(2))
+    for layer in drafted.layers:
+        layer.activate_past_recording()
+    gradients = []
+    for cache in (drafted, plain):
+        first = given(cache, ids[:, : N - 3])
+        second = given(cache, ids[:, N - 3 : N + 5] if cache is drafted else ids[:, N - 3 : N - 1])
+        if cache is drafted:
+            cache.crop(-6)  # Into the memory.
+        out = given(cache, ids[:, N - 1 :])
+        gradients.append(torch.autograd.grad(sum(x.square().sum() for x in (first, second[:, :2], out)), weight)[0])
+    assert_close(*gradients)
+    drafted.detach()
+    with pytest.raises(ValueError, match="^tokens_to_remove: -1 given"):
+        drafted.crop(-1)
+
+
 def test_states_made_without_gradients_go_on():
     """A long prefix is read under no_grad; then training begins."""
     layer, x = InfiniAttention(WIDTH, 4, 2, segment_len=N), text(tokens=30)

@@ -270,9 +270,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         undo = None
         if self.record_past and self.fills_a_segment(tokens, call["segment_len"]):
             undo = (None if self.state is None else self.state.fork(), call)
-        # What gradients are computed of stays as it is.
-        inplace = self.state is not None and not torch.is_grad_enabled()
-        out, self.state = infini_attention(**call, state=self.state, inplace=inplace)
+        out, self.state = infini_attention(**call, state=self.state, inplace=in_place(self.state))
         self.is_initialized, self.undo = True, undo
         self.seen += tokens
         full = tokens if mask is None else int(mask.flip(1).long().cumprod(1).sum(1).min())
@@ -303,7 +301,7 @@ class InfiniCacheLayer(CacheLayerMixin):
             before, call = undo
             # The segment's end goes with the call; its tokens that stay come again.
             call = first(call, call["k"].shape[1] - n)
-            _, self.state = infini_attention(**call, state=before, inplace=before is not None)
+            _, self.state = infini_attention(**call, state=before, inplace=in_place(before))
         else:
             raise ValueError(
                 f"tokens_to_remove: {tokens_to_remove} given, {-most} to 0 expected: what is in the "
@@ -376,6 +374,11 @@ class InfiniCacheLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """There are no keys and values to give back."""
         raise ValueError("cache: an InfiniCacheLayer given, another expected of a model not converted")
+
+
+def in_place(state) -> bool:
+    """Whether a call advances a state itself: what gradients are computed of stays as it is."""
+    return state is not None and not torch.is_grad_enabled()
 
 
 def first(call: dict, tokens: int) -> dict:

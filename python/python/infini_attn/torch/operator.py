@@ -89,78 +89,68 @@ def infini_attention(
         sequences = state.sequences
     else:
         sequences = q.shape[0] if cu_seqlens is None else _count(options["cu_seqlens"])
-    learned = dict(q=q, k=k, v=v, beta=beta)
+    learned, inplace = dict(q=q, k=k, v=v, beta=beta), inplace and state is not None
+    call = q, k, v, beta, state, sequences, problem
     if _is_float64(q):
-        inplace = inplace and state is not None
         _train.check(learned, rope=(cos, sin), out=out, inplace=inplace, of="of float64 tensors")
-        o, state, lse, *parts = _float64.attend(
-            **learned,
-            state=state,
-            sequences=sequences,
-            problem=problem,
-            bptt_segments=bptt_segments,
-            options=options,
-        )
-        return _pack(o, state, lse, parts if return_parts else [], return_state, return_lse)
+        o, state, lse, *parts = _float64.attend(*call, bptt_segments, options)
+    elif _train.wants_gradients(q, k, v, beta, None if state is None else state._tracked):
+        _train.check(learned, rope=(cos, sin), out=out, inplace=inplace)
+        given = (slots, seq_lens, attention_mask, cu_seqlens, *(rope or (None, None)), positions)
+        kept = {name: _kept(x, g) for (name, x), g in zip(options.items(), (*given, rope_interleaved))}
+        call = q, k, v, _kept(beta, gate), state, sequences, problem
+        o, state, lse, *parts = _recorded(*call, return_parts, bptt_segments, kept)
+    else:
+        o, state, lse, *parts = _advanced(*call, inplace, out, return_parts, options)
+    parts = parts if return_parts else []
+    results = (o,) + ((state,) if return_state else ()) + ((lse,) if return_lse else ()) + tuple(parts)
+    return results if len(results) > 1 else o
+
+
+def _recorded(q, k, v, beta, state, sequences, problem, parts, bptt_segments, options):
+    """(out, state, lse, a_dot, a_mem), which PyTorch differentiates."""
+    floats, rotation = None, options["cos"] is not None
+    if state is not None:
+        floats, rotation = state._floats(), state.rotation
+    o, lse, new, *parts = torch.ops.infini_attn.prefill_train(
+        q, k, v, _train.gate(beta, q.shape[-2]), floats, sequences, problem, rotation, parts,
+        bptt_segments, *options.values(),
+    )  # fmt: skip
+    return o, State._of_tracked(new, problem, sequences, rotation), lse, *parts
+
+
+def _advanced(q, k, v, beta, state, sequences, problem, inplace, out, parts, options):
+    """(out, state, lse), and the parts if they are asked for, without gradients."""
+    buffer, rotation = None, options["cos"] is not None
     if state is not None:
         buffer, rotation = state.buffer, state.rotation
-    else:
-        buffer, rotation = None, rope is not None
     operators: Any = torch.ops.infini_attn
-    if _train.wants_gradients(q, k, v, beta, None if state is None else state._tracked):
-        _train.check(learned, rope=(cos, sin), out=out, inplace=inplace and state is not None)
-        tables = rope or (None, None)
-        given = (slots, seq_lens, attention_mask, cu_seqlens, *tables, positions, rope_interleaved)
-        options = {name: _kept(x, g) for (name, x), g in zip(options.items(), given)}
-        o, lse, new, *parts = operators.prefill_train(
-            q,
-            k,
-            v,
-            _train.gate(_kept(beta, gate), q.shape[-2]),
-            None if state is None else state._floats(),
-            sequences,
-            problem,
-            rotation,
-            return_parts,
-            bptt_segments,
-            *options.values(),
-        )
-        state = State._of_tracked(new, problem, sequences, rotation)
-        return _pack(o, state, lse, parts if return_parts else [], return_state, return_lse)
     if out is not None:
         _check_out(out, (*q.shape[:-1], v.shape[-1]), _dtype(problem), q.device, buffer)
-    if (out is not None or return_parts) and _is_eager(q):
+    if (out is not None or parts) and _is_eager(q):
         # Past PyTorch's dispatcher, which hands out new tensors only, and always as many; and so past
         # autocast.
         operators = _cuda if q.device.type == "cuda" else _cpu
-        options |= dict(out=out, parts=return_parts)
+        options = options | dict(out=out, parts=parts)
         q, k, v = (cast(x, _dtype(problem)) for x in (q, k, v))
-    elif return_parts:
+    elif parts:
         raise ValueError("return_parts: True given, False expected of a call that PyTorch records")
-    if inplace and state is not None:
-        o, lse, *parts = operators.prefill_(
-            q, k, v, beta, buffer, sequences, problem, rotation, **options
-        )
+    call = q, k, v, beta, buffer, sequences, problem, rotation
+    if inplace:
+        o, lse, *both = operators.prefill_(*call, **options)
         state._changed()
     else:
-        o, lse, buffer, *parts = operators.prefill(
-            q, k, v, beta, buffer, sequences, problem, rotation, **options
-        )
+        o, lse, buffer, *both = operators.prefill(*call, **options)
         state = State._of(buffer, problem, sequences, rotation)
     if out is not None and operators is torch.ops.infini_attn:
         o = out.copy_(o)
-    return _pack(o, state, lse, parts, return_state, return_lse)
+    return o, state, lse, *both
 
 
 def _kept(x, given):
     """What was given, until gradients are computed: arrays of others may change meanwhile, which PyTorch
     notices of tensors alone."""
     return x.clone() if isinstance(x, torch.Tensor) and x is not given else x
-
-
-def _pack(o, state, lse, parts, return_state, return_lse):
-    results = (o,) + ((state,) if return_state else ()) + ((lse,) if return_lse else ()) + tuple(parts)
-    return results if len(results) > 1 else o
 
 
 def _segments(bptt_segments):
