@@ -52,8 +52,6 @@ pub(super) struct Tail {
     k: Vec<f32>,
     k_rotated: Vec<f32>,
     v: Vec<f32>,
-    /// As long as a key.
-    zeros: Vec<f32>,
 }
 
 impl Tail {
@@ -61,8 +59,7 @@ impl Tail {
     pub fn new(p: &Problem, tokens: usize) -> Result<Self> {
         let rows = |width| alloc::reserved(&[tokens, width], SCRATCH);
         let (dk, dv) = (p.key_dim(), p.value_dim());
-        let zeros = alloc::zeroed(&[dk], SCRATCH)?;
-        Ok(Self { k: rows(dk)?, k_rotated: rows(dk)?, v: rows(dv)?, zeros })
+        Ok(Self { k: rows(dk)?, k_rotated: rows(dk)?, v: rows(dv)? })
     }
 }
 
@@ -148,8 +145,8 @@ impl<T: Element> Backward<'_, T> {
         }
     }
 
-    /// Takes the gradients to the tokens of a piece that stays open out of the state's, in which nothing
-    /// stays but those to tokens of earlier calls in that segment.
+    /// Takes the gradients to the tokens of a piece that stays open out of the state's; those to tokens of
+    /// earlier calls in that segment stay there.
     pub(super) fn take_tail(&self, last: &Piece, open: &mut OpenMut<'_>, tail: &mut Tail) {
         let (dk, dv) = (self.problem.key_dim(), self.problem.value_dim());
         let (len, first) = if last.full { (0, 0) } else { (last.len, last.cached) };
@@ -170,12 +167,7 @@ impl<T: Element> Backward<'_, T> {
         if first == 0 {
             open.k.fill(0.0);
             open.v.fill(0.0);
-            return open.k_rotated.iter_mut().for_each(|keys| keys.fill(0.0));
-        }
-        open.v[first * dv..][..len * dv].fill(0.0);
-        for j in first..first + len {
-            self.blocks.put(open.k, j, &tail.zeros);
-            open.k_rotated.iter_mut().for_each(|keys| self.blocks.put(keys, j, &tail.zeros));
+            open.k_rotated.iter_mut().for_each(|keys| keys.fill(0.0));
         }
     }
 

@@ -14,8 +14,9 @@ use crate::common::{narrow, widen};
 use backend::Cpu;
 use fixture::Fixture;
 use infini_attn::{
-    DType, Denominator, Element, InputGradients, OutputGradients, Outputs, Problem, State,
-    StateGradient, Tape, TensorView, TensorViewMut, Update, prefill, prefill_backward, reference,
+    DType, Denominator, Element, EmptyMemory, InputGradients, OutputGradients, Outputs, Problem,
+    State, StateGradient, Tape, TensorView, TensorViewMut, Update, prefill, prefill_backward,
+    reference,
 };
 
 fn run(backend: Cpu, cases: &[Case], bptt_segments: Option<usize>) -> Summary {
@@ -61,8 +62,8 @@ fn tapes_of_decodes() {
     run(Cpu::Decode, &all, None);
 }
 
-/// What a local branch under a nearly open gate gives its keys, here those of the open segment, which give
-/// nothing to the memory: (1 − g) G·A_dot must not be a difference of rounded numbers.
+/// What a local branch under a nearly open gate gives its keys, here those of the open segment, which
+/// give nothing to the memory: (1 − g) G·A_dot must not be a difference of rounded numbers.
 #[test]
 fn nearly_open_gates() {
     for beta in [3.0, 8.0, 14.0] {
@@ -146,6 +147,43 @@ fn truncated_propagation() {
     {
         run(tape, &all.iter().skip(3 * i + 1).step_by(9).cloned().collect::<Vec<_>>(), Some(block));
     }
+}
+
+/// A denominator that is clamped gives nothing to σ(q), σ(k) and z. Of some rows it is: the normaliser
+/// grows past twice what one segment adds.
+#[test]
+fn clamped_denominators() {
+    let clamped = |case: &Case| {
+        let (n, dk) = (case.problem.segment_len(), case.problem.key_dim());
+        let clamp = Denominator::Clamp(2.5 * (n * dk) as f32);
+        let problem = case.problem.to_builder().denominator(clamp).build().expect("valid");
+        Case { problem, ..case.clone() }
+    };
+    let all: Vec<_> = several_segments().iter().skip(2).step_by(9).map(clamped).collect();
+    run(Cpu::Every(1), &all, None);
+}
+
+/// A local branch that is closed gives nothing of its values, whatever they are, beside the gradient to
+/// its log-sum-exp.
+#[test]
+fn a_closed_branch_may_hold_anything() {
+    let p = Problem::builder().heads(2).kv_heads(1).head_dim(8).segment_len(16);
+    let p = p.empty_memory(EmptyMemory::Gate).build().expect("valid");
+    let mut stream = Stream::<f32>::normal(&p, 6, 3);
+    stream.v.fill(f32::NAN);
+    let mut fixture = Fixture::new(&p, &[6], &stream, &[0, 6]);
+    fixture.gate.fill(f32::INFINITY);
+    let lse = Box::leak(Box::new(fixture.out.lse.clone().expect("asked for"))).view();
+    let of_o = TensorView::new(&[0.0; 6 * 2 * 8], &[6, 2, 8]).expect("its shape");
+    let d_lse = TensorView::new(&[1.0; 2 * 6], &[2, 6]).expect("its shape");
+    let outputs = OutputGradients::new(of_o, lse, of_o).lse(d_lse);
+    fixture.backward(|a| a.outputs = outputs).expect("valid");
+    for (t, h) in (0..12).map(|i| (i / 2, i % 2)) {
+        let dq = fixture.into.q.row(&[t, h]);
+        assert!(dq.iter().all(|dq| dq.is_finite() && *dq != 0.0), "{dq:?}");
+        assert!(fixture.into.v.row(&[t, 0]).iter().all(|dv| *dv == 0.0));
+    }
+    assert!(fixture.into.gate.iter().all(|d_gate| *d_gate == 0.0));
 }
 
 #[test]

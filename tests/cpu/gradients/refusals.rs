@@ -46,8 +46,8 @@ fn the_fixture_itself_is_accepted() {
     assert_ne!(format!("{:?}", fixture.gradient), before.1);
 }
 
-/// A call that is cancelled before it begins writes nothing; one that is cancelled later ends before it comes
-/// to the first tokens, whose gradients are the last.
+/// A call that is cancelled before it begins writes nothing; one that is cancelled later ends before it
+/// comes to the first tokens, whose gradients are the last.
 #[test]
 fn calls_end_early() {
     static STOP: AtomicBool = AtomicBool::new(true);
