@@ -166,19 +166,22 @@ fn say() -> Result<()> {
     Ok(())
 }
 
-/// A situation of `out_of_memory`: the gradients of a call of more than a segment.
+/// A situation of `out_of_memory`: the gradients of a call of more than a segment, and the bytes they take.
 pub fn starved(
     problem: &Problem,
     tokens: usize,
-    without_memory: impl FnOnce(&dyn Fn() -> Result<()>) -> Result<()>,
+    without_memory: impl FnOnce(&dyn Fn() -> Result<()>, usize) -> Result<()>,
 ) -> Result<()> {
+    // The first makes room for what products keep.
+    let [_, bytes] = [(); 2].map(|()| peak(problem, tokens, Tape::new()));
     let mut step = Step::new(problem, tokens);
     let tape = step.forward(Tape::new())?;
     let results = RefCell::new(Results::new(&step)?);
-    without_memory(&|| {
+    let backward = || {
         let mut results = results.borrow_mut();
         let result = step.backward(&tape, &mut results);
         assert!(result.is_ok() || results.are_untouched(), "something was changed");
         result
-    })
+    };
+    without_memory(&backward, bytes)
 }

@@ -77,9 +77,10 @@ impl Call {
 
 type Entry = fn(&Problem, &Inputs<'_, f32>, &[f32], &mut State, Outputs<'_, f32>) -> Result<()>;
 
-/// Takes all memory but 256 KiB, in pieces that leave nothing in the allocator's lists.
-fn ballast() -> Vec<Vec<u8>> {
-    const PIECE: usize = 64 << 10;
+const PIECE: usize = 64 << 10;
+
+/// Takes all memory but so many pieces, which leave nothing in the allocator's lists.
+fn ballast(left: usize) -> Vec<Vec<u8>> {
     let mut all: Vec<Vec<u8>> = Vec::with_capacity((LIMIT_KIB << 10) / PIECE);
     loop {
         let mut piece = Vec::new();
@@ -88,15 +89,18 @@ fn ballast() -> Vec<Vec<u8>> {
         }
         all.push(piece);
     }
-    all.truncate(all.len() - 4);
+    all.truncate(all.len() - left);
     all
 }
+
+/// What is left of memory where next to nothing is.
+const LITTLE: usize = 4;
 
 /// The operation without memory to spare; what it changed, as the state's bytes and the outputs, is
 /// nothing. With memory it succeeds.
 fn starved<R>(call: &mut Call, operation: impl Fn(&mut Call) -> Result<R>) -> Result<()> {
     let before = (call.state.to_bytes()?, call.state.bytes(), call.out.clone());
-    let taken = black_box(ballast());
+    let taken = black_box(ballast(LITTLE));
     let result = operation(call).map(drop);
     drop(taken);
     let after = (call.state.to_bytes()?, call.state.bytes(), call.out.clone());
@@ -108,6 +112,24 @@ fn starved<R>(call: &mut Call, operation: impl Fn(&mut Call) -> Result<R>) -> Re
 /// As [`starved`], for an operation on maps, sums or the reference.
 fn starved_alone<R>(operation: impl Fn() -> Result<R>) -> Result<()> {
     starved(&mut Call::new(Update::Linear, 0, 1), |_| operation())
+}
+
+/// What products take in every call, and who does not ask whether it is there.
+const PRODUCTS: usize = 4 << 20;
+
+/// The operation with ever more memory, by 2 MiB, up to what it takes: what it says first. So whatever it asks
+/// for is missing once.
+fn starved_ever_less(operation: &dyn Fn() -> Result<()>, bytes: usize) -> Result<()> {
+    let mut first = Ok(());
+    for left in (LITTLE..(bytes - PRODUCTS) / PIECE).step_by((2 << 20) / PIECE) {
+        let taken = black_box(ballast(left));
+        let result = operation();
+        drop(taken);
+        let error = result.expect_err("there is not so much memory");
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error:?}");
+        first = first.and(Err(error));
+    }
+    first
 }
 
 fn map(p: &Problem, tokens: usize) -> Result<SegmentMap> {
@@ -192,10 +214,10 @@ const SITUATIONS: &[Situation] = &[
     // Gradients, by chains and by phases.
     ("scratch of a task: ", || {
         let p = problem(Update::Delta).to_builder().heads(2).kv_heads(2).build()?;
-        gradients::starved(&p, N + 1, |work| starved_alone(work))
+        gradients::starved(&p, N + 1, starved_ever_less)
     }),
     ("the workspace of gradients: ", || {
-        gradients::starved(&problem(Update::Delta), N + 1, |work| starved_alone(work))
+        gradients::starved(&problem(Update::Delta), N + 1, starved_ever_less)
     }),
     ("scratch of a task: ", || {
         starved(&mut Call::new(Update::Delta, N + 3, 1), |call| {

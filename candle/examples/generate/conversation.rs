@@ -114,7 +114,7 @@ const MOST_WAITING: usize = 16;
 pub struct Text<'a> {
     tokenizer: &'a Tokenizer,
     /// The tokens of the text that was given last, before which nothing changes, and those that wait.
-    tokens: Vec<u32>,
+    pub tokens: Vec<u32>,
     waiting: usize,
 }
 

@@ -35,6 +35,12 @@ fn a_seed_gives_an_answer() {
     assert_ne!(answer("1"), answer("2"));
     assert_eq!(answer("1").trim_end_matches('\n').len(), 40);
     assert!(answer("1").trim_end_matches('\n').chars().all(|c| c.is_ascii_graphic() || c == ' '));
+    let state = |more: &[&str]| {
+        let (_, notes) = generate(&[&["--demo", "--tokens", "1"], more].concat()).unwrap();
+        notes.lines().last().map(str::to_owned)
+    };
+    assert_eq!(state(&[]), state(&["--segment-len", "256", "--gate", "0"]));
+    assert_ne!(state(&[]), state(&["--segment-len", "2048"]));
     let greedy = |seed| {
         let rest = ["--temperature", "0", "--seed", seed];
         generate(&[&["--demo", "--tokens", "40"][..], &rest].concat()).unwrap().0
@@ -95,6 +101,7 @@ fn streamed_text_is_the_text_of_all_tokens() {
             for &token in tokens {
                 streamed += &stream.push(token).unwrap();
                 assert!(!streamed.contains(char::REPLACEMENT_CHARACTER), "{streamed}");
+                assert!(stream.tokens.len() <= 8, "tokens pile up");
             }
             streamed += &stream.rest().unwrap();
             assert_eq!(streamed, tokenizer.decode(tokens, true).unwrap());
@@ -127,6 +134,24 @@ fn what_never_becomes_text_is_let_go() {
 
 #[test]
 fn only_the_beginning_is_marked() {
+    let tokenizer = marking();
+    let tokens = |fresh| tokens(&tokenizer, "a", fresh, 257).unwrap();
+    let plain = tokens(false);
+    assert_eq!((plain.len(), tokens(true)), (1, [vec![256], plain].concat()));
+
+    let (saved, folder) = (Saved::new(true), TempDir::new().unwrap());
+    tokenizer.save(saved.0.path().join("tokenizer.json"), false).unwrap();
+    let state = folder.path().join("state");
+    let state = ["--state", state.to_str().unwrap()];
+    for prompt in ["prompt  2 tokens", "prompt  1 tokens"] {
+        let run = [&[saved.path(), "--prompt", "a", "--tokens", "3"][..], &state].concat();
+        let (_, notes) = generate(&run).unwrap();
+        assert!(notes.contains(prompt), "{prompt}: {notes}");
+    }
+}
+
+/// A tokenizer that puts a token before a text.
+fn marking() -> Tokenizer {
     let mut tokenizer = with_end();
     let marked = TemplateProcessing::builder()
         .try_single("<end> $A")
@@ -134,9 +159,7 @@ fn only_the_beginning_is_marked() {
         .special_tokens(vec![("<end>", 256)])
         .build();
     tokenizer.with_post_processor(Some(marked.unwrap()));
-    let tokens = |fresh| tokens(&tokenizer, "a", fresh, 257).unwrap();
-    let plain = tokens(false);
-    assert_eq!((plain.len(), tokens(true)), (1, [vec![256], plain].concat()));
+    tokenizer
 }
 
 #[test]
